@@ -1,0 +1,213 @@
+"""Download of CoalAD, the data set of the paper, from ModelScope (two tar files, MVTec layout)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from utils.errors import InputError
+
+CATEGORY = "coal_ad"
+DATASET = "lyfjwp/CoalAD"
+ARCHIVES = ("coal_ad_train.tar", "coal_ad_test.tar")
+MAX_MEMBERS = 200_000
+MAX_DEPTH = 8  # coal_ad/ground_truth/<defect>/<stem>_mask.png is four deep
+
+# The disk's own errors, which must not be mistaken for a failing network.
+STORAGE_ERRORS = {
+    errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    getattr(errno, "EDQUOT", errno.ENOSPC),
+}  # fmt: skip
+
+
+def ensure_coalad(data_root: str | os.PathLike) -> Path:
+    """Return `data_root`/coal_ad; where there is no such folder, download and unpack CoalAD first.
+
+    What has been received stays in `data_root`/.coal_ad.download and the next call continues there. The
+    folder coal_ad appears in one step, after both archives have been unpacked beside it.
+
+    Raises InputError where ModelScope cannot be reached or delivers something other than CoalAD,
+    ConnectionError where the transfer breaks off, and other OSErrors as the disk reports them.
+    """
+    target = Path(data_root) / CATEGORY
+    if os.path.lexists(target):
+        return target
+    download = target.with_name(f".{CATEGORY}.download")
+    download.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(download / "lock"):
+        if not os.path.lexists(target):
+            _download(download, target)
+            _unpack(download, target)
+    shutil.rmtree(download, ignore_errors=True)
+    return target
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print("Another run is downloading CoalAD: waiting for it.", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _by_hand(target: Path) -> str:
+    return (
+        f"get {' and '.join(ARCHIVES)} from https://www.modelscope.cn/datasets/{DATASET} or the Baidu link "
+        f"in the README of the CoalAD authors' repository (code 1234), unpack both in {target.parent}, so "
+        f"that {target} holds train/good, test/good, test/<defect> and ground_truth/<defect>/<stem>_mask.png"
+    )
+
+
+def _download(folder: Path, target: Path) -> None:
+    """Fetch both archives into `folder`.
+
+    ModelScope's own client resumes broken transfers, verifies TLS, and checks each file's size and SHA-256
+    against the repository's listing.
+    """
+    try:
+        from modelscope.hub.snapshot_download import dataset_snapshot_download
+    except ImportError as error:
+        raise InputError(
+            f"there is no {target}, and downloading CoalAD takes the package modelscope ({error}): "
+            f"run 'pip install modelscope', or {_by_hand(target)}"
+        ) from None
+    print("Downloading CoalAD from ModelScope; the next run continues a broken transfer.")
+    try:
+        # cache_dir is where the client keeps its lock files. One worker: one progress bar at a time.
+        dataset_snapshot_download(
+            DATASET,
+            local_dir=str(folder),
+            cache_dir=str(folder / "cache"),
+            allow_patterns=list(ARCHIVES),
+            max_workers=1,
+        )
+    except Exception as error:
+        failures = list(getattr(error, "failed_files", {}).values())  # empty where not even the listing came
+        cause = failures[0] if failures else error
+        if storage_error := _storage_error(cause):
+            raise storage_error from None
+        reason = " ".join(str(cause.__cause__ or cause).split())[:300]
+        if failures:
+            raise ConnectionError(
+                f"the download of CoalAD broke off ({reason}): run the same command again to continue it, "
+                f"or {_by_hand(target)}"
+            ) from error
+        raise InputError(
+            f"there is no {target}, and ModelScope does not deliver CoalAD ({reason}): {_by_hand(target)}"
+        ) from error
+    for name in ARCHIVES:
+        if not (folder / name).is_file():
+            raise InputError(f"ModelScope's data set {DATASET} holds no {name} any more: {_by_hand(target)}")
+
+
+def _storage_error(error: BaseException | None) -> OSError | None:
+    """The disk's error among the causes of `error`."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+            return error
+        error = error.__cause__
+    return None
+
+
+def _unpack(download: Path, target: Path) -> None:
+    """Unpack both archives in `download` and move the result to `target` in one step."""
+    unpacked = download / "unpacked"
+    shutil.rmtree(unpacked, ignore_errors=True)
+    unpacked.mkdir()
+    try:
+        for name in ARCHIVES:
+            try:
+                extract(download / name, unpacked)
+            except InputError:
+                (download / name).unlink()  # else the next call would take it for a finished download
+                raise
+        for part in ("train/good", "test"):
+            if not any((unpacked / CATEGORY).glob(f"{part}/*")):
+                raise InputError(f"the downloaded archives hold no {CATEGORY}/{part}: {_by_hand(target)}")
+        if hasattr(os, "sync"):
+            os.sync()  # the files' content must reach the disk before the name they are found by
+        os.replace(unpacked / CATEGORY, target)
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
+
+
+def extract(archive: Path, folder: Path) -> None:
+    """Unpack the files of an uncompressed tar archive, all under coal_ad/, into the empty `folder`.
+
+    Each member is judged here and written as a new plain file: nothing is linked, overwritten, or placed
+    outside of `folder`, and with neither compression nor sparse files nothing unpacks to more than the
+    archive's own size. Raises InputError for an archive that breaks these rules or is damaged.
+    """
+    try:
+        with (
+            tarfile.open(archive, "r:") as tar,
+            tqdm(desc=archive.name, total=archive.stat().st_size, unit="B", unit_scale=True) as bar,
+        ):
+            for number, member in enumerate(tar):
+                if number == MAX_MEMBERS:
+                    raise InputError(f"{archive.name} is refused: more than {MAX_MEMBERS} members")
+                _extract_member(tar, member, folder)
+                bar.update(tar.offset - bar.n)
+            # tarfile takes a damaged header for the end of the archive; the real end is a block of zeros.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("no end mark")
+    except (tarfile.TarError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{archive.name} is damaged or not an uncompressed tar ({error}): run again to download it anew"
+        ) from error
+
+
+def _extract_member(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    path = PurePosixPath(member.name)
+    if reason := _refusal(member, path):
+        raise InputError(f"{Path(tar.name).name} is refused: its member {member.name[:200]!a} {reason}")
+    if not path.parts or path.name.startswith("._") or path.name == ".DS_Store":
+        return  # the entry "./", and what macOS adds to an archive
+    try:
+        if member.isdir():
+            (folder / path).mkdir(parents=True, exist_ok=True)
+            return
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        with open(folder / path, "xb") as file:
+            shutil.copyfileobj(tar.extractfile(member), file, 1 << 20)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{Path(tar.name).name} is refused: it holds {member.name[:200]!a} twice") from None
+
+
+def _refusal(member: tarfile.TarInfo, path: PurePosixPath) -> str | None:
+    """Why a member must not be unpacked."""
+    if member.issym() or member.islnk():
+        return "is a link"
+    if member.issparse():
+        return "is a sparse file"
+    if not (member.isreg() or member.isdir()):
+        return "is neither a file nor a folder"
+    if member.size < 0:
+        return "has a negative size"
+    if path.is_absolute() or ".." in path.parts:
+        return "would leave the folder"
+    if len(path.parts) > MAX_DEPTH or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        return "has too long a name"
+    # A backslash or a colon would be a path of its own on Windows.
+    if any(char in "\\:" or ord(char) < 32 for char in member.name):
+        return "has a name that is not portable"
+    if path.parts and path.parts[0] not in (CATEGORY, f"._{CATEGORY}"):
+        return f"lies outside of {CATEGORY}/"
+    return None

@@ -1,0 +1,87 @@
+"""Reading image and mask files, whatever their kind, into one: 8-bit RGB, and bool."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from utils.errors import InputError
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def read_image(path: Path) -> Image.Image:
+    """The file's first frame as 8-bit RGB, turned as its EXIF orientation says.
+
+    Grey and palette images are expanded, CMYK is converted, alpha is dropped, 16 bits become 8 (value / 257).
+    Raises InputError where the file cannot be read, or holds floats, whose range nobody knows.
+    """
+    with _open(path) as image:
+        if image.mode == "F":
+            raise InputError(f"{path} holds floating-point values; convert it to 8 or 16 bits")
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        elif image.mode in ("P", "PA") and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    """The mask as an 8-bit grey image of `size` (width, height); raises InputError for any other size."""
+    with _open(path) as mask:
+        if mask.size != size:
+            raise InputError(
+                f"mask {path} is {mask.size[0]}x{mask.size[1]} but its image is {size[0]}x{size[1]}; "
+                "draw it at the image's size"
+            )
+        if mask.mode.startswith("I"):
+            mask = Image.fromarray((np.asarray(mask).clip(0, 65535) / 257).round().astype(np.uint8))
+        return mask.convert("L")
+
+
+def to_tensor(image: Image.Image, size: int, resampling: str) -> Tensor:
+    """RGB image -> [3, size, size], stretched to the square (antialiased), in [0, 1], then ImageNet-normalised."""
+    pixels = np.array(image.resize((size, size), RESAMPLING[resampling]))
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    return (tensor - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+
+
+def mask_to_tensor(mask: Image.Image, size: int) -> Tensor:
+    """Grey mask -> bool [size, size]: nearest pixel, then at least half of full scale."""
+    return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))) >= 128
+
+
+class _open:
+    """Opens an image, turns every way in which a file can be broken into an InputError that names it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Image.Image:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                with Image.open(self.path) as image:
+                    image.load()
+                    return ImageOps.exif_transpose(image)
+        except _UNREADABLE as error:
+            raise InputError(
+                f"{self.path} cannot be read as an image ({error}); repair or remove it"
+            ) from None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, _UNREADABLE):
+            raise InputError(
+                f"{self.path} cannot be converted to RGB ({error}); repair or remove it"
+            ) from None

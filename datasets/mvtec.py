@@ -1,0 +1,192 @@
+"""Categories in MVTec layout, and their images as batches.
+
+<root>/<category>/train/good/*.png
+<root>/<category>/test/good/*.png, test/<defect>/*.png
+<root>/<category>/ground_truth/<defect>/<stem>_mask.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
+
+from datasets.images import EXTENSIONS, mask_to_tensor, read_image, read_mask, to_tensor
+from utils.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """An image file; `mask` is the file of its anomalous region, None for a normal image."""
+
+    path: Path
+    name: str  # relative to the category, with "/"
+    label: int = 0  # 1: anomalous
+    mask: Path | None = None
+
+
+class Category:
+    """The files of one category; nothing is opened yet."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.name = name
+        self.folder = Path(root) / name
+        if not self.folder.is_dir():
+            raise InputError(f"no category folder {self.folder}; check --data-root and --category")
+
+    def train_items(self) -> list[Item]:
+        """Normal training images in sorted path order; raises InputError if there are none."""
+        items = self._items(self.folder / "train" / "good")
+        if not items:
+            raise InputError(
+                f"{self.folder / 'train' / 'good'} has no images ({_extensions()}); add normal images"
+            )
+        return items
+
+    def test_items(self) -> list[Item]:
+        """Test images in sorted path order, every folder but `good` being a defect.
+
+        Raises InputError where there are none, a mask is missing, or two images of a folder share a stem (their
+        masks and results would, too).
+        """
+        test = self.folder / "test"
+        if not test.is_dir():
+            raise InputError(f"no folder {test}; add test images, or pass --no-eval when training")
+        items = []
+        for folder in (entry for entry in test.iterdir() if entry.is_dir()):
+            for item in self._items(folder):
+                if folder.name != "good":
+                    item = dataclasses.replace(item, label=1, mask=self._mask(item.path))
+                items.append(item)
+        if not items:
+            raise InputError(f"{test} has no images ({_extensions()}) in its folders; add some")
+        items.sort(key=lambda item: item.name)
+        seen: dict[tuple[Path, str], Item] = {}
+        for item in items:
+            other = seen.setdefault((item.path.parent, item.path.stem), item)
+            if other is not item:
+                raise InputError(f"{other.path} and {item.path} differ only in their extension; rename one")
+        return items
+
+    def _items(self, folder: Path) -> list[Item]:
+        if not folder.is_dir():
+            return []
+        paths = [path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.is_file()]
+        paths = [path for path in paths if not path.name.startswith(".")]
+        return sorted(
+            (Item(path, path.relative_to(self.folder).as_posix()) for path in paths),
+            key=lambda item: item.name,
+        )
+
+    def _mask(self, image: Path) -> Path:
+        folder = self.folder / "ground_truth" / image.parent.name
+        for stem in (f"{image.stem}_mask", image.stem):
+            for extension in sorted(EXTENSIONS):
+                for suffix in (extension, extension.upper()):
+                    if (folder / (stem + suffix)).is_file():
+                        return folder / (stem + suffix)
+        raise InputError(
+            f"no mask {folder / image.stem}_mask.png for {image}; add it, or move the image to test/good"
+        )
+
+
+def find_categories(root: Path, names: Sequence[str]) -> list[str]:
+    """The categories asked for; `all` stands for every folder of `root` with a train folder in it."""
+    if list(names) != ["all"]:
+        return list(names)
+    found = sorted(
+        path.parent.name for path in Path(root).glob("*/train") if not path.parent.name.startswith(".")
+    )
+    if not found:
+        raise InputError(f"{root} holds no category (a folder with train/good in it); check --data-root")
+    return found
+
+
+def split_training(
+    items: Sequence[Item], train_ratio: float, holdout_ratio: float, seed: int
+) -> tuple[list[Item], list[Item]]:
+    """Training images to fit on, and images held out, which depend on nothing but the list, the ratio and the seed.
+
+    A ratio under 1 takes the first int(ratio n) of the list shuffled by `random.Random(seed)`, in that order, as
+    the authors' program does; ratio 1 keeps the sorted order. Raises InputError where a part would be empty.
+    """
+    held = set(random.Random(f"holdout {seed}").sample(range(len(items)), round(holdout_ratio * len(items))))
+    if holdout_ratio and not held:
+        raise InputError(f"--holdout-ratio {holdout_ratio} of {len(items)} images holds none out; raise it")
+    rest = [item for index, item in enumerate(items) if index not in held]
+    fitted = rest
+    if train_ratio < 1:
+        order = list(range(len(rest)))
+        random.Random(seed).shuffle(order)
+        fitted = [rest[index] for index in order[: int(train_ratio * len(rest))]]
+    if not fitted:
+        raise InputError(
+            f"--train-ratio {train_ratio} and --holdout-ratio {holdout_ratio} leave no image of {len(items)} to fit on"
+        )
+    return fitted, [items[index] for index in sorted(held)]
+
+
+class ImageDataset(Dataset):
+    """Items as tensors: {"image" [3, S, S], "mask" bool [S, S], "label", "index"}.
+
+    A file that cannot be read becomes {"error": message}: an exception would reach the user as the traceback of a
+    worker process.
+    """
+
+    def __init__(self, items: Sequence[Item], image_size: int, resampling: str) -> None:
+        self.items = list(items)
+        self.image_size = image_size
+        self.resampling = resampling
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.items[index]
+        try:
+            image = read_image(item.path)
+            mask = torch.zeros(self.image_size, self.image_size, dtype=torch.bool)
+            if item.mask is not None:
+                mask = mask_to_tensor(read_mask(item.mask, image.size), self.image_size)
+        except InputError as error:
+            return {"error": str(error)}
+        tensor = to_tensor(image, self.image_size, self.resampling)
+        return {"image": tensor, "mask": mask, "label": item.label, "index": index}
+
+
+class ImageLoader:
+    """Batches of an ImageDataset in order, with a progress bar; raises InputError at a file that cannot be read."""
+
+    def __init__(
+        self, dataset: ImageDataset, batch_size: int, workers: int, description: str, pin_memory: bool = False
+    ) -> None:
+        self.dataset = dataset
+        self.description = description
+        self.loader = DataLoader(
+            dataset, batch_size, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with tqdm(total=len(self.dataset), desc=self.description, unit="image", leave=False) as progress:
+            for batch in self.loader:
+                if "error" in batch:
+                    raise InputError(batch["error"])
+                yield batch
+                progress.update(len(batch["label"]))
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    for sample in samples:
+        if "error" in sample:
+            return sample
+    return default_collate(samples)
+
+
+def _extensions() -> str:
+    return " ".join(sorted(EXTENSIONS))

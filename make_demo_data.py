@@ -1,0 +1,182 @@
+"""Draw a data set of coal-belt scenes, for trying everything without a download.
+
+python make_demo_data.py          # data/coal_demo: 160 training, 60 good and 90 anomalous test frames
+python make_demo_data.py --category small_demo --size 256 --train 40 --good 20 --anomalous 21
+
+Writes <data-root>/<category> in MVTec layout: train/good, test/{good,stick,rope,bag} and ground_truth.
+The same settings give the same files, however many processes draw them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from datasets.defects import DEFECTS
+from datasets.scenes import draw_scene
+from utils.cli import Parser, category_name, number, run
+from utils.errors import InputError
+from utils.files import write_json
+
+MARKER = ".usad_demo.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the files' bytes. `version` rises when the drawing changes."""
+
+    size: int
+    train: int
+    good: int
+    anomalous: int
+    seed: int
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame to draw: seed and file; if it has a defect, its kind and the file of the mask."""
+
+    seed: tuple[int, int, int]
+    file: str
+    kind: str | None = None
+    mask: str | None = None
+
+
+def frames(settings: Settings) -> Iterator[Frame]:
+    """All frames of the data set. The kinds of defect take turns."""
+    for index in range(settings.train):
+        yield Frame((settings.seed, 0, index), f"train/good/{index:03d}.png")
+    for index in range(settings.good):
+        yield Frame((settings.seed, 1, index), f"test/good/{index:03d}.png")
+    kinds = list(DEFECTS)
+    for index in range(settings.anomalous):
+        kind, name = kinds[index % len(kinds)], f"{index // len(kinds):03d}"
+        yield Frame(
+            (settings.seed, 2, index), f"test/{kind}/{name}.png", kind, f"ground_truth/{kind}/{name}_mask.png"
+        )
+
+
+def file_names(settings: Settings) -> set[str]:
+    """Every file of the data set but the marker, relative to the category."""
+    return {name for frame in frames(settings) for name in (frame.file, frame.mask) if name}
+
+
+def draw(folder: Path, size: int, frame: Frame) -> None:
+    """Draw one frame and write it, with its mask if it has a defect."""
+    cv2.setNumThreads(1)  # the processes share the cores already
+    image, mask = draw_scene(frame.seed, size, frame.kind)
+    (folder / frame.file).write_bytes(encode(image))
+    if frame.mask:
+        (folder / frame.mask).write_bytes(encode(mask))
+
+
+def encode(image: np.ndarray) -> bytes:
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+def previous_settings(folder: Path) -> Settings | None:
+    """What the data set in `folder` was drawn with; None if there is no such folder.
+
+    Raises InputError if the folder, or a file in it, was not made by this program.
+    """
+    if not folder.exists():
+        return None
+    try:
+        settings = Settings(**json.loads((folder / MARKER).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise InputError(
+            f"{folder} exists and was not drawn by this program; choose another --category"
+        ) from None
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    foreign = sorted(present - file_names(settings) - {MARKER})
+    if foreign:
+        raise InputError(
+            f"{folder / foreign[0]} was not drawn by this program; move it, or choose another --category"
+        )
+    return settings
+
+
+def is_whole(folder: Path, settings: Settings) -> bool:
+    return all((folder / name).is_file() for name in file_names(settings))
+
+
+def make(folder: Path, settings: Settings, workers: int) -> None:
+    """Draw the data set beside `folder`, then put it in place of what is there in one step."""
+    drawing, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("drawing", "replaced"))
+    for leftover in (drawing, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for name in file_names(settings):
+        (drawing / name).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        draw_all(drawing, settings, workers)
+        write_json(drawing / MARKER, asdict(settings))
+        if folder.exists():
+            folder.rename(replaced)
+        drawing.rename(folder)
+    finally:
+        shutil.rmtree(drawing, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def draw_all(folder: Path, settings: Settings, workers: int) -> None:
+    """Draw every frame into `folder` with `workers` processes; one draws in this process."""
+    todo = list(frames(settings))
+    task = partial(draw, folder, settings.size)
+    progress = partial(tqdm, total=len(todo), desc="drawing", unit="frame", mininterval=0.5)
+    if workers == 1:
+        for frame in progress(todo):
+            task(frame)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        for _ in progress(pool.map(task, todo, chunksize=4)):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    count = number(int, 0, 99_999)
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="default: data")
+    parser.add_argument("--category", type=category_name, default="coal_demo", help="default: coal_demo")
+    parser.add_argument(
+        "--size", type=number(int, 64, 2048), default=512, help="side of a frame in pixels (default: 512)"
+    )
+    parser.add_argument(
+        "--train", type=number(int, 1, 99_999), default=160, help="training frames (default: 160)"
+    )
+    parser.add_argument("--good", type=count, default=60, help="test frames without a defect (default: 60)")
+    parser.add_argument("--anomalous", type=count, default=90, help="test frames with a defect (default: 90)")
+    parser.add_argument("--seed", type=number(int, 0, 2**63), default=22, help="default: 22")
+    parser.add_argument(
+        "--workers", type=number(int, 1, 256), help="processes (default: one per core, at most 16)"
+    )
+    args = parser.parse_args()
+    if args.data_root.exists() and not args.data_root.is_dir():
+        raise InputError(f"--data-root {args.data_root} is a file; give a folder")
+
+    folder = args.data_root / args.category
+    settings = Settings(args.size, args.train, args.good, args.anomalous, args.seed)
+    if previous_settings(folder) == settings and is_whole(folder, settings):
+        print(f"{folder} is already drawn with these settings")
+        return
+    make(folder, settings, args.workers or min(os.cpu_count() or 1, 16))
+    print(f"{folder}: {args.train} training, {args.good} good and {args.anomalous} anomalous test frames")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,232 @@
+"""Frozen networks as feature extractors: tokens for MACLU and MA2Patch, layer maps for PatchCore."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datasets.images import IMAGENET_MEAN, IMAGENET_STD
+from models import networks
+from models.weights import pretrained_state_dict, random_state_dict, read_state_dict
+from utils.errors import InputError
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SMALLEST_MAP = 3  # PatchCore pools 3 x 3 without padding
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneSpec:
+    """Everything that decides what a backbone computes; stored in checkpoints.
+
+    `kind` is "tokens" or "maps". `weights` is "pretrained", "demo", "random" or "file" (then `file` is its path).
+    `position_size` None stands for the image size. `fingerprint` and `precision` are filled in by `build_backbone`.
+    """
+
+    kind: str
+    name: str
+    image_size: int
+    position_size: int | None = None
+    weights: str = "pretrained"
+    file: str | None = None
+    seed: int = 22
+    precision: str = "auto"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    fingerprint: str | None = None
+
+    def with_weights(self, weights: str) -> BackboneSpec:
+        """This network with the weights that a flag names: "pretrained", "demo", "random", or a file's path."""
+        if weights in ("pretrained", "demo", "random"):
+            return dataclasses.replace(self, weights=weights, file=None)
+        return dataclasses.replace(self, weights="file", file=weights)
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from, in words."""
+        return {"file": str(self.file), "random": f"random (seed {self.seed})"}.get(
+            self.weights, self.weights
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BackboneSpec:
+        """What `to_dict` gave. Raises KeyError or TypeError for anything else."""
+        return cls(**values | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+class Backbone(nn.Module):
+    """A frozen network in evaluation mode: no gradients, outputs always float32.
+
+    `precision` "bf16" or "fp16" runs it under autocast; "fp32" and "tf32" do not (TF32 is a global switch of torch).
+    """
+
+    def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
+        super().__init__()
+        self.net = net
+        self.spec = spec
+        self.register_buffer(
+            "anchor", torch.empty(0), persistent=False
+        )  # says where networks without weights are
+        self.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.anchor.device
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Normalised images [B, 3, S, S], S the spec's image size."""
+        if images.shape[-2:] != (self.spec.image_size,) * 2:
+            raise ValueError(
+                f"images are {tuple(images.shape[-2:])}, the backbone takes {self.spec.image_size}"
+            )
+        with torch.no_grad(), self._autocast():
+            return tuple(output.float() for output in self.extract(images))
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        dtype = AUTOCAST.get(self.spec.precision)
+        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` gives, at whatever precision."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """What is left to do once the weights are in place."""
+
+
+class TokenBackbone(Backbone):
+    """Images [B, 3, S, S] -> CLS token [B, D], patch tokens [B, N, D] row by row; N = h * w of `grid`, D = `dim`."""
+
+    grid: tuple[int, int]
+    dim: int
+
+
+class ViTTokens(TokenBackbone):
+    """A ViT's tokens after its final norm, registers left out; without a class token, CLS is the patches' mean.
+
+    ViTs that normalise only after pooling (timm's "gap" family) give their tokens as they leave the last block.
+    """
+
+    def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
+        super().__init__(net, spec)
+        patch_height, patch_width = net.patch_embed.patch_size
+        self.grid = spec.image_size // patch_height, spec.image_size // patch_width
+        self.dim = net.embed_dim
+
+    def finish(self) -> None:
+        """Resample the position embeddings to the image size once, instead of in every pass."""
+        self.net.set_input_size((self.spec.image_size,) * 2)
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.net.forward_features(images)
+        patches = tokens[:, self.net.num_prefix_tokens :]
+        cls = patches.mean(1) if self.net.cls_token is None else tokens[:, 0]
+        return cls, patches
+
+
+class CNNTokens(TokenBackbone):
+    """A CNN's last map of stride 16 or less as patch tokens, its global average as CLS token."""
+
+    def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
+        super().__init__(net, spec)
+        ((self.dim, *grid),) = networks.map_shapes(net, spec.image_size)
+        self.grid = tuple(grid)
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        (last,) = networks.maps(self.net, images)
+        return last.mean((2, 3)), last.flatten(2).transpose(1, 2)
+
+
+class MapBackbone(Backbone):
+    """Images [B, 3, S, S] -> a CNN's maps of stride 8 and 16, [B, C, h, w] each (layer2 and layer3 of a ResNet).
+
+    `grid` is the finer map's (h, w), `dim` both maps' channels together.
+    """
+
+    def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
+        super().__init__(net, spec)
+        self.shapes = networks.map_shapes(net, spec.image_size)
+        self.grid = self.shapes[0][1:]
+        self.dim = sum(channels for channels, *_ in self.shapes)
+        if min(self.shapes[-1][1:]) < SMALLEST_MAP:
+            raise InputError(
+                f"--image-size {spec.image_size} is too small for {spec.name}: its coarser map must have at least "
+                f"{SMALLEST_MAP} x {SMALLEST_MAP} places; take {16 * SMALLEST_MAP} or more"
+            )
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(networks.maps(self.net, images))
+
+
+def build_backbone(
+    spec: BackboneSpec,
+    device: str = "cpu",
+    weights: str | None = None,
+    precision: str = "auto",
+    flag: str = "--weights",
+) -> TokenBackbone | MapBackbone:
+    """Build the network of `spec`, load its weights and move it to `device`.
+
+    `weights` overrides where the weights come from; `precision` "auto" keeps the spec's on a GPU, takes the best
+    there is if the spec has none, and is fp32 on a CPU. Raises InputError: unknown network, a size that does not
+    suit it, weights that cannot be had or do not fit, or (where the spec has a fingerprint) other weights.
+    """
+    if weights is not None:
+        spec = spec.with_weights(weights)
+    backbone = empty_backbone(spec)
+    if spec.weights == "file":
+        state = read_state_dict(spec.file)
+    elif spec.weights == "pretrained":
+        state = pretrained_state_dict(spec.name, flag)
+    elif spec.weights == "random":
+        state = random_state_dict(lambda: networks.full_network(spec.name), spec.seed)
+    else:
+        raise InputError(f"{flag} demo: no demo network ships yet")
+    mark = networks.load_weights(backbone.net, spec.name, state, spec.source)
+    if spec.fingerprint not in (None, mark):
+        raise InputError(
+            f"fitted with weights {spec.fingerprint[:12]} of {spec.name}, but {spec.source} gives {mark[:12]}; "
+            f"give the right file with {flag}, or train again"
+        )
+    backbone.finish()
+    precision = resolve_precision(spec.precision, precision, device)
+    backbone.spec = dataclasses.replace(spec, fingerprint=mark, precision=precision)
+    return backbone.to(device)
+
+
+def empty_backbone(spec: BackboneSpec) -> TokenBackbone | MapBackbone:
+    """The network of `spec` without weights or memory for them: nothing is downloaded.
+
+    Raises InputError where the name is unknown, or network and sizes do not go together.
+    """
+    networks.check_name(spec.name)
+    if spec.kind == "tokens" and networks.is_vit(spec.name):
+        networks.check_divisible(spec.name, spec.image_size, "--image-size")
+        return ViTTokens(networks.vit(spec.name, spec.position_size or spec.image_size), spec)
+    if spec.position_size is not None:
+        raise InputError(f"--position-size has no effect with {spec.name}, which is no ViT; leave it out")
+    if spec.kind == "tokens":
+        return CNNTokens(networks.cnn(spec.name, None), spec)
+    return MapBackbone(networks.cnn(spec.name, (8, 16)), spec)
+
+
+def resolve_precision(recorded: str, asked: str, device: str) -> str:
+    """The precision in force: as asked; "auto" is fp32 on a CPU, elsewhere the recorded one or the best there is."""
+    if asked != "auto":
+        return asked
+    if torch.device(device).type != "cuda":
+        return "fp32"
+    if recorded != "auto":
+        return recorded
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

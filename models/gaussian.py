@@ -1,0 +1,134 @@
+"""A Gaussian over image vectors and the Mahalanobis distance to it (MACLU and MA2Patch)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from utils.checkpoint import take
+from utils.errors import InputError
+
+RIDGE = 1e-6  # added to the covariance's diagonal before it is inverted
+COVARIANCES = ("empirical", "ledoit-wolf")
+
+
+class RunningMoments:
+    """Mean and scatter of a stream of vectors, exact in double precision, in memory that does not grow.
+
+    Batches (and the moments of other processes) are merged with the pairwise update of Chan, Golub and LeVeque.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | None = None  # [D]
+        self.scatter: Tensor | None = None  # [D, D], sum of outer products of deviations
+
+    def update(self, vectors: Tensor) -> None:
+        """Add vectors [n, D]."""
+        vectors = vectors.double()
+        batch = RunningMoments()
+        batch.count = len(vectors)
+        batch.mean = vectors.mean(0)
+        deviations = vectors - batch.mean
+        batch.scatter = deviations.T @ deviations
+        self.merge(batch)
+
+    def merge(self, other: RunningMoments) -> None:
+        """Add what `other` has seen."""
+        if other.count == 0:
+            return
+        if self.count == 0:
+            self.count, self.mean, self.scatter = other.count, other.mean, other.scatter
+            return
+        total = self.count + other.count
+        step = other.mean - self.mean
+        self.scatter = (
+            self.scatter + other.scatter + torch.outer(step, step) * (self.count * other.count / total)
+        )
+        self.mean = self.mean + step * (other.count / total)
+        self.count = total
+
+    def covariance(self) -> Tensor:
+        """Covariance [D, D] with divisor n - 1."""
+        return self.scatter / (self.count - 1)
+
+
+class Gaussian:
+    """Mean [D], covariance [D, D] and the inverse of (covariance + 1e-6 I), all float64."""
+
+    def __init__(self, mean: Tensor, covariance: Tensor, inverse: Tensor | None = None) -> None:
+        self.mean = mean.double()
+        self.covariance = covariance.double()
+        if inverse is None:
+            ridge = RIDGE * torch.eye(len(self.mean), dtype=torch.float64, device=self.mean.device)
+            inverse = torch.linalg.inv(self.covariance + ridge)
+        self.inverse = (inverse.double() + inverse.double().mT) / 2
+        self.root = _square_root(self.inverse)
+
+    def to(self, device: torch.device | str) -> Gaussian:
+        """The same Gaussian on `device`."""
+        return Gaussian(self.mean.to(device), self.covariance.to(device), self.inverse.to(device))
+
+    def state(self) -> dict[str, Tensor]:
+        """Named tensors for a checkpoint."""
+        return {"mean": self.mean, "covariance": self.covariance, "inverse": self.inverse}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], dim: int) -> Gaussian:
+        """The Gaussian of a checkpoint; raises InputError where it does not fit a network of width `dim`."""
+        return cls(
+            take(tensors, "mean", dim),
+            take(tensors, "covariance", dim, dim),
+            take(tensors, "inverse", dim, dim),
+        )
+
+    def distance(self, vectors: Tensor) -> Tensor:
+        """Mahalanobis distance of vectors [..., D] to the mean: sqrt(max(q, 0) + 1e-12), float64 [...]."""
+        whitened = (vectors.double() - self.mean) @ self.root
+        return (whitened.square().sum(-1) + 1e-12).sqrt()
+
+
+class GaussianFit:
+    """Collects the image vectors of a training pass; `finish` gives their Gaussian.
+
+    `empirical` keeps running moments only. `ledoit-wolf` (shrinkage, for few images) keeps the vectors,
+    4 bytes a channel and image.
+    """
+
+    def __init__(self, covariance: str = "empirical") -> None:
+        self.estimator = covariance
+        self.moments = RunningMoments()
+        self.vectors: list[Tensor] = []
+
+    def update(self, vectors: Tensor) -> None:
+        """Add image vectors [n, D]."""
+        self.moments.update(vectors)
+        if self.estimator == "ledoit-wolf":
+            self.vectors.append(vectors.float().cpu())
+
+    def finish(self) -> Gaussian:
+        """Raises InputError with fewer than two images: they have no covariance."""
+        if self.moments.count < 2:
+            raise InputError(
+                f"{self.moments.count} training image(s): a covariance needs at least two; "
+                "add images to train/good or raise --train-ratio"
+            )
+        covariance = self.moments.covariance()
+        if self.estimator == "ledoit-wolf":
+            from sklearn.covariance import ledoit_wolf
+
+            shrunk, _ = ledoit_wolf(torch.cat(self.vectors).double().numpy())
+            covariance = torch.from_numpy(shrunk).to(covariance)
+        return Gaussian(self.moments.mean, covariance)
+
+
+def _square_root(inverse: Tensor) -> Tensor:
+    """R [D, D] with R Rᵀ = inverse, so that a quadratic form is a squared length and cannot turn negative.
+
+    An inverse stored in float32 may have slightly negative eigenvalues; they count as zero.
+    """
+    root, failed = torch.linalg.cholesky_ex(inverse)
+    if failed:
+        values, vectors = torch.linalg.eigh(inverse)
+        root = vectors * values.clamp(min=0).sqrt()
+    return root

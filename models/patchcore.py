@@ -1,0 +1,119 @@
+"""PatchCore: which textures were never seen? (Roth et al., "Towards Total Recall", CVPR 2022)"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.branch import Branch
+from models.coreset import greedy_k_center, sparse_projection
+from models.neighbors import NearestNeighbors
+from models.patch_store import PatchStore
+from models.postprocess import gaussian_blur, min_max, resize_maps
+from utils.checkpoint import take
+from utils.errors import InputError
+
+BLUR_SIGMA = 4.0  # pixels of the input
+PROJECTION_EPS = 0.9  # Johnson-Lindenstrauss distortion that sets the projection's width
+
+
+class PatchCore(Branch):
+    """Global: reweighted distance of the strangest patch to a memory bank. Local: every patch's distance to it.
+
+    The bank is a greedy k-centre coreset of the training patches, chosen after a sparse random projection.
+    """
+
+    name = "pc"
+    backbone_kind = "maps"
+    weights_flag = "--pc-weights"
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        coreset_ratio: float = 0.01,
+        neighbors: int = 3,
+        patch_budget: float = 8.0,
+        seed: int = 22,
+    ) -> None:
+        super().__init__(backbone)
+        self.coreset_ratio = coreset_ratio
+        self.neighbors = neighbors
+        self.patch_budget = patch_budget
+        self.seed = seed
+        self.bank: NearestNeighbors | None = None
+
+    def fit(self, loader: Iterable[dict[str, Any]]) -> None:
+        store = PatchStore(len(loader.dataset), self.patch_budget)
+        for batch in loader:
+            store.add(self.extract(batch["image"].to(self.device, non_blocking=True)))
+        patches = store.rows()
+        size = int(self.coreset_ratio * len(patches))
+        if size < 1:
+            raise InputError(
+                f"--coreset-ratio {self.coreset_ratio} of {len(patches)} patches leaves none; raise the ratio"
+            )
+        projected = sparse_projection(patches, PROJECTION_EPS, self.seed).to(self.device)
+        chosen = greedy_k_center(projected, size)
+        self.bank = NearestNeighbors(patches[chosen.cpu()].to(self.device))
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Patch features [B, h*w, D] on the grid of the stride-8 map."""
+        return patch_features(*self.backbone(images))
+
+    def score(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        batch, count, width = features.shape
+        distances, nearest = self.bank.search(features.reshape(-1, width), 1)
+        distances, nearest = distances.view(batch, count), nearest.view(batch, count)
+        grid = self.backbone.grid
+        maps = distances.unflatten(1, grid)
+        if self.rescale_maps:
+            maps = min_max(maps)
+        maps = gaussian_blur(resize_maps(maps, self.image_size), BLUR_SIGMA)
+        return self.image_scores(features, distances, nearest), maps
+
+    def image_scores(self, features: Tensor, distances: Tensor, nearest: Tensor) -> Tensor:
+        """Patch features [B, N, D], distances to and indices of their nearest entries [B, N] -> scores [B].
+
+        The largest distance s*, weighted down where the nearest entry's own neighbours are as near to the patch
+        (eq. 6-7 of the paper): (1 - exp(s*/√D) / Σ exp(‖m - n‖/√D)) s*, summed over the neighbours without the
+        entry itself. A bank of one entry has no neighbours: the score is s*.
+        """
+        largest, patch = distances.max(1)
+        rows = torch.arange(len(features), device=features.device)
+        count = min(self.neighbors, len(self.bank.bank))
+        if count < 2:
+            return largest
+        entries = self.bank.bank[nearest[rows, patch]]
+        around = self.bank.bank[self.bank.search(entries, count)[1][:, 1:]]  # [B, count - 1, D]
+        reach = (features[rows, patch][:, None] - around).norm(dim=-1)
+        scale = features.shape[-1] ** 0.5
+        weight = 1 - 1 / torch.exp((reach - largest[:, None]) / scale).sum(1)
+        return weight * largest
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "coreset_ratio": self.coreset_ratio,
+            "neighbors": self.neighbors,
+            "patch_budget": self.patch_budget,
+            "seed": self.seed,
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        return {"bank": self.bank.bank}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.bank = NearestNeighbors(take(tensors, "bank", None, self.backbone.dim).to(self.device))
+
+
+def patch_features(fine: Tensor, coarse: Tensor) -> Tensor:
+    """Layer maps [B, C2, h, w] and [B, C3, h', w'] -> patch features [B, h*w, C2 + C3].
+
+    Each map is averaged over 3x3 neighbourhoods (stride 1, no padding) and pooled adaptively to the finer grid.
+    """
+    grid = fine.shape[-2:]
+    pooled = [F.adaptive_avg_pool2d(F.avg_pool2d(maps, 3, 1), grid) for maps in (fine, coarse)]
+    return torch.cat(pooled, 1).flatten(2).mT.contiguous()

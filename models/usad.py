@@ -1,0 +1,120 @@
+"""USAD: the branches' maps multiplied, their scores added."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.branch import Branch, Parts
+from models.postprocess import gaussian_blur, resize_images, resize_maps
+from utils.errors import InputError
+from utils.timing import Stopwatch
+
+FUSIONS = ("paper", "standardized")
+
+
+class USAD:
+    """Fuses any branches; knows them only by their scores, maps and names.
+
+    paper: M = product of the maps; s = Σ weight · branch score + lambda_map · max M; the returned map is M after
+    a 5x5 Gaussian blur. A branch's weight is its `score_weight` (MACLU 0.01, PatchCore 1, MA2Patch 0) unless
+    `score_weights` names it.
+    standardized: every score and map is standardised by its branch's statistics on held-out normal images, then
+    averaged; for small data sets, where the raw scales mean little.
+    """
+
+    name = "fusion"
+
+    def __init__(
+        self,
+        branches: Sequence[Branch],
+        score_weights: dict[str, float] | None = None,
+        lambda_map: float = 1.0,
+        fusion: str = "paper",
+    ) -> None:
+        self.branches = list(branches)
+        self.image_size = max(branch.image_size for branch in branches)
+        self.device = branches[0].device
+        self.score_weights = {branch.name: branch.score_weight for branch in branches} | (score_weights or {})
+        self.lambda_map = lambda_map
+        self.fusion = fusion
+        if fusion == "standardized":
+            for branch in branches:
+                if branch.calibration is None:
+                    raise InputError(
+                        f"--fusion standardized needs held-out statistics, and branch '{branch.name}' has none; "
+                        "train the three branches with --holdout-ratio, for instance 0.2"
+                    )
+        for branch in branches:
+            branch.rescale_maps = fusion == "paper"
+        self.stopwatch = Stopwatch()
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        device: str = "cpu",
+        precision: str = "auto",
+        weights: dict[str, str | None] | None = None,
+        **options: Any,
+    ) -> USAD:
+        """The fusion of the branches whose checkpoints lie in `folder`, for instance saved_models/coal_ad.
+
+        `weights` says by branch name where weights given as files are now; `options` are the constructor's.
+        Raises InputError naming every checkpoint that is missing, or what is wrong with one.
+        """
+        from models import BRANCHES
+
+        folder = Path(folder)
+        paths = {branch: folder / f"{branch.name}.safetensors" for branch in BRANCHES}
+        missing = [path.name for path in paths.values() if not path.is_file()]
+        if missing:
+            raise InputError(
+                f"{folder} has no {', '.join(missing)}; train with train_<branch>.py and copy trained_models/ to "
+                "saved_models/ (or pass --models-dir trained_models), or use convert_published.py"
+            )
+        branches = [
+            branch.load(path, (weights or {}).get(branch.name), device, precision)
+            for branch, path in paths.items()
+        ]
+        return cls(branches, **options)
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, S, S] at `image_size` -> fused scores [B], fused maps [B, S, S]."""
+        return self.predict_parts(images)[self.name]
+
+    def predict_parts(self, images: Tensor) -> Parts:
+        """The fused prediction and each branch's own, maps all [B, S, S]; each branch sees the images resized."""
+        parts: Parts = {}
+        for branch in self.branches:
+            scores, maps = branch.predict(resize_images(images, branch.image_size))
+            parts[branch.name] = scores, resize_maps(maps, self.image_size)
+        with self.stopwatch("score"):
+            return {self.name: self.fuse(parts), **parts}
+
+    def stopwatches(self) -> dict[str, Stopwatch]:
+        """The times of the stages, by part."""
+        return {self.name: self.stopwatch, **{branch.name: branch.stopwatch for branch in self.branches}}
+
+    def fuse(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """Branch scores [B] and maps [B, S, S] -> fused scores [B] (float64) and maps [B, S, S]."""
+        if self.fusion == "standardized":
+            return self._standardized(parts)
+        product = torch.stack([maps for _, maps in parts.values()]).prod(0)
+        scores = sum(self.score_weights[name] * scores.double() for name, (scores, _) in parts.items())
+        scores = scores + self.lambda_map * product.amax((1, 2)).double()
+        return scores, gaussian_blur(product, sigma=1.0, radius=2, edge_repeated=False)
+
+    def _standardized(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        scores, maps = [], []
+        for branch in self.branches:
+            raw_scores, raw_maps = parts[branch.name]
+            statistics = branch.calibration
+            scores.append((raw_scores.double() - statistics["score_mean"]) / statistics["score_std"])
+            maps.append((raw_maps - statistics["map_mean"]) / statistics["map_std"])
+        return torch.stack(scores).mean(0), torch.stack(maps).mean(0)

@@ -1,0 +1,183 @@
+"""Where a network's weights come from: files, the hubs and their mirrors, or a seed; and their fingerprint."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from utils.errors import InputError
+
+StateDict = dict[str, Tensor]
+HUB = "https://huggingface.co"
+HUB_MIRROR = "https://hf-mirror.com"
+NETWORK_TIMEOUT = 10  # seconds without an answer before the next source is tried
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+def read_state_dict(path: str | os.PathLike) -> StateDict:
+    """Tensors of a `.safetensors`, `.pth`, `.pt` or `.bin` file, by name; nothing in the file can run code.
+
+    A dictionary wrapped as {"state_dict": ...} or {"model": ...} is unwrapped, entries that are no tensors are
+    dropped. Raises InputError: no such file, another suffix, truncated, pickled objects, no tensors.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"weights {path}: the name must end in one of {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise InputError(f"weights {path}: no such file")
+    try:
+        if path.suffix.lower() == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged or hostile file may fail anywhere inside the two readers
+        raise InputError(
+            f"weights {path}: cannot be read as plain tensors ({reason(error)}); it may be truncated, or hold "
+            "pickled objects, which are not loaded: save the state dict alone"
+        ) from None
+    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+        content = content.get("state_dict", content.get("model"))
+    if not isinstance(content, Mapping):
+        raise InputError(f"weights {path}: holds no state dict (tensors by name)")
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over name, type, shape and bytes of the tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def random_state_dict(build: Callable[[], nn.Module], seed: int) -> StateDict:
+    """State dict of an untrained network, the same for a seed and versions of torch and timm.
+
+    LayerScale factors are one instead of DINOv2's 1e-5, which would make an untrained CLS token the same for all
+    images but for rounding.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        state = build().state_dict()
+    return {name: torch.ones_like(value) if is_layer_scale(name) else value for name, value in state.items()}
+
+
+def is_layer_scale(name: str) -> bool:
+    return name.endswith((".ls1.gamma", ".ls2.gamma", ".gamma_1", ".gamma_2"))
+
+
+def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
+    """Published weights of timm or torchvision network `name`, downloaded once into the libraries' own caches.
+
+    ViTs and most CNNs: the Hugging Face hub (or HF_ENDPOINT), its mirror, ModelScope. Networks that torchvision
+    publishes in the same layout: its own URL (ImageNet-1k, first version), then timm's copy of it through the hubs.
+    Raises InputError that names what was tried.
+    """
+    sources = list(_sources(name))
+    failures = []
+    for cached in (True, False):
+        for place, fetch in sources:
+            try:
+                with _network_timeout():
+                    path = fetch(cached)
+                if path is not None:
+                    return read_state_dict(path)
+            except Exception as error:  # whatever a download library raises, the next source is tried
+                if not cached:
+                    failures.append(f"{place} ({reason(error)})")
+    tried = "; ".join(failures) or "nothing is published under this name"
+    raise InputError(
+        f"no pretrained weights for {name}; tried: {tried}. Download the file by other means and give it with "
+        f"{flag} path.safetensors (or .pth)"
+    )
+
+
+def _sources(name: str) -> Iterator[tuple[str, Callable[[bool], Path | None]]]:
+    """Places that may have the weights, in order: a label, and a function (cached only?) -> path or None."""
+    torchvision_copy = f"{name.removesuffix('.tv_in1k')}.tv_in1k"
+    if timm.is_model_pretrained(torchvision_copy):
+        config = timm.get_pretrained_cfg(torchvision_copy)
+        yield config.url, partial(_from_url, config.url)
+    elif timm.is_model(name):
+        config = timm.get_pretrained_cfg(name)
+        if config.url and not config.hf_hub_id:
+            yield config.url, partial(_from_url, config.url)
+    else:
+        url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+        yield url, partial(_from_url, url)
+        return
+    if config.hf_hub_id:
+        filename = config.hf_hub_filename or "model.safetensors"
+        endpoints = [os.environ["HF_ENDPOINT"]] if os.environ.get("HF_ENDPOINT") else [HUB, HUB_MIRROR]
+        for endpoint in endpoints:
+            yield f"{endpoint}/{config.hf_hub_id}", partial(_from_hub, endpoint, config.hf_hub_id, filename)
+        yield f"ModelScope {config.hf_hub_id}", partial(_from_modelscope, config.hf_hub_id, filename)
+
+
+def _from_url(url: str, cached: bool) -> Path | None:
+    """torch.hub's cache; the file's name holds the first digits of its SHA-256, which are checked."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+    if path.is_file():
+        return path
+    if cached:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = torch.hub.HASH_REGEX.search(path.name)
+    torch.hub.download_url_to_file(url, str(path), hash_prefix=digest.group(1) if digest else None)
+    return path
+
+
+def _from_hub(endpoint: str, repository: str, filename: str, cached: bool) -> Path | None:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if cached:
+        path = try_to_load_from_cache(repository, filename)
+        return Path(path) if isinstance(path, str) else None
+    return Path(hf_hub_download(repository, filename, endpoint=endpoint, etag_timeout=NETWORK_TIMEOUT))
+
+
+def _from_modelscope(repository: str, filename: str, cached: bool) -> Path | None:
+    try:
+        from modelscope.hub.file_download import model_file_download
+    except ImportError:
+        if cached:
+            return None
+        raise InputError("the package modelscope is not installed") from None
+    try:
+        return Path(model_file_download(repository, filename, local_files_only=cached))
+    except ValueError:  # not in the cache
+        if cached:
+            return None
+        raise
+
+
+@contextlib.contextmanager
+def _network_timeout() -> Iterator[None]:
+    """Give connections that set no time limit of their own one, so that a dead network is noticed."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(NETWORK_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def reason(error: BaseException) -> str:
+    """First line of an exception's message, cut to a readable length."""
+    lines = str(error).strip().splitlines()
+    text = lines[0].strip() if lines else type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,511 @@
+"""CoalAD's download from a local server that speaks ModelScope's two routes, and its unpacking."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import ssl
+import subprocess
+import sys
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from datasets import coalad
+from utils.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Runs ensure_coalad in a process whose sockets reach nothing but 127.0.0.1, and prints how it ended.
+CALL = """
+import json, socket, sys
+from pathlib import Path
+
+def only_local(function):
+    def checked(self, address):
+        assert address[0] == "127.0.0.1", address
+        return function(self, address)
+    return checked
+
+def no_lookup(host, *args, **kwargs):
+    assert host == "127.0.0.1", host
+    return lookup(host, *args, **kwargs)
+
+lookup, socket.getaddrinfo = socket.getaddrinfo, no_lookup
+socket.socket.connect = only_local(socket.socket.connect)
+if len(sys.argv) > 2:
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+
+from datasets.coalad import ensure_coalad
+try:
+    end = ["done", str(ensure_coalad(Path(sys.argv[1])))]
+except Exception as error:
+    end = [type(error).__name__, str(error)]
+print(json.dumps(end))
+"""
+
+
+def jpeg_like(rng: random.Random, size: int = 40_000) -> bytes:
+    return rng.randbytes(size)
+
+
+def make_tar(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def content() -> dict[str, bytes]:
+    """What both archives hold together: path under the data folder -> bytes."""
+    rng = random.Random(22)
+    files = {f"coal_ad/train/good/{i:03}.jpg": jpeg_like(rng) for i in range(8)}
+    files |= {
+        f"coal_ad/test/{defect}/{i:03}.jpg": jpeg_like(rng) for defect in ("good", "wood") for i in range(2)
+    }
+    return files | {f"coal_ad/ground_truth/wood/{i:03}_mask.png": jpeg_like(rng) for i in range(2)}
+
+
+@pytest.fixture
+def archives(content) -> dict[str, bytes]:
+    train = {name: data for name, data in content.items() if "/train/" in name}
+    test = {name: data for name, data in content.items() if "/train/" not in name}
+    return {"coal_ad_train.tar": make_tar(train), "coal_ad_test.tar": make_tar(test)}
+
+
+class ModelScope(ThreadingHTTPServer):
+    """Lists `files` and serves them; `cut` breaks off after that many bytes of the train archive."""
+
+    def __init__(self, files: dict[str, bytes]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = files
+        self.listed = True
+        self.cut: int | None = None
+        self.honours_range = True
+        self.flip = False
+        self.downloads: list[tuple[str, str | None]] = []  # (file, Range header) of each download request
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: ModelScope
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None, cut: int | None = None):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body[:cut])
+        if cut is not None:
+            self.wfile.flush()
+            self.close_connection = True
+
+    def do_GET(self):
+        url = urlsplit(self.path)
+        repository = "/api/v1/datasets/lyfjwp/CoalAD/repo"
+        if url.path == f"{repository}/tree" and self.server.listed:
+            files = [
+                {"Path": name, "Type": "blob", "Size": len(data), "Sha256": hashlib.sha256(data).hexdigest()}
+                for name, data in self.server.files.items()
+            ]
+            body = {"Code": 200, "Success": True, "Data": {"Files": files}}
+            self.reply(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        elif url.path == repository:
+            self.send_file(parse_qs(url.query)["FilePath"][0])
+        else:
+            self.reply(404, b'{"Code": 404, "Message": "not found"}', {"Content-Type": "application/json"})
+
+    def send_file(self, name: str):
+        wanted = self.headers.get("Range")
+        self.server.downloads.append((name, wanted))
+        data = self.server.files[name]
+        if self.server.flip:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        cut = self.server.cut if name == "coal_ad_train.tar" else None
+        if wanted and self.server.honours_range:
+            start = int(wanted.removeprefix("bytes=").split("-")[0])
+            headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+            self.reply(206, data[start:], headers, cut)
+        else:
+            self.reply(200, data, cut=cut)
+
+
+@contextlib.contextmanager
+def serving(server: ModelScope):
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def server(archives):
+    pytest.importorskip("modelscope")
+    with serving(ModelScope(archives)) as server:
+        yield server
+
+
+def call(data_root: Path, endpoint: str, *arguments: str) -> tuple[str, str]:
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    home = data_root.parent / "home"
+    home.mkdir(exist_ok=True)
+    environment |= {
+        "HOME": str(home), "PYTHONPATH": str(ROOT), "MODELSCOPE_ENDPOINT": endpoint,
+        "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "0", "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-c", CALL, str(data_root), *arguments]
+    run = subprocess.run(
+        command, env=environment, cwd=data_root.parent, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
+    kind, message = json.loads(run.stdout.splitlines()[-1])
+    assert "\n" not in message
+    return kind, message
+
+
+def address(server: ModelScope) -> str:
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_download_puts_both_archives_in_place(tmp_path, server, content):
+    data = tmp_path / "data"
+    assert call(data, address(server)) == ("done", str(data / "coal_ad"))
+    assert tree(data) == content  # and nothing of the download is left
+    assert [name for name, _ in server.downloads] == ["coal_ad_train.tar", "coal_ad_test.tar"]
+
+
+def test_a_data_set_that_is_there_is_left_alone(tmp_path):
+    image = tmp_path / "coal_ad/train/good/mine.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"mine")
+    assert coalad.ensure_coalad(tmp_path) == tmp_path / "coal_ad"
+    assert tree(tmp_path) == {"coal_ad/train/good/mine.png": b"mine"}
+
+
+def test_a_cut_download_is_continued(tmp_path, server, content):
+    data, size = tmp_path / "data", len(server.files["coal_ad_train.tar"])
+    server.cut = 100_000
+    kind, message = call(data, address(server))
+    assert kind == "ConnectionError" and "again to continue" in message
+    assert not (data / "coal_ad").exists()
+    received = (data / ".coal_ad.download/coal_ad_train.tar.incomplete").stat().st_size
+    assert 0 < received <= 100_000 < size
+
+    server.cut, server.downloads = None, []
+    assert call(data, address(server))[0] == "done"
+    assert ("coal_ad_train.tar", f"bytes={received}-") in server.downloads
+    assert tree(data) == content
+
+
+def test_a_server_without_ranges_sends_all_again(tmp_path, server, content):
+    server.cut, server.honours_range = 100_000, False
+    assert call(tmp_path / "data", address(server))[0] == "ConnectionError"
+    server.cut = None
+    assert call(tmp_path / "data", address(server))[0] == "done"
+    assert tree(tmp_path / "data") == content
+
+
+def test_bytes_that_differ_from_the_listing_are_refused(tmp_path, server):
+    server.flip = True
+    kind, message = call(tmp_path / "data", address(server))
+    assert kind == "ConnectionError" and "Hash mismatch" in message
+    assert not list((tmp_path / "data").rglob("*.tar*"))
+
+
+@pytest.mark.parametrize("how", ["no listing", "no archive", "nobody there"])
+def test_where_coalad_cannot_be_had_the_message_says_how_to_get_it(tmp_path, server, how):
+    endpoint = address(server)
+    if how == "no listing":
+        server.listed = False
+    elif how == "no archive":
+        del server.files["coal_ad_test.tar"]
+    else:
+        endpoint = "http://127.0.0.1:1"
+    kind, message = call(tmp_path / "data", endpoint)
+    assert kind == "InputError"
+    for part in (
+        "https://www.modelscope.cn/datasets/lyfjwp/CoalAD",
+        "Baidu",
+        "1234",
+        "train/good",
+        "_mask.png",
+    ):
+        assert part in message
+    assert not (tmp_path / "data/coal_ad").exists()
+
+
+def test_tls_certificates_are_verified(tmp_path, archives):
+    pytest.importorskip("modelscope")
+    if not shutil.which("openssl"):
+        pytest.skip("makes its certificate with openssl")
+    certificate = tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-days", "2",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", certificate, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    server = ModelScope(archives)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.handle_error = lambda *_: None  # the refused handshakes
+    with serving(server):
+        kind, message = call(tmp_path / "data", f"https://127.0.0.1:{server.server_port}")
+    assert kind == "InputError" and "CERTIFICATE_VERIFY_FAILED" in message
+    assert server.downloads == []
+
+
+def test_a_disk_error_while_downloading_is_no_network_error(tmp_path, server):
+    kind, message = call(tmp_path / "data", address(server), "100000")  # no file may grow beyond that
+    assert kind == "OSError" and f"[Errno {errno.EFBIG}]" in message
+    assert not (tmp_path / "data/coal_ad").exists()
+
+
+def test_without_modelscope_the_message_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "modelscope.hub.snapshot_download", None)
+    with pytest.raises(InputError, match="pip install modelscope"):
+        coalad.ensure_coalad(tmp_path)
+
+
+# From here on the archives are there already, and only the unpacking is tried.
+
+
+@pytest.fixture
+def download(monkeypatch, archives):
+    """The archives a download would bring; a test changes them before it calls ensure_coalad."""
+
+    def bring(folder: Path, target: Path) -> None:
+        for name, data in archives.items():
+            (folder / name).write_bytes(data)
+
+    monkeypatch.setattr(coalad, "_download", bring)
+    return archives
+
+
+def member(name: str, content: bytes = b"", **fields) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, content
+
+
+def sparse_header() -> bytes:
+    """An old GNU sparse member that claims a terabyte."""
+    info, _ = member("coal_ad/train/good/sparse.jpg", size=0)
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"%011o\0" % (1 << 32)
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def pax_sparse() -> tuple[tarfile.TarInfo, bytes]:
+    headers = {
+        "GNU.sparse.size": str(1 << 40),
+        "GNU.sparse.map": "0,0",
+        "GNU.sparse.name": "coal_ad/train/good/s",
+    }
+    return member("coal_ad/train/good/sparse.jpg", pax_headers=headers)
+
+
+HOSTILE = {
+    "absolute": [member("/tmp/coal_ad_evil", b"x")],
+    "absolute inside": [member("/coal_ad/train/good/evil.jpg", b"x")],
+    "parent": [member("../evil", b"x")],
+    "parent inside": [member("coal_ad/../../evil", b"x")],
+    "parent folder": [member("coal_ad/../../evil", type=tarfile.DIRTYPE)],
+    "backslash": [member("coal_ad\\..\\..\\evil", b"x")],
+    "drive": [member("coal_ad/C:evil", b"x")],
+    "newline": [member("coal_ad/a\nb.jpg", b"x")],
+    "elsewhere": [member("other/evil", b"x")],
+    "no folder": [member("evil.py", b"x")],
+    "deep": [member("coal_ad/" + "a/" * 20 + "evil", b"x")],
+    "long": [member("coal_ad/" + "a" * 300, b"x")],
+    "symbolic link": [member("coal_ad/train/good/l", type=tarfile.SYMTYPE, linkname="/etc/passwd")],
+    "write through a link": [
+        member("coal_ad/l", type=tarfile.SYMTYPE, linkname="../../.."),
+        member("coal_ad/l/evil", b"x"),
+    ],
+    "hard link": [
+        member("coal_ad/train/good/l", type=tarfile.LNKTYPE, linkname="coal_ad/train/good/000.jpg")
+    ],
+    "device": [member("coal_ad/train/good/d", type=tarfile.CHRTYPE, devmajor=1, devminor=3)],
+    "block device": [member("coal_ad/train/good/d", type=tarfile.BLKTYPE, devmajor=8)],
+    "pipe": [member("coal_ad/train/good/p", type=tarfile.FIFOTYPE)],
+    "unknown kind": [member("coal_ad/train/good/u", type=b"Z")],
+    "twice": [member("coal_ad/train/good/t.jpg", b"a"), member("coal_ad/train/good/t.jpg", b"b")],
+    "twice, other spelling": [
+        member("coal_ad/train/good/t.jpg", b"a"),
+        member("./coal_ad//train/good/t.jpg", b"b"),
+    ],
+    "file as folder": [member("coal_ad/train/good/t", b"a"), member("coal_ad/train/good/t/u", b"b")],
+    "folder as file": [member("coal_ad/train/good/t/u", b"a"), member("coal_ad/train/good/t", b"b")],
+    "file in both archives": [member("coal_ad/test/good/000.jpg", b"a")],
+    "sparse by pax": [pax_sparse()],
+    "nested headers": [],
+    "sparse": [],
+    "size that lies": [],
+    "negative size": [],
+}
+
+
+def hostile_tar(kind: str, good: bytes) -> bytes:
+    """The members of the good archive followed by the hostile ones."""
+    body = good.rstrip(b"\0")
+    body += bytes(-len(body) % tarfile.BLOCKSIZE)
+    if kind == "nested headers":
+        body += member("x" * 200)[0].tobuf(tarfile.GNU_FORMAT)[:1024] * 3000
+    elif kind == "sparse":
+        body += sparse_header()
+    elif kind in ("size that lies", "negative size"):
+        size = 1 << 40 if kind == "size that lies" else -512
+        body += member("coal_ad/train/good/lie.jpg", size=size)[0].tobuf(tarfile.GNU_FORMAT)
+    for info, data in HOSTILE[kind]:
+        body += info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+    return body + bytes(2 * tarfile.BLOCKSIZE)
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_archives_are_refused(tmp_path, download, kind):
+    data = tmp_path / "in/data"
+    download["coal_ad_train.tar"] = hostile_tar(kind, download["coal_ad_train.tar"])
+    before = set(tmp_path.parent.rglob("*"))
+    with pytest.raises(InputError, match="coal_ad_t(rain|est).tar is (refused|damaged)") as refusal:
+        coalad.ensure_coalad(data)
+    assert "\n" not in str(refusal.value)
+    # Nothing but the hidden download folder, and the archive at fault is not kept.
+    assert [path.name for path in data.iterdir()] == [".coal_ad.download"]
+    assert not list(data.rglob("*.jpg"))
+    assert {path for path in set(tmp_path.parent.rglob("*")) - before if data not in path.parents} <= {
+        data, data.parent
+    }  # fmt: skip
+    assert not Path("/tmp/coal_ad_evil").exists()
+    faulty = "coal_ad_test.tar" if kind == "file in both archives" else "coal_ad_train.tar"
+    assert not (data / ".coal_ad.download" / faulty).exists()
+
+
+def test_the_archive_before_the_hostile_members_is_accepted(tmp_path, download, content):
+    """The refusals above are owed to the hostile members, not to how the test builds the archive."""
+    HOSTILE["harmless"] = [member("./", type=tarfile.DIRTYPE), member("coal_ad/._train", b"x")]
+    try:
+        download["coal_ad_train.tar"] = hostile_tar("harmless", download["coal_ad_train.tar"])
+    finally:
+        del HOSTILE["harmless"]
+    coalad.ensure_coalad(tmp_path)
+    assert tree(tmp_path) == content
+
+
+def test_too_many_members_are_refused(tmp_path, download, monkeypatch):
+    monkeypatch.setattr(coalad, "MAX_MEMBERS", 7)
+    with pytest.raises(InputError, match="more than 7 members"):
+        coalad.ensure_coalad(tmp_path)
+
+
+def test_a_compressed_archive_is_refused(tmp_path, download):
+    import gzip
+
+    download["coal_ad_test.tar"] = gzip.compress(download["coal_ad_test.tar"])
+    with pytest.raises(InputError, match="coal_ad_test.tar is damaged or not an uncompressed tar"):
+        coalad.ensure_coalad(tmp_path)
+
+
+@pytest.mark.parametrize("at_header", [True, False])
+def test_a_truncated_archive_is_refused(tmp_path, download, at_header):
+    size = 3 * (512 + 40_448)  # three members of 40,000 bytes, padded to whole blocks
+    download["coal_ad_train.tar"] = download["coal_ad_train.tar"][: size if at_header else size - 10_000]
+    with pytest.raises(InputError, match="damaged"):
+        coalad.ensure_coalad(tmp_path)
+    assert not (tmp_path / "coal_ad").exists()
+
+
+@pytest.mark.parametrize("missing", ["train", "test"])
+def test_archives_without_train_or_test_are_no_data_set(tmp_path, download, missing):
+    download[f"coal_ad_{missing}.tar"] = make_tar({"coal_ad/readme.txt": b"nothing here"})
+    with pytest.raises(InputError, match=f"no coal_ad/{missing}"):
+        coalad.ensure_coalad(tmp_path)
+    assert not (tmp_path / "coal_ad").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_interrupted_extraction_leaves_no_data_set(tmp_path, download, content, monkeypatch, error):
+    copy, calls = shutil.copyfileobj, []
+
+    def break_off(source, target, length):
+        calls.append(target.name)
+        if len(calls) == 11:  # in the second archive
+            target.write(b"half")
+            raise error
+        copy(source, target, length)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shutil, "copyfileobj", break_off)
+        with pytest.raises(type(error)) as raised:
+            coalad.ensure_coalad(tmp_path)
+    assert raised.value is error
+    assert [path.name for path in tmp_path.iterdir()] == [".coal_ad.download"]
+    assert not list(tmp_path.rglob("*.jpg"))
+    coalad.ensure_coalad(tmp_path)
+    assert tree(tmp_path) == content
+
+
+def test_a_killed_extraction_leaves_no_data_set(tmp_path, download, content):
+    """What SIGKILL leaves behind (nothing can clean up after it) is cleared by the next call."""
+    left = tmp_path / ".coal_ad.download/unpacked/coal_ad/train/good/000.jpg"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    coalad.ensure_coalad(tmp_path)
+    assert tree(tmp_path) == content
+
+
+def test_random_damage_is_refused_or_harmless(tmp_path, archives):
+    """Flipped bytes end in InputError or in files under coal_ad/, whatever tarfile makes of them."""
+    rng = random.Random(22)
+    good = make_tar({f"coal_ad/train/good/{i}.jpg": rng.randbytes(100) for i in range(4)})
+    archive = tmp_path / "coal_ad_train.tar"
+    for i in range(300):
+        damaged = bytearray(good)
+        for _ in range(rng.randrange(1, 6)):
+            header = rng.randrange(4) * 1024
+            damaged[header + rng.randrange(512)] = rng.randrange(256)
+            block = damaged[header : header + 512]
+            block[148:156] = b"        "
+            damaged[header + 148 : header + 156] = b"%06o\0 " % sum(block)
+        archive.write_bytes(damaged)
+        folder = tmp_path / f"unpacked{i}"
+        folder.mkdir()
+        with contextlib.suppress(InputError):
+            coalad.extract(archive, folder)
+        assert {path.name for path in folder.iterdir()} <= {"coal_ad"}
+        shutil.rmtree(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"coal_ad_train.tar"}

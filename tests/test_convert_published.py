@@ -1,0 +1,535 @@
+"""The authors' four files: what is read from them, what is refused, and that nothing in them is executed."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans
+
+import convert_published
+from models.backbones import BackboneSpec, empty_backbone
+from models.ma2patch import MA2Patch
+from models.ma_clu import MACLU
+from models.patchcore import PatchCore
+from utils import plain_pickle
+from utils.errors import InputError
+from utils.published import FILES, KMEANS_FILE, MA2PATCH, MA_CLU, PATCHCORE, read_published
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def gaussian_file(dim: int, images: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """What the authors' program saves for a token branch."""
+    vectors = torch.randn(images, dim, generator=generator) @ torch.randn(dim, dim, generator=generator)
+    covariance = torch.cov(vectors.T).reshape(dim, dim)
+    return {
+        "memory_bank_cls": vectors,
+        "mean_vector": vectors.mean(0),
+        "cov_matrix": covariance,
+        "inv_cov_matrix": torch.linalg.inv(
+            covariance + 1e-6 * torch.eye(dim)
+        ),  # column by column: not contiguous
+    }
+
+
+class Published:
+    """The four files as a training leaves them; `write` puts them in a folder."""
+
+    def __init__(
+        self, dim: int = 16, dim2: int = 24, width: int = 32, seed: int = 22, protocol: int = 4
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.ma_clu = gaussian_file(dim, 80, generator)
+        self.ma2patch = gaussian_file(dim2, 90, generator)
+        patches = torch.cat(
+            [torch.randn(200, dim, generator=generator), torch.randn(60, dim, generator=generator) + 4]
+        )
+        kmeans = KMeans(2, random_state=42, n_init="auto").fit(patches.numpy())
+        self.kmeans = {"kmeans": kmeans, "foreground_cluster": int(np.bincount(kmeans.labels_).argmin())}
+        self.patchcore = {
+            "memory_bank": torch.randn(50, width, generator=generator),
+            "f_coreset": 0.01,
+            "eps_coreset": 0.9,
+            "k_nearest": 3,
+            "backbone": "wide_resnet50_2",
+            "image_size": 238,
+        }
+        self.protocol = protocol
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir(exist_ok=True)
+        torch.save(self.ma_clu, folder / MA_CLU)
+        torch.save(self.ma2patch, folder / MA2PATCH)
+        torch.save(self.patchcore, folder / PATCHCORE)
+        (folder / KMEANS_FILE).write_bytes(pickle.dumps(self.kmeans, self.protocol))
+        return folder
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_the_numbers_are_those_of_the_files(tmp_path, protocol):
+    files = Published(protocol=protocol)
+    found = read_published(files.write(tmp_path))
+    for ours, theirs in ((found.ma_clu, files.ma_clu), (found.ma2patch, files.ma2patch)):
+        assert torch.equal(ours["mean"], theirs["mean_vector"])
+        assert torch.equal(ours["covariance"], theirs["cov_matrix"])
+        assert torch.equal(ours["inverse"], theirs["inv_cov_matrix"])
+    foreground = files.kmeans["foreground_cluster"]
+    centers = files.kmeans["kmeans"].cluster_centers_
+    assert np.array_equal(found.ma_clu["centers"], centers[[foreground, 1 - foreground]])
+    assert torch.equal(found.patchcore["bank"], files.patchcore["memory_bank"])
+    assert (found.neighbors, found.coreset_ratio, found.image_size) == (3, 0.01, 238)
+
+
+def test_other_ways_of_saving_the_same(tmp_path):
+    """A mean as a row, doubles, a view of a larger tensor, numpy's integer, byte and column order."""
+    files = Published()
+    files.ma_clu = {name: tensor.double() for name, tensor in files.ma_clu.items()}
+    files.ma_clu["mean_vector"] = files.ma_clu["mean_vector"][None]
+    large = torch.randn(30, 100)
+    files.patchcore = {"memory_bank": large[5:25, 10:42], "other": large, "image_size": (124, 124)}
+    files.kmeans["foreground_cluster"] = np.int64(files.kmeans["foreground_cluster"])
+    files.kmeans["kmeans"].cluster_centers_ = np.asfortranarray(
+        files.kmeans["kmeans"].cluster_centers_
+    ).astype(">f8")
+    found = read_published(files.write(tmp_path))
+    assert torch.equal(found.ma_clu["mean"], files.ma_clu["mean_vector"][0])
+    assert torch.equal(found.patchcore["bank"], large[5:25, 10:42])
+    foreground = files.kmeans["foreground_cluster"]
+    assert np.array_equal(found.ma_clu["centers"][0], files.kmeans["kmeans"].cluster_centers_[foreground])
+    assert (found.neighbors, found.coreset_ratio, found.image_size) == (3, None, 124)
+
+
+@pytest.mark.parametrize("version", ["sklearn.cluster.k_means_", "numpy.core"])
+def test_names_of_older_libraries(tmp_path, version):
+    folder = Published(protocol=3).write(tmp_path)
+    old, new = {
+        "sklearn.cluster.k_means_": (b"sklearn.cluster._kmeans\n", b"sklearn.cluster.k_means_\n"),
+        "numpy.core": (b"numpy._core.", b"numpy.core."),
+    }[version]
+    data = (folder / KMEANS_FILE).read_bytes()
+    swapped = data.replace(old, new) if old in data else data.replace(new, old)
+    assert swapped != data
+    expected = read_published(folder).ma_clu["centers"]
+    (folder / KMEANS_FILE).write_bytes(swapped)
+    assert torch.equal(read_published(folder).ma_clu["centers"], expected)
+
+
+# Pickles that would run something. Each writes to `marker` (or ends the process) if anything is ever called.
+
+
+def calls(module: str, name: str, argument: str, protocol: int = 4) -> bytes:
+    """A pickle that calls module.name(argument)."""
+    text = argument.encode()
+    if protocol < 2:
+        return f"c{module}\n{name}\n(V{argument}\ntR.".encode()
+    named = f"c{module}\n{name}\n".encode()
+    if protocol == 4:
+        named = b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name)) + b"\x93"
+    return bytes([0x80, protocol]) + named + b"X" + len(text).to_bytes(4, "little") + text + b"\x85R."
+
+
+MARK = "open({!r}, 'w').write('called')"
+ATTACKS = [
+    *((module, name, "touch {}") for module, name in [
+        ("os", "system"), ("posix", "system"), ("nt", "system"), ("subprocess", "check_output"),
+    ]),
+    *((module, name, MARK) for module, name in [
+        ("builtins", "eval"), ("builtins", "exec"), ("__builtin__", "eval"), ("pdb", "run"),
+        ("timeit", "timeit"), ("numpy.testing._private.utils", "runstring"),
+    ]),
+    *((module, name, "{}") for module, name in [
+        ("__builtin__", "execfile"), ("builtins", "open"), ("builtins", "getattr"),
+        ("builtins", "__import__"), ("importlib", "import_module"), ("functools", "partial"), ("os", "_exit"),
+        ("numpy", "load"), ("numpy", "save"), ("numpy", "memmap"), ("numpy", "ndarray.tofile"),
+        ("numpy.core.multiarray", "fromfile"), ("numpy._core.multiarray", "_reconstruct.__globals__"),
+        ("copyreg", "_reconstructor"), ("copyreg", "__newobj__"), ("copy_reg", "_reconstructor"),
+        ("sklearn.cluster._kmeans", "KMeans.fit"), ("sklearn.externals.joblib", "load"), ("torch", "load"),
+        ("torch.hub", "load"), ("pickle", "loads"), ("_pickle", "loads"), ("webbrowser", "open"),
+        ("code", "interact"), ("sys", "exit"), ("operator", "attrgetter"),
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", [KMEANS_FILE, MA_CLU, PATCHCORE])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_no_call_is_made_and_its_name_is_told(tmp_path, protocol, file):
+    folder = Published().write(tmp_path / "src")
+    good = (folder / file).read_bytes()
+    marker = tmp_path / "called"
+    for module, name, argument in ATTACKS:
+        attack = calls(module, name, argument.format(str(marker)), protocol)
+        (folder / file).write_bytes(attack if file == KMEANS_FILE else with_pickle(good, attack))
+        with pytest.raises(InputError) as refusal:
+            read_published(folder)
+        assert file in str(refusal.value) and f"{module}.{name}" in str(refusal.value)
+        assert not marker.exists()
+
+
+def with_pickle(archive: bytes, data: bytes) -> bytes:
+    """A file of torch.save with another data.pkl."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as source, zipfile.ZipFile(buffer, "w") as target:
+        for info in source.infolist():
+            target.writestr(info.filename, data if info.filename.endswith("/data.pkl") else source.read(info))
+    return buffer.getvalue()
+
+
+def test_the_attacks_are_real():
+    """Python's own unpickler does call: the refusals above are not owed to malformed pickles."""
+    for protocol in (0, 2, 4):
+        assert pickle.loads(calls("builtins", "len", "four", protocol)) == 4
+    assert pickle.loads(nested_key(2)) == {((1, 1), (1, 1)): 1}
+
+
+def nested_key(depth: int = 60) -> bytes:
+    """A dictionary whose key takes 2**depth steps to hash."""
+    return b"\x80\x04}K\x01" + b"".join(b"\x94h" + bytes([i]) + b"\x86" for i in range(depth)) + b"K\x01s."
+
+
+BUILD_ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tC\x01btR"
+DTYPE = (
+    b"cnumpy\ndtype\n(X\x02\x00\x00\x00f8\x89\x88tR"
+    b"(K\x03X\x01\x00\x00\x00<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+)
+
+
+def model(centers: bytes) -> bytes:
+    """A pickle of a KMeans whose centres are what `centers` builds."""
+    return (
+        b"\x80\x04}(X\x06\x00\x00\x00kmeans" + b"csklearn.cluster._kmeans\nKMeans\n)\x81}"
+        b"X\x10\x00\x00\x00cluster_centers_" + centers + b"sb"
+        b"X\x12\x00\x00\x00foreground_clusterK\x00u."
+    )  # fmt: skip
+
+
+def build(shape: bytes, data: bytes, dtype: bytes = DTYPE) -> bytes:
+    return BUILD_ARRAY + b"(K\x01" + shape + dtype + b"\x89B" + len(data).to_bytes(4, "little") + data + b"tb"
+
+
+HUGE = b"\x8a\x06" + (1 << 40).to_bytes(6, "little")
+DAMAGED = {
+    "empty": b"",
+    "text": b"this is no pickle\n",
+    "zip": b"PK\x03\x04" + bytes(50),
+    "no stop": b"\x80\x04}",
+    "stop alone": b"\x80\x04.",
+    "another value": pickle.dumps([1, 2, 3]),
+    "no model": pickle.dumps({"kmeans": 3, "foreground_cluster": 0}),
+    "hash bomb": nested_key(),
+    "memo bomb": b"\x80\x04Nr\xff\xff\xff\x7f.",
+    "length that lies": b"\x80\x04\x8e" + (1 << 60).to_bytes(8, "little") + b"abc.",
+    "frame that lies": b"\x80\x04\x95" + (1 << 60).to_bytes(8, "little") + b"N.",
+    "long number": b"\x80\x02\x8b\xff\xff\xff\x7f" + b"\x01" * 100 + b".",
+    "too many steps": b"\x80\x04]" + b"Na" * 20_000 + b".",
+    "deep": b"\x80\x04" + b"]" * 4_900 + b"a" * 4_899 + b".",
+    "extension": b"\x80\x02\x82\x01.",
+    "persistent": b"\x80\x02Pname\n.",
+    "old instance": b"(ios\nsystem\n.",
+    "object of a call": b"\x80\x02cnumpy\ndtype\n)R)R.",
+    "state of a name": b"\x80\x02cnumpy\nndarray\n}X\x01\x00\x00\x00aK\x01sb.",
+    "huge shape": model(build(HUGE + HUGE + b"\x86", bytes(16))),
+    "shape beyond memory": model(build(b"K\x02" + b"\x8a\xff" + b"\x7f" * 255 + b"\x86", bytes(16))),
+    "negative shape": model(build(b"J\xff\xff\xff\xffJ\xfe\xff\xff\xff\x86", bytes(16))),
+    "many dimensions": model(build(b"(" + b"K\x01" * 100 + b"t", bytes(8))),
+    "objects": model(build(b"K\x02K\x01\x86", bytes(16), DTYPE.replace(b"f8", b"O8"))),
+    "strings": model(build(b"K\x02K\x01\x86", bytes(16), DTYPE.replace(b"f8", b"S8"))),
+    "not finite": model(build(b"K\x02K\x01\x86", b"\xff" * 16)),
+    "three clusters": model(build(b"K\x03K\x01\x86", bytes(24))),
+    "one dimension": model(build(b"K\x02\x85", bytes(16))),
+}  # fmt: skip
+
+
+def test_the_hand_made_model_is_well_formed(tmp_path):
+    folder = Published(dim=3).write(tmp_path)
+    values = np.arange(6.0).reshape(2, 3)
+    (folder / KMEANS_FILE).write_bytes(model(build(b"K\x02K\x03\x86", values.tobytes())))
+    assert np.array_equal(read_published(folder).ma_clu["centers"], values)
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_and_lying_pickles_are_refused_at_once(tmp_path, kind):
+    folder = Published(dim=1).write(tmp_path)
+    (folder / KMEANS_FILE).write_bytes(DAMAGED[kind])
+    start = time.monotonic()
+    with pytest.raises(InputError, match=KMEANS_FILE) as refusal:
+        read_published(folder)
+    assert time.monotonic() - start < 2
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("value", [2, -1, 0.0, True, "0", None, np.float64(1), np.zeros(2, int)])
+def test_the_foreground_is_cluster_0_or_1(tmp_path, value):
+    files = Published()
+    files.kmeans["foreground_cluster"] = value
+    with pytest.raises(InputError, match=KMEANS_FILE):
+        read_published(files.write(tmp_path))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_truncated_file_is_refused(tmp_path, file):
+    folder = Published().write(tmp_path)
+    data = (folder / file).read_bytes()
+    for length in (0, 1, 10, len(data) // 2, len(data) - 1):
+        (folder / file).write_bytes(data[:length])
+        with pytest.raises(InputError, match=file):
+            read_published(folder)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_file_is_named(tmp_path, file):
+    folder = Published().write(tmp_path)
+    (folder / file).unlink()
+    with pytest.raises(InputError) as refusal:
+        read_published(folder)
+    assert f"lacks {file};" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda files: files.ma_clu.pop("inv_cov_matrix"),
+        lambda files: files.ma_clu.update(inv_cov_matrix=torch.eye(15)),
+        lambda files: files.ma_clu.update(cov_matrix=torch.eye(16, dtype=torch.long)),
+        lambda files: files.ma_clu.update(mean_vector=torch.zeros(16, 16)),
+        lambda files: files.ma_clu.update(mean_vector=torch.tensor(1.0)),
+        lambda files: files.ma_clu.update(mean_vector=[0.0] * 16),
+        lambda files: files.ma2patch["inv_cov_matrix"].__setitem__((3, 4), float("nan")),
+        lambda files: files.ma2patch["mean_vector"].__setitem__(0, float("inf")),
+        lambda files: files.patchcore.update(memory_bank=torch.zeros(0, 32)),
+        lambda files: files.patchcore.update(memory_bank=torch.zeros(32)),
+        lambda files: files.patchcore.update(memory_bank=torch.zeros(1).expand(1 << 20, 1 << 20)),
+        lambda files: files.patchcore.update(memory_bank=torch.eye(4).to_sparse()),
+        lambda files: files.patchcore.update(k_nearest=0),
+        lambda files: files.patchcore.update(k_nearest="3"),
+        lambda files: files.patchcore.update(backbone="resnet18"),
+        lambda files: files.patchcore.update(other=Path("a")),
+        lambda files: setattr(files, "patchcore", torch.eye(3)),
+        lambda files: setattr(files, "kmeans", Published(dim=17).kmeans),
+        lambda files: files.kmeans.update(kmeans=KMeans(2)),
+        lambda files: files.kmeans.update(kmeans=KMeans(3, random_state=0).fit(np.eye(16))),
+    ],
+)
+def test_files_that_hold_something_else_are_refused(tmp_path, change):
+    files = Published()
+    change(files)
+    with pytest.raises(InputError) as refusal:
+        read_published(files.write(tmp_path))
+    assert any(name in str(refusal.value) for name in FILES) and "\n" not in str(refusal.value)
+
+
+def test_storages_that_lie_are_refused(tmp_path):
+    folder = Published().write(tmp_path)
+    good = (folder / PATCHCORE).read_bytes()
+    with zipfile.ZipFile(io.BytesIO(good)) as archive:
+        data = next(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
+    shape = b"K2K \x86"  # 50 x 32
+    count = b"M@\x06"  # 1600 numbers in the storage
+    assert shape in data and count in data
+    for lie in (
+        data.replace(shape, b"M\xff\xffK \x86"),
+        data.replace(shape, b"K2J\xe0\xff\xff\xff\x86"),
+        data.replace(count, b"J\x00\x00\x00\x10"),
+        data.replace(count, b"J\x00\x00\x00\x10").replace(shape, b"J\x00\x00\x80\x00K \x86"),
+        data.replace(count, b"J\xff\xff\xff\xff"),
+    ):
+        assert lie != data
+        (folder / PATCHCORE).write_bytes(with_pickle(good, lie))
+        with pytest.raises(InputError, match=PATCHCORE):
+            read_published(folder)
+
+
+def test_compressed_archives_are_refused(tmp_path):
+    """A zip of zeros unpacks to a thousand times its size."""
+    folder = Published().write(tmp_path)
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(folder / PATCHCORE) as source,
+        zipfile.ZipFile(buffer, "w", compression=zipfile.ZIP_DEFLATED) as target,
+    ):
+        for info in source.infolist():
+            target.writestr(info.filename, source.read(info))
+    (folder / PATCHCORE).write_bytes(buffer.getvalue())
+    with pytest.raises(InputError, match="compressed"):
+        read_published(folder)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_random_damage_is_refused_or_harmless(tmp_path, file):
+    folder = Published(dim=4, dim2=4, width=4).write(tmp_path)
+    good = (folder / file).read_bytes()
+    rng = random.Random(22)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(good)
+        for _ in range(rng.randrange(1, 4)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        (folder / file).write_bytes(damaged)
+        try:
+            read_published(folder)
+        except InputError:
+            refused += 1
+    assert refused > 0
+
+
+def test_pickles_too_large_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(plain_pickle, "MAX_BYTES", 1 << 10)
+    files = Published()
+    with pytest.raises(InputError, match="larger than"):
+        read_published(files.write(tmp_path))
+
+
+# The branches made of the files.
+
+
+class StoredTokens(torch.nn.Module):
+    """In the place of a network: the golden features are tokens already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("anchor", torch.empty(0))
+        self.spec = BackboneSpec("tokens", "stored", 140)
+        self.grid, self.dim = (10, 10), 16
+
+
+def close(found: torch.Tensor, expected: np.ndarray, tolerance: float = 1e-3) -> bool:
+    return np.abs(np.asarray(found) - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_the_published_programs_files_give_its_scores_and_maps(tmp_path):
+    """Its stored means, inverses and centres in; its scores and maps for six images out."""
+    golden = {name: np.load(ROOT / f"tests/data/{name}.npz") for name in ("ma_clu", "ma2patch")}
+    files = Published()
+    for name, arrays in golden.items():
+        mean, covariance = (torch.from_numpy(arrays[key]) for key in ("mean", "cov"))
+        inverse = torch.linalg.inv(covariance + 1e-6 * torch.eye(16))
+        if "inv_cov" in arrays:
+            inverse = torch.from_numpy(arrays["inv_cov"])
+        setattr(files, name, {"mean_vector": mean, "cov_matrix": covariance, "inv_cov_matrix": inverse})
+    files.kmeans["kmeans"].cluster_centers_ = golden["ma_clu"]["cluster_centers"]
+    files.kmeans["foreground_cluster"] = int(golden["ma_clu"]["foreground_cluster"])
+    published = read_published(files.write(tmp_path))
+
+    tokens = torch.from_numpy(golden["ma_clu"]["test_tokens"])
+    branch = MACLU(StoredTokens())
+    branch.load_state(published.ma_clu)
+    assert close(branch.confidence(tokens[:, 1:]), golden["ma_clu"]["patch_confidence"])
+    scores, maps = branch.score((tokens[:, 0], tokens[:, 1:]))
+    assert close(scores, golden["ma_clu"]["score"]) and close(maps, golden["ma_clu"]["anomaly_map"])
+
+    tokens = torch.from_numpy(golden["ma2patch"]["test_tokens"])
+    branch = MA2Patch(StoredTokens())
+    branch.load_state(published.ma2patch)
+    scores, maps = branch.score(tokens[:, 1:])
+    assert close(scores, golden["ma2patch"]["score"]) and close(maps, golden["ma2patch"]["anomaly_map"])
+
+
+@pytest.fixture
+def small_networks(monkeypatch):
+    """timm's smallest networks in the place of the authors'; returns their widths."""
+    networks = {
+        MACLU: ("tokens", "test_vit", 160),
+        MA2Patch: ("tokens", "test_vit", 160),
+        PatchCore: ("maps", "test_resnet", 96),
+    }
+    monkeypatch.setattr(convert_published, "NETWORKS", networks)
+    widths = []
+    for kind, name, size in networks.values():
+        backbone = empty_backbone(BackboneSpec(kind, name, size))
+        widths.append(backbone.dim if kind == "tokens" else sum(channels for channels, *_ in backbone.shapes))
+    return tuple(widths)
+
+
+def convert(monkeypatch, source: Path, models: Path, *flags: str) -> Path:
+    weights = [item for flag in ("ma-clu", "ma2patch", "pc") for item in (f"--{flag}-weights", "random")]
+    arguments = ["convert_published.py", str(source), "--models-dir", str(models), *weights, *flags]
+    monkeypatch.setattr(sys, "argv", arguments)
+    convert_published.main()
+    return models / "coal_ad"
+
+
+def distance(vectors: np.ndarray, file: dict[str, torch.Tensor]) -> np.ndarray:
+    deviation = vectors - file["mean_vector"].double().numpy()
+    inverse = file["inv_cov_matrix"].double().numpy()
+    return np.sqrt(np.einsum("nd,de,ne->n", deviation, inverse, deviation) + 1e-12)
+
+
+def test_converted_branches_compute_with_the_files_numbers(tmp_path, monkeypatch, small_networks):
+    files = Published(*small_networks)
+    # Not the inverse of the covariance: the stored one must be used.
+    for file in (files.ma_clu, files.ma2patch):
+        file["inv_cov_matrix"] = file["inv_cov_matrix"] * 1.7
+    files.patchcore["image_size"] = 96
+    folder = convert(monkeypatch, files.write(tmp_path / "src"), tmp_path / "models")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "ma2patch.safetensors", "ma_clu.safetensors", "pc.safetensors"
+    ]  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+
+    ma_clu = MACLU.load(folder / "ma_clu.safetensors")
+    count = ma_clu.backbone.grid[0] * ma_clu.backbone.grid[1]
+    cls = torch.randn(3, small_networks[0], generator=generator)
+    tokens = torch.randn(3, count, small_networks[0], generator=generator) + 2
+    scores, _ = ma_clu.score((cls, tokens))
+    np.testing.assert_allclose(scores, distance(cls.double().numpy(), files.ma_clu), rtol=1e-4)
+    distances = files.kmeans["kmeans"].transform(tokens.flatten(0, 1).numpy()).reshape(3, count, 2)
+    foreground = files.kmeans["foreground_cluster"]
+    expected = distances[..., 1 - foreground] / (distances[..., foreground] + 1e-8)
+    np.testing.assert_allclose(ma_clu.confidence(tokens), expected, rtol=1e-4)
+
+    ma2patch = MA2Patch.load(folder / "ma2patch.safetensors")
+    tokens = torch.randn(3, count, small_networks[1], generator=generator)
+    scores, _ = ma2patch.score(tokens)
+    np.testing.assert_allclose(scores, distance(tokens.double().mean(1).numpy(), files.ma2patch), rtol=1e-4)
+
+    patchcore = PatchCore.load(folder / "pc.safetensors")
+    assert patchcore.neighbors == 3 and patchcore.coreset_ratio == 0.01
+    count = patchcore.backbone.grid[0] * patchcore.backbone.grid[1]
+    features = torch.randn(2, count, small_networks[2], generator=generator)
+    bank = files.patchcore["memory_bank"].double().numpy()
+    for image, score in zip(features.double().numpy(), patchcore.score(features)[0], strict=True):
+        to_bank = np.linalg.norm(image[:, None] - bank, axis=-1)
+        patch = to_bank.min(1).argmax()
+        entry, largest = to_bank[patch].argmin(), to_bank.min(1).max()
+        around = np.linalg.norm(bank - bank[entry], axis=-1).argsort()[1:3]
+        scale = np.sqrt(bank.shape[1])
+        weight = 1 - np.exp(largest / scale) / np.exp(to_bank[patch, around] / scale).sum()
+        np.testing.assert_allclose(float(score), weight * largest, rtol=1e-4)
+
+
+def test_files_of_other_networks_write_nothing(tmp_path, monkeypatch, small_networks):
+    source = Published(dim=64, dim2=32).write(tmp_path / "src")
+    with pytest.raises(InputError, match="the files of ma2patch are not for test_vit"):
+        convert(monkeypatch, source, tmp_path / "models")
+    assert not (tmp_path / "models").exists()
+
+
+def test_foreign_files_are_not_overwritten(tmp_path, monkeypatch):
+    target = tmp_path / "models/coal_ad/pc.safetensors"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"precious")
+    with pytest.raises(InputError, match="pc.safetensors"):
+        convert(monkeypatch, Published().write(tmp_path / "src"), tmp_path / "models")
+    assert target.read_bytes() == b"precious" and len(list(target.parent.iterdir())) == 1
+
+
+def test_the_command_line_ends_with_2_and_one_line(tmp_path):
+    folder = Published().write(tmp_path / "src")
+    (folder / KMEANS_FILE).write_bytes(calls("os", "system", f"touch {tmp_path / 'called'}"))
+    for arguments in ([str(folder)], [str(folder), "--categroy", "x"]):
+        command = [sys.executable, str(ROOT / "convert_published.py"), *arguments]
+        run = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert run.returncode == 2 and len(run.stderr.strip().splitlines()) == 1, run.stderr
+    assert not (tmp_path / "called").exists() and not (tmp_path / "saved_models").exists()

@@ -1,0 +1,187 @@
+"""Every stored number of the authors' program, computed again from the same inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.random_projection import SparseRandomProjection
+
+from datasets.images import mask_to_tensor, to_tensor
+from models import MACLU, USAD, MA2Patch, PatchCore
+from models.coreset import greedy_k_center
+from models.patchcore import patch_features
+from models.postprocess import resize_images, resize_maps
+from utils.metrics import PixelMetrics
+
+
+class Given:
+    """An image batch as a branch's network sees it here: tokens or layer maps that need no moving."""
+
+    def __init__(self, *features):
+        self.features = features
+
+    def to(self, *_, **__):
+        return self.features
+
+
+def relative(ours, theirs):
+    """Largest difference relative to the largest stored value."""
+    ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    return np.abs(ours - theirs).max() / np.abs(theirs).max()
+
+
+def token_branch(branch_class, data, stand_in, batches, batch_size=7):
+    """A branch fitted on the stored training tokens."""
+    tokens = torch.from_numpy(data["train_tokens"])
+    size = int(data["image_size"])
+    side = int((tokens.shape[1] - 1) ** 0.5)
+    branch = branch_class(stand_in(size, (side, side), tokens.shape[2]))
+    parts = tokens.split(batch_size)
+    branch.fit(batches(({"image": Given(part[:, 0], part[:, 1:])} for part in parts), len(tokens)))
+    test = torch.from_numpy(data["test_tokens"])
+    return branch, (test[:, 0], test[:, 1:])
+
+
+@pytest.fixture
+def ma_clu(golden, stand_in, batches):
+    return *token_branch(MACLU, golden("ma_clu"), stand_in, batches), golden("ma_clu")
+
+
+@pytest.fixture
+def ma2patch(golden, stand_in, batches):
+    return *token_branch(MA2Patch, golden("ma2patch"), stand_in, batches), golden("ma2patch")
+
+
+def test_ma_clu_fit(ma_clu):
+    branch, _, data = ma_clu
+    foreground = int(data["foreground_cluster"])
+    centers = data["cluster_centers"][[foreground, 1 - foreground]]
+    assert relative(branch.centers, centers) < 1e-5
+    assert relative(branch.gaussian.mean, data["mean"]) < 1e-5
+    assert relative(branch.gaussian.covariance, data["cov"]) < 1e-5
+    assert relative(branch.gaussian.inverse, data["inv_cov"]) < 1e-3
+    assert branch.threshold == float(data["threshold"])
+
+
+def test_ma_clu_scores_and_maps(ma_clu):
+    branch, features, data = ma_clu
+    scores, maps = branch.score(features)
+    np.testing.assert_allclose(branch.confidence(features[1]), data["patch_confidence"], rtol=1e-3)
+    np.testing.assert_allclose(scores, data["score"], rtol=1e-3)
+    assert relative(maps, data["anomaly_map"]) < 1e-3
+
+
+def test_ma2patch_fit(ma2patch):
+    branch, _, data = ma2patch
+    assert relative(branch.gaussian.mean, data["mean"]) < 1e-5
+    assert relative(branch.gaussian.covariance, data["cov"]) < 1e-5
+
+
+def test_ma2patch_scores_and_maps(ma2patch):
+    branch, (_, tokens), data = ma2patch
+    scores, maps = branch.score(tokens)
+    assert relative(branch.contribution(tokens), data["contribution"]) < 1e-3
+    np.testing.assert_allclose(scores, data["score"], rtol=1e-3)
+    assert relative(maps, data["anomaly_map"]) < 1e-3
+
+
+@pytest.fixture
+def patchcore(golden, stand_in, batches):
+    """PatchCore fitted on the stored training maps, with the ratio that gives the stored bank's size."""
+    data = golden("patchcore")
+    layers = torch.from_numpy(data["layer2"]), torch.from_numpy(data["layer3"])
+    train = int(data["n_train"])
+    dim = layers[0].shape[1] + layers[1].shape[1]
+    ratio = (int(data["coreset_size"]) + 0.5) / (train * 256)
+    branch = PatchCore(
+        stand_in(int(data["image_size"]), (16, 16), dim), coreset_ratio=ratio, neighbors=int(data["k_nearest"])
+    )
+    branch.fit(batches([{"image": Given(*(layer[:train] for layer in layers))}], train))
+    return branch, patch_features(*(layer[train:] for layer in layers)), data
+
+
+def test_patchcore_features_and_bank(patchcore):
+    branch, _, data = patchcore
+    layers = torch.from_numpy(data["layer2"]), torch.from_numpy(data["layer3"])
+    features = patch_features(*layers)[: int(data["n_train"])].reshape(-1, 32)
+    np.testing.assert_allclose(features, data["patch_features"], atol=1e-5)
+    index = greedy_k_center(torch.from_numpy(data["patch_features"]), int(data["coreset_size"]), progress=False)
+    np.testing.assert_array_equal(index, data["coreset_index"])
+    np.testing.assert_allclose(branch.bank.bank, data["patch_features"][data["coreset_index"]], atol=1e-5)
+
+
+def test_patchcore_scores_and_maps(patchcore):
+    branch, features, data = patchcore
+    scores, maps = branch.score(features)
+    np.testing.assert_allclose(scores, data["score"], rtol=1e-4)
+    # Their blur is Pillow's, through 8 bits; ours is a true Gaussian.
+    np.testing.assert_allclose(maps, data["anomaly_map"], atol=0.01)
+
+
+def test_coreset_after_projection(golden):
+    data = golden("coreset")
+    chosen = greedy_k_center(torch.from_numpy(data["projected"]), int(data["coreset_size"]), progress=False)
+    np.testing.assert_array_equal(chosen, data["coreset_index"])
+    drawn = SparseRandomProjection(eps=0.9, random_state=22).fit(np.empty((1500, int(data["feature_width"]))))
+    assert drawn.n_components_ == data["projected"].shape[1]
+
+
+def test_preprocessing(golden):
+    data = golden("preprocess")
+    image, mask = Image.fromarray(data["image"]), Image.fromarray(data["mask"])
+    np.testing.assert_allclose(to_tensor(image, 56, "bilinear"), data["train_56"], atol=1e-5)
+    test = to_tensor(image, 58, "bicubic")
+    np.testing.assert_allclose(test, data["test_58"], atol=1e-5)
+    for size in (50, 34):
+        np.testing.assert_allclose(resize_images(test[None], size)[0], data[f"test_58_to_{size}"], atol=1e-5)
+    np.testing.assert_array_equal(mask_to_tensor(mask, 58), data["mask_58"] > 0.5)
+
+
+def fusion_of(ma_clu, ma2patch, patchcore, patchcore_maps, size):
+    """The fused scores and maps of our branches' own outputs, with PatchCore's maps given."""
+    (clu, clu_features, _), (attribution, (_, tokens), _), (pc, pc_features, _) = ma_clu, ma2patch, patchcore
+    usad = USAD([clu, attribution, pc])
+    usad.image_size = size
+    parts = {
+        "ma_clu": clu.score(clu_features),
+        "ma2patch": attribution.score(tokens),
+        "pc": (pc.score(pc_features)[0], patchcore_maps),
+    }
+    return usad.fuse({name: (scores, resize_maps(maps, size)) for name, (scores, maps) in parts.items()})
+
+
+def stored_parts(golden, size):
+    files = {"ma_clu": "ma_clu", "ma2patch": "ma2patch", "pc": "patchcore"}
+    return {
+        name: (
+            torch.from_numpy(golden(file)["score"]),
+            resize_maps(torch.from_numpy(golden(file)["anomaly_map"]), size),
+        )
+        for name, file in files.items()
+    }
+
+
+def test_fusion_of_stored_parts(golden, ma_clu, ma2patch, patchcore):
+    data = golden("fusion")
+    usad = USAD([ma_clu[0], ma2patch[0], patchcore[0]], lambda_map=float(data["lambda_map"]))
+    assert usad.score_weights["ma_clu"] == float(data["lambda_obj"])
+    scores, maps = usad.fuse(stored_parts(golden, int(data["size"])))
+    np.testing.assert_allclose(scores, data["score"], rtol=1e-5)
+    np.testing.assert_allclose(maps, data["fused_map"], atol=1e-6)
+
+
+def test_fusion_of_own_parts(golden, ma_clu, ma2patch, patchcore):
+    data = golden("fusion")
+    pc_maps = patchcore[0].score(patchcore[1])[1]
+    scores, maps = fusion_of(ma_clu, ma2patch, patchcore, pc_maps, int(data["size"]))
+    assert relative(maps, data["fused_map"]) < 0.015
+    np.testing.assert_allclose(scores, data["score"], rtol=2e-3)
+
+
+def test_published_pro(golden):
+    data = golden("fusion")
+    metrics = PixelMetrics()
+    metrics.update(data["fused_map"][3:], data["mask"][3:] > 0, np.ones(3, dtype=bool))
+    assert metrics.compute()["pro_as_published"] == pytest.approx(float(data["pro_as_published"]), abs=1e-3)

@@ -1,0 +1,22 @@
+"""Train MA2Patch: semantic attribution of the image's global deviation to its patches.
+
+python train_ma2patch.py                                 # CoalAD, DINOv2 ViT-B/14 at 406 px
+python train_ma2patch.py --category my_belt --covariance ledoit-wolf
+"""
+
+from __future__ import annotations
+
+from models.ma2patch import MA2Patch
+from utils.cli import run
+from utils.training import add_token_flags, run_training, training_parser
+
+
+def main() -> None:
+    parser = training_parser(__doc__, "vit_base_patch14_dinov2.lvd142m", image_size=406, train_ratio=1.0)
+    add_token_flags(parser)
+    args = parser.parse_args()
+    run_training(args, MA2Patch, covariance=args.covariance)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,28 @@
+"""Train MACLU: object-level semantic composition (a ViT's CLS token, and coal against belt by k-means).
+
+python train_ma_clu.py                                   # CoalAD, DINOv2 ViT-S/14 at 350 px
+python train_ma_clu.py --category my_belt --weights dinov2_vits14.safetensors
+"""
+
+from __future__ import annotations
+
+from models.ma_clu import MACLU
+from utils.cli import number, run
+from utils.training import add_token_flags, run_training, training_parser
+
+
+def main() -> None:
+    parser = training_parser(__doc__, "vit_small_patch14_dinov2.lvd142m", image_size=350, train_ratio=1.0)
+    add_token_flags(parser)
+    parser.add_argument(
+        "--threshold",
+        type=number(float, 0, above=True),
+        default=1.14,
+        help="foreground confidence above which a patch is surely coal (default: 1.14)",
+    )
+    args = parser.parse_args()
+    run_training(args, MACLU, threshold=args.threshold, covariance=args.covariance)
+
+
+if __name__ == "__main__":
+    run(main)

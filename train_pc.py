@@ -1,0 +1,33 @@
+"""Train PatchCore: a memory bank of normal textures.
+
+python train_pc.py                                       # CoalAD, WideResNet-50-2 at 238 px, half of the images
+python train_pc.py --category my_belt --train-ratio 1 --coreset-ratio 0.1
+"""
+
+from __future__ import annotations
+
+from models.patchcore import PatchCore
+from utils.cli import number, run
+from utils.training import run_training, share, training_parser
+
+
+def main() -> None:
+    parser = training_parser(__doc__, "wide_resnet50_2", image_size=238, train_ratio=0.5)
+    parser.add_argument(
+        "--coreset-ratio",
+        type=share,
+        default=0.01,
+        help="share of the patches that the bank keeps (default: 0.01)",
+    )
+    parser.add_argument(
+        "--neighbors",
+        type=number(int, 1),
+        default=3,
+        help="bank entries around the nearest one, itself included, that weight the score (default: 3)",
+    )
+    args = parser.parse_args()
+    run_training(args, PatchCore, coreset_ratio=args.coreset_ratio, neighbors=args.neighbors, seed=args.seed)
+
+
+if __name__ == "__main__":
+    run(main)

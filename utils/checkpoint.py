@@ -1,0 +1,90 @@
+"""Checkpoints: safetensors with JSON metadata. Reading one cannot run code."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utils.errors import InputError
+from utils.files import atomic_write
+
+FORMAT = "usad-1"
+
+
+def save_checkpoint(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write `tensors` and JSON-able `metadata` in one atomic step.
+
+    Raises InputError where `path` holds a file that is not a USAD checkpoint: only our own are replaced.
+    """
+    path = Path(path)
+    check_replaceable(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as temporary:
+        save_file(
+            tensors, temporary, metadata={"format": FORMAT, "usad": json.dumps(metadata, sort_keys=True)}
+        )
+
+
+def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and metadata. Raises InputError: not there, not safetensors, or another program's."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no checkpoint {path}; train the branch or give --models-dir")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise InputError(
+                    f"{path} is a safetensors file, but not a USAD checkpoint; train the branch again"
+                )
+            content = json.loads(metadata["usad"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator here)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read as a USAD checkpoint ({error}); it may be truncated or of another kind: "
+            "train the branch again, or turn published files into ours with convert_published.py"
+        ) from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(
+                f"{path}: tensor '{name}' holds values that are not finite; train the branch again"
+            )
+    return tensors, content
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise InputError where `path` holds a file that is not a USAD checkpoint, by its header alone."""
+    if not path.exists():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            ours = (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        ours = False
+    if not ours:
+        raise InputError(
+            f"{path} exists and is not a USAD checkpoint; move it away or choose another --models-dir"
+        )
+
+
+def take(tensors: dict[str, Tensor], name: str, *shape: int | None) -> Tensor:
+    """Tensor `name` of a checkpoint; None in `shape` stands for any length. Raises InputError if it does not fit."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise InputError(f"tensor '{name}' is missing")
+    fits = tensor.dim() == len(shape) and all(
+        want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits or not tensor.is_floating_point() or tensor.numel() == 0:
+        expected = " x ".join("n" if length is None else str(length) for length in shape)
+        raise InputError(
+            f"tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, expected floats {expected}"
+        )
+    return tensor

@@ -1,0 +1,176 @@
+"""Command lines: shared flags with their ranges, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from utils.errors import InputError
+
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line with the remedy, exit code 2; no abbreviated flags."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def parse_args(self, args=None, namespace=None):  # noqa: ANN001, ANN201 (argparse's signature)
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            close = difflib.get_close_matches(flag, known, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            self.error(f"unknown argument {flag}: {hint}{self.prog} --help lists what this script takes")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{self.prog}: {message}")
+        sys.exit(2)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def fail(message: str) -> None:
+    """Print one line on stderr."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a script and leave with the exit code of its end: 0 done, 2 bad input, 130 interrupted, 143 terminated, 1 else."""
+
+    def on_sigterm(*_: object) -> NoReturn:
+        raise Terminated
+
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, on_sigterm)
+    code = 0
+    try:
+        main()
+    except InputError as error:
+        fail(str(error))
+        code = 2
+    except KeyboardInterrupt:
+        fail("interrupted")
+        code = 130
+    except Terminated:
+        fail("terminated")
+        code = 143
+    except OSError as error:
+        fail(f"{error.filename or 'system'}: {error.strerror or error}")
+        code = 1
+    sys.exit(code)
+
+
+def number(
+    kind: type, low: float, high: float = float("inf"), *, above: bool = False
+) -> Callable[[str], float]:
+    """An argparse type: an int or float in [low, high], or in (low, high] with `above`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not (low < value <= high if above else low <= value <= high) or value in (float("inf"),):
+            bounds = f"above {low:g}" if above else f"at least {low:g}"
+            bounds += f" and at most {high:g}" if high < float("inf") else ""
+            raise argparse.ArgumentTypeError(
+                f"'{text}' is not {'a whole' if kind is int else 'a'} number {bounds}"
+            )
+        return value
+
+    return parse
+
+
+def category_name(text: str) -> str:
+    """An argparse type: a folder's plain name."""
+    if not text or text.startswith(".") or re.search(r'[/\\:*?"<>|\x00-\x1f]', text):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a folder's plain name (no separators, no leading dot)"
+        )
+    return text
+
+
+def add_data_flags(parser: Parser) -> None:
+    """Where images are read from and results go."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data-root", type=Path, default=Path("data"), help="holds <category>/train, test, ground_truth"
+    )
+    group.add_argument(
+        "--category",
+        type=category_name,
+        nargs="+",
+        default=["coal_ad"],
+        help="folders in MVTec layout, or 'all'; only coal_ad is downloaded (default: coal_ad)",
+    )
+    group.add_argument("--results-dir", type=Path, default=Path("result"), help="default: result")
+
+
+def add_run_flags(parser: Parser) -> None:
+    """How to run, and what to write."""
+    group = parser.add_argument_group("run")
+    positive = number(int, 1)
+    group.add_argument(
+        "--batch-size", type=positive, help="images at a time (default: 8 on a CPU, 32 on a GPU)"
+    )
+    group.add_argument(
+        "--workers",
+        type=number(int, 0),
+        help="processes that read images (default: 1 on a CPU, up to 8 on a GPU)",
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="auto: fp32 on a CPU, bf16 on a GPU that has it",
+    )
+    group.add_argument("--no-images", action="store_true", help="write no heat maps")
+    group.add_argument("--save-maps", action="store_true", help="write the raw float32 maps as TIFF")
+
+
+def choose_device(name: str, precision: str) -> str:
+    """The device that `--device` stands for; also switches TF32 on where, and only where, it is asked for.
+
+    Raises InputError for a device that is not there, or a precision that it does not have.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} is not available ({reason}); use auto or cpu") from None
+    if device.type != "cuda" and precision in ("fp16", "tf32"):
+        raise InputError(f"--precision {precision} needs an NVIDIA GPU; use fp32, or bf16")
+    tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    return str(device)
+
+
+def default_batch_size(device: str) -> int:
+    return 32 if device.startswith("cuda") else 8
+
+
+def default_workers(device: str) -> int:
+    return min(8, os.cpu_count() or 1) if device.startswith("cuda") else 1

@@ -1,0 +1,46 @@
+"""Stopwatch for the stages of a run, and the process's peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+
+class Stopwatch:
+    """Adds up seconds by stage; waits for the GPU on both sides, so that a stage pays for its own work."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        _synchronize()
+        start = time.perf_counter()
+        yield
+        _synchronize()
+        self.seconds[stage] += time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def peak_memory_mb() -> dict[str, float]:
+    """Peak resident memory of this process and, where CUDA is in use, of PyTorch on the GPU, in MB (10^6 bytes)."""
+    peak = {}
+    try:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["host"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+    except ImportError:  # Windows has no resource module
+        pass
+    if torch.cuda.is_initialized():
+        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    return peak
