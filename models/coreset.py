@@ -2,8 +2,8 @@
 
 Roth et al., "Towards Total Recall in Industrial Anomaly Detection" (2022), take the greedy k-centre of
 Sener and Savarese (2018) on projected features: start at the first patch, then again and again the patch
-farthest from all chosen ones. Here it is lazy (Minoux, 1978): distances to the nearest centre only shrink, so
-a distance known from an earlier step bounds today's, and only points whose bound is large are looked at again.
+farthest from all chosen ones. Here it is lazy (Minoux, 1978): distances to the nearest centre only shrink,
+so one known from an earlier step bounds today's, and only points whose bound is large are looked at again.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def sparse_projection(features: Tensor, eps: float = 0.9, seed: int = 22) -> Ten
 
 
 def greedy_k_center(features: Tensor, size: int, progress: bool = True) -> Tensor:
-    """Indices [size] (int64, on the CPU) of the greedy k-centre of `features` [n, d], in the order of selection.
+    """Indices [size] (int64, on the CPU) of the greedy k-centre of `features` [n, d], in order of selection.
 
-    They are those of the plain algorithm in float64: index 0 first, then the point with the largest distance to
-    its nearest chosen point, the lowest index among equals. A point is never chosen twice: when all that are
-    left coincide with chosen ones, the lowest indices follow. See `LazyGreedy` for memory. Raises ValueError if
-    `size` is not in [1, n] or a feature is not finite.
+    They are those of the plain algorithm in float64: index 0 first, then the point with the largest distance
+    to its nearest chosen point, the lowest index among equals. No point is chosen twice: when all that are
+    left coincide with chosen ones, the lowest indices follow. See `LazyGreedy` for memory. Raises ValueError
+    if `size` is not in [1, n] or a feature is not finite.
     """
     return LazyGreedy(features).select(size, progress)
 
@@ -56,15 +56,15 @@ def k_center_radius(features: Tensor, centers: Tensor) -> float:
 
 
 class LazyGreedy:
-    """Greedy k-centre selection that evaluates few of the n · size distances.
+    """Greedy k-centre selection that evaluates only a part of the n · size distances.
 
     Each point has an interval [lower, upper] around the squared distance to the nearest of the first `seen`
-    centres. `upper` stays a bound as centres are added. A pass brings the points with the largest upper bounds
-    up to date, and takes centres from among them for as long as one is certainly farther than every point
-    outside. The intervals cover the rounding of |x|² + |c|² - 2x·c in float64; where they overlap at the top,
-    the distances concerned are recomputed from differences. `evaluations` counts the distances computed.
+    centres. `upper` stays a bound as centres are added. A pass brings the points with the largest upper
+    bounds up to date, and takes centres from among them for as long as one is certainly farther than every
+    point outside. The intervals cover the rounding of |x|² + |c|² - 2x·c in float64; where they overlap
+    at the top, distances are recomputed from differences. `evaluations` counts all distances computed.
 
-    Needs 24 bytes a point, 8·d·size bytes for the centres and about `workspace` bytes beside the features.
+    Needs 32 bytes a point, 8·d·size bytes for the centres and about `workspace` bytes beside the features.
     Host and device meet a few times a pass, not at each centre.
     """
 
@@ -73,9 +73,8 @@ class LazyGreedy:
             raise ValueError(f"features must be [n, d] with n > 0, not {list(features.shape)}")
         self.features = features.detach()
         self.workspace = workspace
-        self.origin = self.features[
-            0
-        ].double()  # norms are taken about a point, so that an offset costs no digits
+        # Norms are taken about a point, so that an offset of all features costs no digits.
+        self.origin = self.features[0].double()
         self.error = 2 * (features.shape[1] + 8) * UNIT
         self.evaluations = 0
 
@@ -105,7 +104,7 @@ class LazyGreedy:
         return torch.tensor(self.chosen)
 
     def _pass(self, size: int) -> None:
-        """Bring the `block` most distant points up to date and take the centres that are certain from them."""
+        """Bring the `block` farthest points up to date and take the centres that follow with certainty."""
         count = len(self.features)
         block = min(self.block, count)
         values, points = self.upper.topk(min(block + 1, count))
@@ -136,7 +135,7 @@ class LazyGreedy:
     def _take(
         self, points: np.ndarray, lower: np.ndarray, upper: np.ndarray, outside: float, size: int
     ) -> None:
-        """Run the plain greedy on `points` [q], up to date, until one outside may be farther; at least one step."""
+        """Run the plain greedy on `points` [q] for a step, and on until a point outside may be farther."""
         rows = self._rows(torch.from_numpy(points).to(self.features.device))
         squares = rows.square().sum(1)
         gram = torch.addmm(squares, rows, rows.T, alpha=-2).add_(squares[:, None]).clamp_(min=0).cpu().numpy()
@@ -154,7 +153,7 @@ class LazyGreedy:
         self._store(points, lower, upper)
 
     def _farthest(self, points: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> int:
-        """Position of the farthest of `points` [q], the lowest index among equals; settles overlaps in place."""
+        """Position of the farthest of `points` [q], lowest index among equals; settles overlaps in place."""
         rivals = np.flatnonzero(upper >= lower.max())
         if len(rivals) == 1:
             return int(rivals[0])
@@ -173,17 +172,17 @@ class LazyGreedy:
         seen, order = self.seen[points].sort()
         points = points[order]
         # Equal histories lie together, so that few distances are computed twice.
-        chunk = min(max(256, len(points) // 8), 2048, self._chunk(done))
+        chunk = min(max(512, len(points) // 8), 2048, self._chunk(done))
         for part, start in zip(points.split(chunk), seen[::chunk].tolist(), strict=True):
-            squares, distances = self._distances(part, start)
-            nearest = distances.amin(1)
+            squares, scores = self._scores(part, start)
+            nearest = (scores.amin(1) + squares).clamp_(min=0)
             slack = self.error * (8 * squares + 2 * nearest)
             self.upper[part] = torch.minimum(self.upper[part], nearest + slack)
             self.lower[part] = torch.minimum(self.lower[part], (nearest - slack).clamp_(min=0))
         self.seen[points] = done
 
     def _exact(self, points: np.ndarray, upper: np.ndarray) -> np.ndarray:
-        """Squared distances [q] of `points` [q], at most `upper` [q], to the nearest centre, from differences."""
+        """Squared distances [q] to the nearest centre from differences; `upper` [q] bounds them."""
         device, done = self.features.device, len(self.chosen)
         chosen = torch.tensor(self.chosen, device=device)
         result = upper.copy()
@@ -194,8 +193,9 @@ class LazyGreedy:
             )
             settled = self.settled[part, None]
             start = int(settled.min())
-            squares, distances = self._distances(part, start)
-            near = distances <= (bound + 2 * self.error * (8 * squares + 2 * bound))[:, None]
+            squares, scores = self._scores(part, start)
+            limit = bound + 2 * self.error * (8 * squares + 2 * bound)
+            near = scores <= (limit - squares)[:, None]
             near &= torch.arange(start, done, device=device) >= settled  # `upper` knows the ones before
             pairs = near.nonzero()
             for pair in pairs.split(self._chunk(0)):
@@ -210,20 +210,19 @@ class LazyGreedy:
             self.settled[part] = done
         return result
 
-    def _distances(self, points: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Squared norms [q] of `points` [q] and squared distances [q, k] to the chosen centres from number `start`."""
+    def _scores(self, points: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Squared norms [q] of `points` [q] and |c|² - 2x·c [q, k] for the centres from number `start` on."""
         rows = self._rows(points)
         squares = rows.square().sum(1)
         centers, offsets = self.centers[start : len(self.chosen)], self.squares[start : len(self.chosen)]
         self.evaluations += len(points) * len(centers)
-        distances = torch.addmm(offsets, rows, centers.T, alpha=-2).add_(squares[:, None]).clamp_(min=0)
-        return squares, distances
+        return squares, torch.addmm(offsets, rows, centers.T, alpha=-2)
 
     def _rows(self, points: Tensor) -> Tensor:
-        return self.features.index_select(0, points).double() - self.origin
+        return self.features.index_select(0, points) - self.origin  # float64, as the origin is
 
     def _chunk(self, centers: int) -> int:
-        """Points a step may handle: the features in use three times over and a distance to each centre, in float64."""
+        """Points that fit the workspace, with a few copies of their features and distances in float64."""
         return max(1, self.workspace // (8 * (3 * self.features.shape[1] + 2 * centers)))
 
     def _append(self, point: int, row: Tensor) -> None:

@@ -30,20 +30,21 @@ class NearestNeighbors:
     """The rows of a bank nearest to queries, by Euclidean distance.
 
     A fast pass ranks the bank by |b|² - 2 q·b in float32, one matrix product for a block of queries and bank
-    rows, and keeps k + SPARE candidates a query. Their distances are then taken from differences, which lose no
-    digits. Where the rounding of the fast pass leaves room for a nearer row among the others (copies in the
-    bank, rows much closer to each other than to the bank's mean), the query is settled in float64.
+    rows, and keeps k + SPARE candidates a query. Their distances are then taken from differences, which lose
+    no digits. Where the rounding of the fast pass leaves room for a nearer row among the others (copies in
+    the bank, rows much closer to each other than to the bank's mean), the query is settled in float64.
 
-    On a CPU faiss, if installed, does the fast pass for as many queries as it multiplies matrices for; for fewer
-    it takes several times as long as torch.
+    On a CPU faiss, if installed, does the fast pass where it has queries enough to multiply matrices; with
+    fewer it can take five times as long as torch.
 
-    `bank` [m, D] is kept, not copied, if it is float32; `budget` bytes bound everything else but the result.
+    `bank` [m, D] is kept, not copied, if it is contiguous float32; `budget` bytes bound everything else but
+    the result.
     """
 
     def __init__(self, bank: Tensor, budget: int = 1 << 28) -> None:
         if bank.ndim != 2 or bank.shape[0] == 0:
             raise ValueError(f"bank must be [m, D] with m > 0, not {list(bank.shape)}")
-        self.bank = bank.detach().float()
+        self.bank = bank.detach().float().contiguous()
         self.budget = budget
         self.faiss = _load_faiss() if self.bank.device.type == "cpu" else None
         # Squared norms are taken about the mean, so that an offset common to all rows costs few digits.
@@ -53,22 +54,22 @@ class NearestNeighbors:
         self.reach = max(rows.square().sum(1).max().item() for rows in parts) ** 0.5
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Distances [n, k] (float32, ascending) and bank indices [n, k] (int64) of the rows nearest to `queries`.
+        """Distances [n, k] (float32, ascending) and bank indices [n, k] (int64) of the nearest rows.
 
-        `queries` [n, D] lie on the bank's device. Of equally near rows the one with the lowest index comes first.
-        Raises ValueError if k is not in [1, m].
+        `queries` [n, D] lie on the bank's device. Of equally near rows the lowest index comes first. Raises
+        ValueError if k is not in [1, m].
         """
         if not 1 <= k <= len(self.bank):
             raise ValueError(f"k must lie in [1, {len(self.bank)}], the size of the bank, not {k}")
         results = [(queries.new_empty(0, k, dtype=torch.float32), queries.new_empty(0, k, dtype=torch.int64))]
+        step = self._rows(24 * queries.shape[1], 1024)
         with exact_matmul(self.bank.device):
-            for part in (
-                queries.detach().split(self._rows(24 * queries.shape[1], 1024)) if len(queries) else ()
-            ):
-                rows = part.float()
+            for start in range(0, len(queries), step):
+                rows = queries[start : start + step].detach().float()
                 squares, indices, doubtful = self._rank(rows, k)
-                for redo in doubtful.nonzero()[:, 0].split(256) if doubtful.any() else ():
-                    squares[redo], indices[redo] = self._settle(rows[redo], squares[redo])
+                redo = doubtful.nonzero()[:, 0]
+                for some in redo.split(256) if len(redo) else ():
+                    squares[some], indices[some] = self._settle(rows[some], squares[some])
                 results.append((squares.sqrt_(), indices))
         distances, indices = zip(*results, strict=True)
         return torch.cat(distances), torch.cat(indices)
@@ -91,16 +92,17 @@ class NearestNeighbors:
 
     def _candidates_faiss(self, queries: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
         """As `_candidates_torch`."""
-        scores, near = self.faiss.knn(queries.contiguous().numpy(), self.bank.contiguous().numpy(), keep)
+        scores, near = self.faiss.knn(queries.contiguous().numpy(), self.bank.numpy(), keep)
         length = torch.linalg.vector_norm(queries, dim=1)
         return torch.from_numpy(scores), torch.from_numpy(near), self._rounding(length, self.reach**2)
 
     def _candidates_torch(self, queries: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-        """About the `keep` smallest squared distances [q, keep], their indices, and the rounding error [q]."""
+        """The `keep` smallest squared distances [q, keep], rounded; their indices; the rounding error [q]."""
         count = len(self.bank)
         centered = queries - self.origin
         step = max(GROUP, self._rows(4 * len(queries), 8192) // GROUP * GROUP)
-        scores, near = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0, dtype=torch.int64)
+        scores = queries.new_empty(len(queries), 0)
+        near = scores.long()
         for start in range(0, count, step):
             rows = self.bank[start : start + step]
             block = torch.addmm(self.squares[start : start + step], centered, rows.T, alpha=-2)
@@ -109,20 +111,18 @@ class NearestNeighbors:
             scores, order = scores.topk(min(keep, scores.shape[1]), largest=False)
             near = near.gather(1, order)
         length = torch.linalg.vector_norm(centered, dim=1)
-        scores += (length.square() + 2 * (centered @ self.origin))[:, None]  # |q - b|², by norms about the origin
+        scores += (length.square() + 2 * (centered @ self.origin))[:, None]  # completes |q - b|²
         return scores, near, self._rounding(2 * length, self.squares.max())
 
     def _rounding(self, length: Tensor, square: float | Tensor) -> Tensor:
-        """Four standard deviations of a score's error: roundings within a product add up like a random walk."""
+        """Error of a score: roundings within a product add up like a random walk; 4 standard deviations."""
         return 4 * UNIT32 * (2 * self.bank.shape[1] ** 0.5 * self.reach * length + square + length.square())
 
     def _settle(self, queries: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared distances and indices [q, k], given k attainable `squares` [q, k], by products in float64."""
+        """Squared distances and indices [q, k] by float64 products; `squares` [q, k] are attainable ones."""
         (count, width), k = self.bank.shape, squares.shape[1]
-        best, indices = (
-            torch.full_like(squares, torch.inf),
-            torch.full_like(squares, count, dtype=torch.int64),
-        )
+        best = torch.full_like(squares, torch.inf)
+        indices = best.new_full(best.shape, count, dtype=torch.int64)
         centered = queries.double() - self.origin
         norms = centered.square().sum(1)
         limit = squares[:, -1].double() * (1 + 1e-5)  # float32 differences are good to a few 1e-7
