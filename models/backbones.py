@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from datasets.images import IMAGENET_MEAN, IMAGENET_STD
 from models import networks
+from models.inference import fold_batch_norms, use_onednn
 from models.weights import pretrained_state_dict, random_state_dict, read_state_dict
 from utils.errors import InputError
 
@@ -22,8 +23,9 @@ SMALLEST_MAP = 3  # PatchCore pools 3 x 3 without padding
 class BackboneSpec:
     """Everything that decides what a backbone computes; stored in checkpoints.
 
-    `kind` is "tokens" or "maps". `weights` is "pretrained", "demo", "random" or "file" (then `file` is its path).
-    `position_size` None stands for the image size. `fingerprint` and `precision` are filled in by `build_backbone`.
+    `kind` is "tokens" or "maps". `weights` is "pretrained", "demo", "random" or "file" (then `file` is its
+    path). `position_size` None stands for the image size. `build_backbone` fills in `fingerprint` and
+    `precision`.
     """
 
     kind: str
@@ -39,7 +41,7 @@ class BackboneSpec:
     fingerprint: str | None = None
 
     def with_weights(self, weights: str) -> BackboneSpec:
-        """This network with the weights that a flag names: "pretrained", "demo", "random", or a file's path."""
+        """This network with the weights a flag names: "pretrained", "demo", "random", or a file's path."""
         if weights in ("pretrained", "demo", "random"):
             return dataclasses.replace(self, weights=weights, file=None)
         return dataclasses.replace(self, weights="file", file=weights)
@@ -64,16 +66,14 @@ class BackboneSpec:
 class Backbone(nn.Module):
     """A frozen network in evaluation mode: no gradients, outputs always float32.
 
-    `precision` "bf16" or "fp16" runs it under autocast; "fp32" and "tf32" do not (TF32 is a global switch of torch).
+    `precision` "bf16" or "fp16" runs it under autocast; "tf32" is a global switch of torch, not set here.
     """
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
         super().__init__()
         self.net = net
         self.spec = spec
-        self.register_buffer(
-            "anchor", torch.empty(0), persistent=False
-        )  # says where networks without weights are
+        self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells the device, weights or none
         self.eval().requires_grad_(False)
 
     @property
@@ -91,7 +91,8 @@ class Backbone(nn.Module):
                 f"images are {tuple(images.shape[-2:])}, the backbone takes {self.spec.image_size}"
             )
         with torch.no_grad(), self._autocast():
-            return tuple(output.float() for output in self.extract(images))
+            outputs = self.extract(images.contiguous(memory_format=torch.channels_last))
+            return tuple(output.float() for output in outputs)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         dtype = AUTOCAST.get(self.spec.precision)
@@ -102,20 +103,22 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def finish(self) -> None:
-        """What is left to do once the weights are in place."""
+        """What is done once, when the weights are in place."""
+        fold_batch_norms(self.net)
+        self.net.to(memory_format=torch.channels_last)
 
 
 class TokenBackbone(Backbone):
-    """Images [B, 3, S, S] -> CLS token [B, D], patch tokens [B, N, D] row by row; N = h * w of `grid`, D = `dim`."""
+    """Images [B, 3, S, S] -> CLS [B, D], patch tokens [B, N, D] row by row: `grid` h * w = N, `dim` D."""
 
     grid: tuple[int, int]
     dim: int
 
 
 class ViTTokens(TokenBackbone):
-    """A ViT's tokens after its final norm, registers left out; without a class token, CLS is the patches' mean.
+    """A ViT's tokens after its final norm, no registers; lacking a class token, CLS is the patches' mean.
 
-    ViTs that normalise only after pooling (timm's "gap" family) give their tokens as they leave the last block.
+    ViTs that normalise only after pooling (timm's "gap" family) give tokens as they leave the last block.
     """
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
@@ -127,6 +130,7 @@ class ViTTokens(TokenBackbone):
     def finish(self) -> None:
         """Resample the position embeddings to the image size once, instead of in every pass."""
         self.net.set_input_size((self.spec.image_size,) * 2)
+        super().finish()
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.net.forward_features(images)
@@ -149,7 +153,7 @@ class CNNTokens(TokenBackbone):
 
 
 class MapBackbone(Backbone):
-    """Images [B, 3, S, S] -> a CNN's maps of stride 8 and 16, [B, C, h, w] each (layer2 and layer3 of a ResNet).
+    """Images [B, 3, S, S] -> a CNN's maps of stride 8 and 16, [B, C, h, w] (a ResNet's layer2 and layer3).
 
     `grid` is the finer map's (h, w), `dim` both maps' channels together.
     """
@@ -161,8 +165,8 @@ class MapBackbone(Backbone):
         self.dim = sum(channels for channels, *_ in self.shapes)
         if min(self.shapes[-1][1:]) < SMALLEST_MAP:
             raise InputError(
-                f"--image-size {spec.image_size} is too small for {spec.name}: its coarser map must have at least "
-                f"{SMALLEST_MAP} x {SMALLEST_MAP} places; take {16 * SMALLEST_MAP} or more"
+                f"--image-size {spec.image_size} is too small for {spec.name}: its coarser map must have "
+                f"{SMALLEST_MAP} x {SMALLEST_MAP} places or more; take at least {16 * SMALLEST_MAP}"
             )
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,9 +182,9 @@ def build_backbone(
 ) -> TokenBackbone | MapBackbone:
     """Build the network of `spec`, load its weights and move it to `device`.
 
-    `weights` overrides where the weights come from; `precision` "auto" keeps the spec's on a GPU, takes the best
-    there is if the spec has none, and is fp32 on a CPU. Raises InputError: unknown network, a size that does not
-    suit it, weights that cannot be had or do not fit, or (where the spec has a fingerprint) other weights.
+    `weights` overrides where the weights come from. `precision` "auto" is fp32 on a CPU; on a GPU the spec's,
+    or the best there is if the spec has none. Raises InputError: unknown network, a size that does not suit
+    it, weights that cannot be had or do not fit, or other weights than those of the spec's fingerprint.
     """
     if weights is not None:
         spec = spec.with_weights(weights)
@@ -196,13 +200,16 @@ def build_backbone(
     mark = networks.load_weights(backbone.net, spec.name, state, spec.source)
     if spec.fingerprint not in (None, mark):
         raise InputError(
-            f"fitted with weights {spec.fingerprint[:12]} of {spec.name}, but {spec.source} gives {mark[:12]}; "
+            f"fitted with weights {spec.fingerprint[:12]} of {spec.name}, but {spec.source} has {mark[:12]}; "
             f"give the right file with {flag}, or train again"
         )
-    backbone.finish()
     precision = resolve_precision(spec.precision, precision, device)
     backbone.spec = dataclasses.replace(spec, fingerprint=mark, precision=precision)
-    return backbone.to(device)
+    backbone.finish()
+    backbone.to(device)
+    if backbone.device.type == "cpu" and precision == "fp32":
+        use_onednn(backbone, spec.image_size)
+    return backbone
 
 
 def empty_backbone(spec: BackboneSpec) -> TokenBackbone | MapBackbone:
@@ -222,7 +229,7 @@ def empty_backbone(spec: BackboneSpec) -> TokenBackbone | MapBackbone:
 
 
 def resolve_precision(recorded: str, asked: str, device: str) -> str:
-    """The precision in force: as asked; "auto" is fp32 on a CPU, elsewhere the recorded one or the best there is."""
+    """The precision in force; "auto" is fp32 on a CPU, elsewhere the recorded one or the best there is."""
     if asked != "auto":
         return asked
     if torch.device(device).type != "cuda":

@@ -1,9 +1,10 @@
-"""The same numbers faster: batch norms folded into convolutions, weights packed for the CPU's own instructions."""
+"""The same numbers faster: batch norms folded into convolutions, and oneDNN's kernels on the CPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
@@ -33,30 +34,47 @@ def fold_batch_norms(net: nn.Module) -> None:
         net.set_submodule(node.target, nn.Identity())
 
 
-def pack_for_cpu(net: nn.Module, called: set[str]) -> None:
-    """Replace the linear layers and convolutions in `called` by ones whose weights oneDNN has packed, in place.
+def use_onednn(net: nn.Module, image_size: int) -> None:
+    """Give linear layers and convolutions oneDNN's 32-bit kernels, in place; nothing on CPUs without AVX-512.
 
-    torch's own linear layers go through MKL, which on CPUs other than Intel's leaves AVX-512 unused; and a
-    convolution packs its weights anew in every pass. Only 32-bit floats on CPUs with AVX-512; elsewhere a no-op.
+    Left alone, torch takes MKL for linear layers, and on a single thread for many convolutions: on CPUs that
+    are not Intel's it leaves AVX-512 unused and is half as fast.
     """
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(
-        torch.ops.mkldnn, "_linear_pointwise"
-    ):
+    kernels = ("_linear_pointwise", "_convolution_pointwise", "_reorder_linear_weight")
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return
-    for path, module in list(net.named_modules()):
-        if path in called and type(module) is nn.Linear:
-            net.set_submodule(path, PackedLinear(module))
-        elif (
-            path in called
-            and type(module) is nn.Conv2d
-            and module.groups == 1
-            and module.padding_mode == "zeros"
-        ):
-            net.set_submodule(path, PackedConv2d(module))
+    if not all(hasattr(torch.ops.mkldnn, kernel) for kernel in kernels):  # private names; a release may lack them
+        return
+    for path in _called_layers(net, image_size):
+        module = net.get_submodule(path)
+        if type(module) is nn.Linear:
+            net.set_submodule(path, OneDNNLinear(module))
+        elif module.padding_mode == "zeros":
+            net.set_submodule(path, OneDNNConv2d(module))
 
 
-class PackedLinear(nn.Module):
-    """nn.Linear by oneDNN."""
+def _called_layers(net: nn.Module, image_size: int) -> list[str]:
+    """Paths of the linear layers and convolutions that a pass calls, found without computing anything.
+
+    Where another module reads a layer's weights instead of calling it, the layer must stay what it is.
+    """
+    called: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, inputs, path=path: called.append(path))
+        for path, module in net.named_modules()
+        if type(module) in (nn.Linear, nn.Conv2d)
+    ]
+    tensors = {name: tensor.to("meta") for name, tensor in (*net.named_parameters(), *net.named_buffers())}
+    try:
+        functional_call(net, tensors, torch.empty(1, 3, image_size, image_size, device="meta"))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(dict.fromkeys(called))
+
+
+class OneDNNLinear(nn.Module):
+    """nn.Linear with weights in the order in which oneDNN reads them."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -67,15 +85,16 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-class PackedConv2d(nn.Module):
-    """nn.Conv2d by oneDNN, for inputs whose channels lie last."""
+class OneDNNConv2d(nn.Module):
+    """nn.Conv2d by oneDNN on any number of threads.
+
+    Its weights stay in torch's order: oneDNN's depends on the batch size, and the wrong one halves the speed.
+    """
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
         self.geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-        weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry)
-        self.bias = conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._convolution_pointwise(

@@ -1,10 +1,11 @@
-"""Networks from timm and torchvision, cut after the last layer that is used, with their weights put in place."""
+"""Networks from timm and torchvision, cut after the last layer in use, and their weights put in place."""
 
 from __future__ import annotations
 
 import difflib
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Sequence
 
@@ -50,21 +51,25 @@ def is_vit(name: str) -> bool:
     """Whether `name` is a ViT whose tokens are class token, registers, then the patches row by row."""
     if not timm.is_model(name):
         return False
-    net = full_network(name, "meta")
+    net = outline(name)
     return isinstance(net, VisionTransformer | Eva) and hasattr(net.patch_embed, "set_input_size")
 
 
-def full_network(name: str, device: str = "cpu") -> nn.Module:
+def full_network(name: str) -> nn.Module:
     """The uncut network at its own input size, with the libraries' random initial values."""
-    with torch.device(device):
-        if timm.is_model(name):
-            return timm.create_model(name, num_classes=0)
-        extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-        return torchvision.models.get_model(name, weights=None, **extra)
+    if timm.is_model(name):
+        return timm.create_model(name, num_classes=0)
+    extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, weights=None, **extra)
+
+
+def outline(name: str) -> nn.Module:
+    """The uncut network without memory for its weights: for shapes and names."""
+    return _without_memory(functools.partial(full_network, name))
 
 
 def vit(name: str, position_size: int) -> nn.Module:
-    """ViT with position embeddings for `position_size` pixels, without head or pooling; weights not yet loaded.
+    """ViT with position embeddings for `position_size` pixels, no head, no pooling; weights not yet loaded.
 
     Raises InputError where the patch size does not divide `position_size`.
     """
@@ -81,8 +86,8 @@ def vit(name: str, position_size: int) -> nn.Module:
 
 
 def check_divisible(name: str, size: int, flag: str) -> None:
-    """Raise InputError, with the nearest sizes that work, unless ViT `name` can cut `size` pixels into patches."""
-    patch = max(full_network(name, "meta").patch_embed.patch_size)
+    """Raise InputError, with the nearest sizes, unless ViT `name` can cut `size` pixels into patches."""
+    patch = max(outline(name).patch_embed.patch_size)
     if size % patch or size < patch:
         below = size // patch * patch
         nearest = " or ".join(str(fit) for fit in (below, below + patch) if fit > 0)
@@ -92,7 +97,7 @@ def check_divisible(name: str, size: int, flag: str) -> None:
 
 
 def cnn(name: str, strides: Sequence[int] | None) -> nn.Module:
-    """Network whose forward gives a list of maps [B, C, h, w]; weights not yet loaded, nothing after the last map.
+    """Network for `maps`, without anything that comes after the last one; weights not yet loaded.
 
     The maps are those of the given strides, or with None the last one of stride 16 or less. Raises InputError
     where the network has no such maps.
@@ -107,7 +112,7 @@ def cnn(name: str, strides: Sequence[int] | None) -> nn.Module:
         with torch.device("meta"):
             info = make().feature_info
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"--backbone {name}: timm gives no feature maps of it ({reason(error)})") from None
+        raise InputError(f"--backbone {name}: no feature maps can be had of it ({reason(error)})") from None
     chosen = _choose(name, info.reduction(), strides)
     return _without_memory(functools.partial(make, [info.out_indices[index] for index in chosen]))
 
@@ -147,44 +152,46 @@ def _choose(name: str, available: Sequence[int], strides: Sequence[int] | None) 
 
 def _torchvision_cnn(name: str, strides: Sequence[int] | None) -> nn.Module:
     """`cnn` for names that only torchvision has: maps are outputs of modules at most two names deep."""
-    size = 256
-    outputs: dict[str, int] = {}
+    size = 512
+    found: dict[str, int] = {}
 
     def note(module: nn.Module, inputs: tuple, output: object, path: str) -> None:
-        if (
-            isinstance(output, Tensor)
-            and output.dim() == 4
-            and output.shape[-1] > 1
-            and size % output.shape[-1] == 0
-        ):
-            outputs.pop(path, None)
-            outputs[path] = size // output.shape[-1]
+        if isinstance(output, Tensor) and output.dim() == 4 and output.shape[-1] > 1:
+            found.pop(path, None)
+            found[path] = 2 ** round(
+                math.log2(size / output.shape[-1])
+            )  # without padding it is not a whole number
 
-    net = full_network(name, "meta").eval()
+    net = outline(name).eval()
     for path, module in net.named_modules():
-        if 0 < len(path.split(".")) <= 2:
+        if 0 < len(path.split(".")) <= 2 and not path.startswith("classifier"):
             module.register_forward_hook(functools.partial(note, path=path))
     try:
-        net(torch.empty(1, 3, size, size, device="meta"))
+        with torch.no_grad():
+            net(torch.empty(1, 3, size, size, device=next(net.parameters()).device))
+        chosen = [list(found)[index] for index in _choose(name, list(found.values()), strides)]
+        return create_feature_extractor(outline(name).eval(), chosen)
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(f"--backbone {name}: gives no feature maps ({reason(error)})") from None
-    chosen = [list(outputs)[index] for index in _choose(name, list(outputs.values()), strides)]
-    return create_feature_extractor(full_network(name, "meta").eval(), chosen)
+        raise InputError(f"--backbone {name}: no feature maps can be had of it ({reason(error)})") from None
 
 
 def _without_memory(make: Callable[[], nn.Module]) -> nn.Module:
-    """The network on the meta device, unless it holds values that no file of weights has (rotary embeddings)."""
-    with torch.device("meta"):
-        net = make()
-    saved = net.state_dict().keys()
-    if any(name not in saved for name, _ in net.named_buffers()):
+    """The network on the meta device, unless it computes with values that no file of weights has."""
+    try:
+        with torch.device("meta"):
+            net = make()
+        saved = net.state_dict().keys()
+        complete = all(name in saved for name, _ in net.named_buffers())  # rotary embeddings are not saved
+    except NotImplementedError:  # its constructor reads values of tensors
+        complete = False
+    if not complete:
         with torch.random.fork_rng(devices=[]):
             net = make()
     return net
 
 
 def load_weights(net: nn.Module, name: str, state: StateDict, source: str) -> str:
-    """Put `state`, in the layout that timm, torchvision or the authors publish, into `net`; returns a fingerprint.
+    """Put `state`, laid out as timm, torchvision or the authors publish, into `net`; returns a fingerprint.
 
     The fingerprint is that of the tensors in use as published: it does not depend on the kind of file, on an
     unused classifier or on the input size. Raises InputError that names what is missing or has another shape.
@@ -192,7 +199,7 @@ def load_weights(net: nn.Module, name: str, state: StateDict, source: str) -> st
     target = net.model if isinstance(net, FeatureGetterNet) else net
     needed = {key: value for key, value in target.state_dict().items() if not key.endswith(COUNTER)}
     try:
-        state = _in_timm_layout(name, state, full_network(name, "meta"), keep_positions=True)
+        state = _in_timm_layout(name, state, outline(name), keep_positions=True)
     except Exception as error:  # timm's converters trust their input; a foreign file may break them anywhere
         raise InputError(f"weights {source} are not those of {name} ({reason(error)})") from None
     missing = [key for key in needed if key not in state]
@@ -202,9 +209,10 @@ def load_weights(net: nn.Module, name: str, state: StateDict, source: str) -> st
         )
     used = {key: state[key] for key in needed}
     mark = fingerprint(used)
+    used = {key: value.float() if value.is_floating_point() else value for key, value in used.items()}
     try:
         placed = _in_timm_layout(name, used, target, keep_positions=False)
-    except RuntimeError:
+    except (RuntimeError, IndexError, AssertionError):
         placed = used  # position embeddings that cannot be resampled fail the next check
     wrong = [
         f"{key} {list(placed[key].shape)}, expected {list(value.shape)}"
@@ -213,13 +221,10 @@ def load_weights(net: nn.Module, name: str, state: StateDict, source: str) -> st
     ]
     if wrong:
         raise InputError(f"weights {source} do not fit {name}: {len(wrong)} of another shape: {_few(wrong)}")
-    for key in target.state_dict():
-        if key.endswith(COUNTER):
-            placed[key] = torch.zeros((), dtype=torch.long)
-    target.load_state_dict(
-        {key: value.float() if value.is_floating_point() else value for key, value in placed.items()},
-        assign=True,
-    )
+    counters = {
+        key: torch.zeros((), dtype=torch.long) for key in target.state_dict() if key.endswith(COUNTER)
+    }
+    target.load_state_dict(placed | counters, assign=True)
     net.requires_grad_(False).eval()
     return mark
 

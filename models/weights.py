@@ -1,4 +1,4 @@
-"""Where a network's weights come from: files, the hubs and their mirrors, or a seed; and their fingerprint."""
+"""Where a network's weights come from (files, the hubs and their mirrors, a seed), and their fingerprint."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 import hashlib
 import os
 import socket
+import ssl
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -22,6 +25,7 @@ from utils.errors import InputError
 StateDict = dict[str, Tensor]
 HUB = "https://huggingface.co"
 HUB_MIRROR = "https://hf-mirror.com"
+MODELSCOPE = "https://modelscope.cn"
 NETWORK_TIMEOUT = 10  # seconds without an answer before the next source is tried
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -29,8 +33,8 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 def read_state_dict(path: str | os.PathLike) -> StateDict:
     """Tensors of a `.safetensors`, `.pth`, `.pt` or `.bin` file, by name; nothing in the file can run code.
 
-    A dictionary wrapped as {"state_dict": ...} or {"model": ...} is unwrapped, entries that are no tensors are
-    dropped. Raises InputError: no such file, another suffix, truncated, pickled objects, no tensors.
+    A dictionary wrapped as {"state_dict": ...} or {"model": ...} is unwrapped; what is no tensor is dropped.
+    Raises InputError: no such file, another suffix, truncated, pickled objects, no tensors.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
@@ -44,8 +48,8 @@ def read_state_dict(path: str | os.PathLike) -> StateDict:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged or hostile file may fail anywhere inside the two readers
         raise InputError(
-            f"weights {path}: cannot be read as plain tensors ({reason(error)}); it may be truncated, or hold "
-            "pickled objects, which are not loaded: save the state dict alone"
+            f"weights {path}: cannot be read as plain tensors ({reason(error)}); it may be truncated, or "
+            "hold pickled objects, which are not loaded: save the state dict alone"
         ) from None
     while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
         content = content.get("state_dict", content.get("model"))
@@ -67,8 +71,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def random_state_dict(build: Callable[[], nn.Module], seed: int) -> StateDict:
     """State dict of an untrained network, the same for a seed and versions of torch and timm.
 
-    LayerScale factors are one instead of DINOv2's 1e-5, which would make an untrained CLS token the same for all
-    images but for rounding.
+    LayerScale factors are one instead of DINOv2's 1e-5: with those an untrained CLS token hardly depends on
+    the image, and rounding decides a hundredth of what differs.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -81,11 +85,11 @@ def is_layer_scale(name: str) -> bool:
 
 
 def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
-    """Published weights of timm or torchvision network `name`, downloaded once into the libraries' own caches.
+    """Published weights of a network of timm or torchvision, downloaded once into the libraries' caches.
 
-    ViTs and most CNNs: the Hugging Face hub (or HF_ENDPOINT), its mirror, ModelScope. Networks that torchvision
-    publishes in the same layout: its own URL (ImageNet-1k, first version), then timm's copy of it through the hubs.
-    Raises InputError that names what was tried.
+    ViTs and most CNNs: the Hugging Face hub and its mirror (or HF_ENDPOINT alone), then ModelScope. Networks
+    that torchvision publishes in the same layout: its own URL (ImageNet-1k, first version), then timm's copy
+    through the hubs. Raises InputError that names what was tried.
     """
     sources = list(_sources(name))
     failures = []
@@ -101,8 +105,8 @@ def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
                     failures.append(f"{place} ({reason(error)})")
     tried = "; ".join(failures) or "nothing is published under this name"
     raise InputError(
-        f"no pretrained weights for {name}; tried: {tried}. Download the file by other means and give it with "
-        f"{flag} path.safetensors (or .pth)"
+        f"no pretrained weights for {name}; tried: {tried}. Download the file by other means and give it "
+        f"with {flag} path.safetensors (or .pth)"
     )
 
 
@@ -147,6 +151,7 @@ def _from_hub(endpoint: str, repository: str, filename: str, cached: bool) -> Pa
     if cached:
         path = try_to_load_from_cache(repository, filename)
         return Path(path) if isinstance(path, str) else None
+    _check_reachable(endpoint)
     return Path(hf_hub_download(repository, filename, endpoint=endpoint, etag_timeout=NETWORK_TIMEOUT))
 
 
@@ -157,12 +162,26 @@ def _from_modelscope(repository: str, filename: str, cached: bool) -> Path | Non
         if cached:
             return None
         raise InputError("the package modelscope is not installed") from None
-    try:
-        return Path(model_file_download(repository, filename, local_files_only=cached))
-    except ValueError:  # not in the cache
-        if cached:
+    if cached:
+        try:
+            return Path(model_file_download(repository, filename, revision="master", local_files_only=True))
+        except ValueError:  # not there
             return None
-        raise
+    endpoint = os.environ.get("MODELSCOPE_ENDPOINT", MODELSCOPE)
+    _check_reachable(endpoint)
+    return Path(model_file_download(repository, filename, revision="master", endpoint=endpoint))
+
+
+def _check_reachable(address: str) -> None:
+    """Raise URLError or OSError where nothing answers; the download libraries would retry for a minute."""
+    request = urllib.request.Request(address, method="HEAD", headers={"User-Agent": "usad"})
+    try:
+        urllib.request.urlopen(request, timeout=NETWORK_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):  # the libraries bring their own certificates
+            raise
 
 
 @contextlib.contextmanager
@@ -177,7 +196,11 @@ def _network_timeout() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """First line of an exception's message, cut to a readable length."""
-    lines = str(error).strip().splitlines()
+    """What lies at the bottom of an exception: our own words, or the first line of a library's, cut short."""
+    if isinstance(error, InputError):
+        return str(error)
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error.reason if isinstance(error, urllib.error.URLError) else error).strip().splitlines()
     text = lines[0].strip() if lines else type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."

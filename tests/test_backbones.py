@@ -1,0 +1,374 @@
+"""Backbones against timm and torchvision themselves, on small untrained networks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from models import networks
+from models.backbones import BackboneSpec, build_backbone, empty_backbone, resolve_precision
+from models.inference import OneDNNConv2d, OneDNNLinear, fold_batch_norms
+from models.weights import random_state_dict
+from utils.errors import InputError
+
+
+def images(size: int, count: int = 2, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def weights_of(name: str, seed: int = 1) -> dict[str, torch.Tensor]:
+    """An untrained network's values, batch norm statistics and classifier included, none of them trivial."""
+    if timm.is_model(name):
+        state = random_state_dict(lambda: timm.create_model(name), seed)
+    else:
+        state = random_state_dict(lambda: torchvision.models.get_model(name), seed)
+    generator = torch.Generator().manual_seed(seed)
+    for key, value in state.items():
+        if value.dim() == 1 and value.is_floating_point():
+            state[key] = torch.rand(value.shape, generator=generator) * 0.5 + 0.75
+    return state
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a state dict as a file of the given name; returns the path as text."""
+
+    def write(state: dict, name: str = "w.safetensors") -> str:
+        path = tmp_path / name
+        if name.endswith("safetensors"):
+            save_file({key: value.contiguous() for key, value in state.items()}, path)
+        else:
+            torch.save(state, path)
+        return str(path)
+
+    return write
+
+
+def spec(kind: str, name: str, image_size: int, **options) -> BackboneSpec:
+    return BackboneSpec(kind, name, image_size, **{"weights": "random", **options})
+
+
+def close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    return one.shape == other.shape and bool((one - other).abs().max() <= tolerance * other.abs().max())
+
+
+# ---- ViT tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "has_class"),
+    [("test_vit", 160, True), ("test_vit2", 160, False), ("eva02_tiny_patch14_224", 224, True)],
+)
+@torch.no_grad()
+def test_vit_tokens_are_timms(write, name, size, has_class):
+    state = weights_of(name)
+    timms = timm.create_model(name, num_classes=0).eval()
+    timms.load_state_dict(
+        {key: value for key, value in state.items() if not key.startswith("head")}, strict=True
+    )
+    backbone = build_backbone(spec("tokens", name, size), weights=write(state))
+    tokens = timms.forward_features(images(size))
+    cls, patches = backbone(images(size))
+    assert close(patches, tokens[:, timms.num_prefix_tokens :])
+    assert close(cls, tokens[:, 0] if has_class else patches.mean(1))
+    assert patches.shape[1:] == (backbone.grid[0] * backbone.grid[1], backbone.dim)
+
+
+@pytest.mark.parametrize(("position_size", "size"), [(None, 96), (64, 96), (160, 208), (128, 128)])
+@torch.no_grad()
+def test_position_embeddings_are_resampled_as_timm_does(write, position_size, size):
+    path = write(weights_of("test_vit"))
+    timms = timm.create_model(
+        "test_vit",
+        pretrained=True,
+        pretrained_cfg_overlay={"file": path},
+        num_classes=0,
+        img_size=position_size or size,
+        dynamic_img_size=True,
+    ).eval()
+    backbone = build_backbone(
+        spec("tokens", "test_vit", size, position_size=position_size, weights="file", file=path)
+    )
+    tokens = timms.forward_features(images(size))
+    cls, patches = backbone(images(size))
+    assert close(cls, tokens[:, 0]) and close(patches, tokens[:, 1:])
+
+
+def test_position_size_matters():
+    plain, published = (build_backbone(spec("tokens", "test_vit", 96, position_size=p)) for p in (None, 64))
+    assert not close(plain(images(96))[1], published(images(96))[1], 1e-3)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"])
+@torch.no_grad()
+def test_dinov2_in_its_authors_layout(write, name):
+    state = random_state_dict(lambda: timm.create_model(name, num_classes=0), 1)
+    original = {**state, "mask_token": torch.zeros(1, state["cls_token"].shape[-1])}
+    if "reg_token" in state:  # there the class token has a position embedding of its own
+        of_class = torch.full_like(state["cls_token"], 0.25)
+        original["register_tokens"] = original.pop("reg_token")
+        original["cls_token"] = state["cls_token"] - of_class
+        original["pos_embed"] = torch.cat([of_class, state["pos_embed"]], dim=1)
+    one = build_backbone(spec("tokens", name, 70), weights=write(state))
+    other = build_backbone(spec("tokens", name, 70), weights=write(original, "dinov2.pth"))
+    for tokens, expected in zip(other(images(70, 1)), one(images(70, 1)), strict=True):
+        assert close(tokens, expected, 1e-4)
+    if "reg_token" not in state:
+        assert other.spec.fingerprint == one.spec.fingerprint
+
+
+# ---- CNNs
+
+
+@torch.no_grad()
+def outputs_of(net: nn.Module, layers: list[str], batch: torch.Tensor) -> list[torch.Tensor]:
+    found = {}
+    for layer in layers:
+        net.get_submodule(layer).register_forward_hook(
+            lambda m, i, o, layer=layer: found.update({layer: o.clone()})
+        )
+    net.eval()(batch)
+    return [found[layer] for layer in layers]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("wide_resnet50_2", ["layer2", "layer3"]),
+        ("resnet18", ["layer2", "layer3"]),
+        ("vgg11_bn", ["features.20", "features.27"]),
+        ("mobilenet_v2", ["features.6", "features.13"]),
+        ("regnet_y_400mf", ["trunk_output.block2", "trunk_output.block3"]),
+    ],
+)
+def test_maps_are_torchvisions(write, name, layers):
+    net = torchvision.models.get_model(name)
+    net.load_state_dict(weights_of(name) if not timm.is_model(name) else randomised(net))
+    backbone = build_backbone(spec("maps", name, 70), weights=write(net.state_dict(), "w.pth"))
+    for found, expected in zip(backbone(images(70)), outputs_of(net, layers, images(70)), strict=True):
+        assert close(found, expected)
+
+
+def randomised(net: nn.Module) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return {
+        key: torch.rand(value.shape, generator=generator) * 0.5 + 0.75 if value.dim() == 1 else value
+        for key, value in net.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("resnet18", "layer3"), ("test_convnext", "stages.2"), ("test_efficientnet", "blocks.3")],
+)
+def test_cnn_tokens_are_the_last_map_of_stride_16(write, name, layer):
+    state = weights_of(name)
+    timms = timm.create_model(name)
+    timms.load_state_dict(state)
+    (expected,) = outputs_of(timms, [layer], images(80))
+    assert expected.shape[-1] == 5
+    backbone = build_backbone(spec("tokens", name, 80), weights=write(state))
+    cls, patches = backbone(images(80))
+    assert close(cls, expected.mean((2, 3)))
+    assert backbone.grid == (5, 5) and backbone.dim == expected.shape[1]
+    for row, column in ((0, 0), (1, 3), (4, 2)):
+        assert close(patches[:, 5 * row + column], expected[:, :, row, column])
+
+
+def test_nothing_after_the_last_map_is_there(write):
+    state = weights_of("resnet18")
+    cut = {key: value for key, value in state.items() if not key.startswith(("layer4", "fc"))}
+    backbone = build_backbone(spec("maps", "resnet18", 64), weights=write(cut))
+    assert not any("layer4." in name for name, _ in backbone.named_modules())
+    assert not any(
+        module.out_features == 1000 for module in backbone.modules() if isinstance(module, nn.Linear)
+    )
+    whole = build_backbone(spec("maps", "resnet18", 64), weights=write(state))
+    assert whole.spec.fingerprint == backbone.spec.fingerprint
+
+
+# ---- what a backbone promises
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("tokens", "test_vit"), ("tokens", "resnet18"), ("maps", "resnet18")]
+)
+def test_batch_size_does_not_matter_and_outputs_are_plain(kind, name):
+    backbone = build_backbone(spec(kind, name, 64))
+    batch = images(64, 5)
+    together = backbone(batch)
+    for index in range(5):
+        for alone, among in zip(backbone(batch[index : index + 1]), together, strict=True):
+            assert close(alone[0], among[index])
+    for output in together:
+        assert output.dtype == torch.float32 and not output.requires_grad
+        output += 1  # neither an inference tensor nor a view that autograd guards
+    assert not backbone.train().training and not any(
+        parameter.requires_grad for parameter in backbone.parameters()
+    )
+    with pytest.raises(ValueError, match="64"):
+        backbone(images(80))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("tokens", "test_vit"), ("maps", "resnet18")])
+def test_bf16_is_close_and_comes_out_as_float32(kind, name):
+    exact = build_backbone(spec(kind, name, 64))(images(64))
+    backbone = build_backbone(spec(kind, name, 64), precision="bf16")
+    assert backbone.spec.precision == "bf16"
+    for half, full in zip(backbone(images(64)), exact, strict=True):
+        assert half.dtype == torch.float32
+        assert close(half, full, 0.1) and not close(half, full, 1e-5)
+
+
+def test_precision_auto():
+    assert resolve_precision("auto", "auto", "cpu") == resolve_precision("bf16", "auto", "cpu") == "fp32"
+    assert resolve_precision("fp16", "auto", "cuda") == "fp16"
+    assert resolve_precision("fp16", "tf32", "cuda") == "tf32"
+
+
+def test_the_cpu_path_is_in_use():
+    """Numbers are compared elsewhere; here: no batch norm is left, and oneDNN is used where it can be."""
+    resnet = build_backbone(spec("maps", "resnet18", 64))
+    vit = build_backbone(spec("tokens", "test_vit", 64))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in resnet.modules())
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert sum(isinstance(module, OneDNNConv2d) for module in resnet.modules()) == 15
+        assert sum(isinstance(module, OneDNNLinear) for module in vit.modules()) == 4 * len(vit.net.blocks)
+
+
+class Forked(nn.Module):
+    """Only the first of its batch norms may be folded: the second's convolution is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+        self.norm_one, self.norm_two = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.two(self.norm_one(self.one(x)))
+        return self.norm_two(x) + x
+
+
+@torch.no_grad()
+def test_folding_keeps_the_numbers():
+    net = Forked().eval()
+    net.load_state_dict(randomised(net))
+    expected = net(images(9))
+    fold_batch_norms(net)
+    assert isinstance(net.norm_one, nn.Identity) and isinstance(net.norm_two, nn.BatchNorm2d)
+    assert close(net(images(9)), expected)
+
+
+# ---- specs and fingerprints
+
+
+def test_spec_survives_json():
+    one = build_backbone(spec("tokens", "test_vit", 96, position_size=64)).spec
+    other = BackboneSpec.from_dict(json.loads(json.dumps(one.to_dict())))
+    assert other == one and len(one.fingerprint) == 64
+    assert build_backbone(other).spec == one
+
+
+def test_fingerprint_is_the_weights_alone(write):
+    state = weights_of("test_vit")
+    headless = {key: value for key, value in state.items() if not key.startswith("head")}
+    marks = {
+        build_backbone(
+            spec("tokens", "test_vit", size, position_size=position), weights=path
+        ).spec.fingerprint
+        for size, position, path in (
+            (160, None, write(state)),
+            (96, None, write(state)),
+            (96, 64, write(state)),
+            (160, None, write(state, "w.pth")),
+            (160, None, write({"model": state, "epoch": 1}, "nested.pt")),
+            (160, None, write(headless, "headless.safetensors")),
+        )
+    }
+    assert len(marks) == 1
+    state["blocks.2.mlp.fc1.bias"][3] += 1e-6
+    assert build_backbone(spec("tokens", "test_vit", 160), weights=write(state)).spec.fingerprint not in marks
+
+
+def test_other_weights_than_the_checkpoints_are_refused(write):
+    one = build_backbone(spec("maps", "resnet18", 64))
+    with pytest.raises(InputError, match=r"fitted with weights .*resnet18.*other\.safetensors.*--pc-weights"):
+        build_backbone(
+            one.spec, weights=write(weights_of("resnet18", 9), "other.safetensors"), flag="--pc-weights"
+        )
+    same = random_state_dict(lambda: networks.full_network("resnet18"), 22)
+    assert build_backbone(one.spec, weights=write(same)).spec.fingerprint == one.spec.fingerprint
+    with pytest.raises(InputError, match="fitted with"):
+        build_backbone(dataclasses.replace(one.spec, seed=23))
+
+
+# ---- what users get wrong
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "size", "position_size", "message"),
+    [
+        ("tokens", "vit_small_patch14_dinov2.lvd142m", 400, None, "--image-size 400 .* 14 .*392 or 406"),
+        ("tokens", "test_vit", 96, 100, "--position-size 100 .* 16 .*96 or 112"),
+        ("tokens", "test_vit", 8, None, "--image-size 8 .*nearest: 16$"),
+        ("tokens", "resnet18", 96, 96, "--position-size has no effect with resnet18"),
+        ("tokens", "vit_smal_patch14_dinov2", 350, None, "--backbone .*vit_small_patch14_dinov2"),
+        ("tokens", "resnet18.tv_in1K", 64, None, "--backbone .*no weights 'tv_in1K'.*tv_in1k"),
+        ("tokens", "hf-hub:someone/network", 64, None, "--backbone hf-hub:"),
+        ("maps", "wideresnet50_2", 238, None, "--backbone .*wide_resnet50_2"),
+        ("maps", "test_vit", 160, None, "--backbone test_vit has no maps of stride 8 and 16"),
+        ("maps", "vit_b_16", 224, None, "--backbone vit_b_16"),
+        ("maps", "resnet18", 30, None, "--image-size 30 is too small for resnet18"),
+    ],
+)
+def test_unsuitable_networks_and_sizes(kind, name, size, position_size, message):
+    with pytest.raises(InputError, match=message) as caught:
+        empty_backbone(spec(kind, name, size, position_size=position_size, weights="pretrained"))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_do_not_fit(write):
+    state = weights_of("test_vit")
+    less = {key: value for key, value in state.items() if "blocks.1.attn" not in key}
+    with pytest.raises(
+        InputError, match=r"w\.pth do not fit test_vit: 4 of \d+ missing: blocks\.1\.attn\.qkv\.weight"
+    ):
+        build_backbone(spec("tokens", "test_vit", 64), weights=write(less, "w.pth"))
+    bad = {**state, "norm.weight": torch.ones(5), "cls_token": torch.ones(1, 1, 65)}
+    with pytest.raises(
+        InputError, match=r"2 of another shape: cls_token \[1, 1, 65\], expected \[1, 1, 64\], norm"
+    ):
+        build_backbone(spec("tokens", "test_vit", 64), weights=write(bad))
+    for positions in (torch.ones(1, 101, 32), torch.ones(7), torch.ones(1, 4, 64)):
+        with pytest.raises(InputError, match=r"w\.safetensors.*test_vit"):
+            build_backbone(spec("tokens", "test_vit", 64), weights=write({**state, "pos_embed": positions}))
+    with pytest.raises(InputError, match=r"resnet18.*missing: conv1\.weight, bn1\.weight"):
+        build_backbone(spec("maps", "resnet18", 64), weights=write(state))
+
+
+def test_half_precision_files_are_read_as_float32(write):
+    state = {
+        key: value.half() if value.is_floating_point() else value
+        for key, value in weights_of("test_vit").items()
+    }
+    widened = {key: value.float() for key, value in state.items()}
+    half, full = (build_backbone(spec("tokens", "test_vit", 64), weights=write(w)) for w in (state, widened))
+    assert torch.equal(half(images(64))[1], full(images(64))[1])
+
+
+def test_an_empty_backbone_takes_no_memory():
+    assert all(
+        parameter.is_meta for parameter in empty_backbone(spec("maps", "wide_resnet50_2", 238)).parameters()
+    )
+    assert (
+        networks.is_vit("test_vit")
+        and not networks.is_vit("resnet18")
+        and not networks.is_vit("mobilenet_v2")
+    )

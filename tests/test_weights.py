@@ -1,0 +1,308 @@
+"""Weights: files, hubs (a server on this machine stands for all of them), seeds, fingerprints."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import http.server
+import pickle
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save, save_file
+
+from models import weights
+from models.weights import fingerprint, pretrained_state_dict, random_state_dict, read_state_dict
+from utils.errors import InputError
+
+VIT = "test_vit.r160_in1k"
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "b.weight": torch.randn(4, 3, generator=generator),
+        "a.bias": torch.randn(5, generator=generator).half(),
+        "steps": torch.tensor(7),
+    }
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- fingerprint
+
+
+def test_fingerprint_is_a_plain_sha256(state):
+    expected = hashlib.sha256()
+    for name, kind in (
+        ("a.bias", "torch.float16 [5]"),
+        ("b.weight", "torch.float32 [4, 3]"),
+        ("steps", "torch.int64 []"),
+    ):
+        expected.update(f"{name} {kind}\n".encode() + state[name].numpy().tobytes())
+    assert fingerprint(state) == expected.hexdigest()
+
+
+def test_fingerprint_ignores_order_and_layout_in_memory(state):
+    shuffled = {name: state[name] for name in reversed(state)}
+    shuffled["b.weight"] = state["b.weight"].t().contiguous().t()
+    assert fingerprint(shuffled) == fingerprint(state)
+
+
+def test_fingerprint_sees_value_type_shape_and_name(state):
+    value = state["b.weight"]
+    nudged = value.clone()
+    nudged[2, 1] = torch.nextafter(nudged[2, 1], torch.tensor(9.0))
+    others = [
+        {**state, "b.weight": nudged},
+        {**state, "b.weight": value.view(torch.int32)},
+        {**state, "b.weight": value.reshape(3, 4)},
+        {"c.weight" if name == "b.weight" else name: tensor for name, tensor in state.items()},
+    ]
+    assert len({fingerprint(other) for other in [state, *others]}) == 5
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("wrap", [None, "state_dict", "model"])
+@pytest.mark.parametrize("name", ["w.pth", "w.pt", "w.bin", "legacy.pth", "w.safetensors"])
+def test_reads_what_torch_and_safetensors_write(tmp_path, state, name, wrap):
+    path = tmp_path / name
+    content = {wrap: state, "epoch": 3} if wrap else state
+    if name.endswith("safetensors"):
+        save_file(state, path)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=name != "legacy.pth")
+    assert same(read_state_dict(path), state)
+
+
+class Mine:
+    """Not a tensor: only unpickling code could bring it back."""
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin"])
+def test_pickled_objects_are_refused_and_run_nothing(tmp_path, state, suffix):
+    canary = tmp_path / "canary"
+
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (canary,)
+
+    for number, content in enumerate(({**state, "extra": Mine()}, Payload())):
+        path = tmp_path / f"w{number}{suffix}"
+        torch.save(content, path)
+        with pytest.raises(InputError, match=f"w{number}{suffix}.*save the state dict alone"):
+            read_state_dict(path)
+    plain = tmp_path / f"plain{suffix}"
+    plain.write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(InputError, match="plain tensors"):
+        read_state_dict(plain)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize("keep", [0, 5, 0.3, 0.95])
+def test_truncated_files_are_refused(tmp_path, state, name, keep):
+    state["b.weight"] = torch.randn(300, 30)
+    path = tmp_path / name
+    if name.endswith("pth"):
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if keep >= 1 else int(keep * len(content))])
+    with pytest.raises(InputError, match=name) as caught:
+        read_state_dict(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "w.onnx").write_bytes(b"123")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    torch.save([torch.ones(3)], tmp_path / "list.pth")
+    for name, message in {
+        "text.pth": "cannot be read",
+        "w.onnx": "must end in",
+        "empty.pth": "no state dict",
+        "list.pth": "no state dict",
+        "absent.pth": "no such file",
+    }.items():
+        with pytest.raises(InputError, match=f"{name}.*{message}"):
+            read_state_dict(tmp_path / name)
+
+
+# ---- seeds
+
+
+def test_random_weights_follow_the_seed_and_leave_torch_alone():
+    def build() -> torch.nn.Module:
+        return timm.create_model("test_vit")
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, second = random_state_dict(build, 22), random_state_dict(build, 22)
+    assert torch.equal(torch.rand(3), expected)
+    assert same(first, second)
+    assert not same(first, random_state_dict(build, 23))
+
+
+def test_random_weights_have_layer_scale_one():
+    state = random_state_dict(lambda: timm.create_model("test_vit", init_values=1e-5), 0)
+    scales = {name: value for name, value in state.items() if name.endswith("gamma")}
+    assert scales and all((value == 1).all() for value in scales.values())
+    assert not (state["blocks.0.attn.qkv.weight"] == 1).any()
+
+
+# ---- hubs
+
+
+class Hub:
+    """A server that speaks enough of the Hugging Face and ModelScope protocols to hand out one file each."""
+
+    def __init__(self) -> None:
+        self.huggingface: bytes | None = None
+        self.modelscope: bytes | None = None
+        self.plain: dict[str, bytes] = {}
+        self.requests: list[str] = []
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                hub.requests.append(f"{self.command} {self.path}")
+                content = hub.plain.get(self.path)
+                if "/resolve/" in self.path:
+                    content = hub.huggingface
+                elif "/repo?" in self.path:
+                    content = hub.modelscope
+                self.send_response(200 if content is not None else 404)
+                content = content or b""
+                self.send_header("Content-Length", str(len(content)))
+                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+                self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(content)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """All hubs on this machine, empty caches, and no way to look up any other machine."""
+    hub = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
+    modelscope_hub = pytest.importorskip("modelscope_hub")
+    monkeypatch.setattr(modelscope_hub.get_default_config(), "cache_dir", tmp_path / "modelscope")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    look_up = socket.getaddrinfo
+
+    def only_here(host, *arguments, **options):
+        assert host == "127.0.0.1", f"asked for {host}"
+        return look_up(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", only_here)
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+
+
+def test_hub_serves_and_then_the_cache(hub, state):
+    hub.huggingface = save(state)
+    assert same(pretrained_state_dict(VIT), state)
+    assert any(f"/timm/{VIT}/resolve/main/model.safetensors" in request for request in hub.requests)
+    hub.requests.clear()
+    assert same(pretrained_state_dict(VIT), state)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("first", [None, b"<html>not weights</html>"], ids=["404", "broken"])
+def test_modelscope_serves_what_the_hub_does_not(hub, state, first):
+    hub.huggingface, hub.modelscope = first, save(state)
+    assert same(pretrained_state_dict(VIT), state)
+    assert any(f"/models/timm/{VIT}/repo" in request for request in hub.requests)
+
+
+def test_failure_names_everything_tried_and_the_remedy(hub):
+    hub.huggingface = b"<html>not weights</html>"
+    with pytest.raises(InputError) as caught:
+        pretrained_state_dict(VIT, "--pc-weights")
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 1500
+    for part in (
+        f"{hub.url}/timm/{VIT} (",
+        "cannot be read",
+        f"ModelScope timm/{VIT} (",
+        "404",
+        "--pc-weights path",
+    ):
+        assert part in message
+
+
+def test_nobody_answers(hub, monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setenv("HF_ENDPOINT", closed)
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", closed)
+    with pytest.raises(InputError, match=r"Connection refused.*Connection refused"):
+        pretrained_state_dict(VIT)
+
+
+def test_without_hf_endpoint_hub_mirror_and_modelscope_follow_each_other(monkeypatch):
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    places = [place for place, _ in weights._sources("vit_small_patch14_dinov2.lvd142m")]
+    repository = "timm/vit_small_patch14_dinov2.lvd142m"
+    assert places == [
+        f"https://huggingface.co/{repository}",
+        f"https://hf-mirror.com/{repository}",
+        f"ModelScope {repository}",
+    ]
+    places = [place for place, _ in weights._sources("wide_resnet50_2")]
+    assert places[0] == "https://download.pytorch.org/models/wide_resnet50_2-95faca4d.pth"
+    assert places[1:3] == [
+        "https://huggingface.co/timm/wide_resnet50_2.tv_in1k",
+        "https://hf-mirror.com/timm/wide_resnet50_2.tv_in1k",
+    ]
+    assert (
+        weights._sources("resnet18.a1_in1k")
+        .__next__()[0]
+        .startswith("https://huggingface.co/timm/resnet18.a1")
+    )
+    (only,) = weights._sources("mobilenet_v2")
+    assert only[0] == "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
+
+
+@pytest.mark.parametrize("intact", [True, False])
+def test_torchvision_url_is_checked_by_its_hash(hub, state, monkeypatch, tmp_path, intact):
+    path = tmp_path / "w.pth"
+    torch.save(state, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    name = f"/resnet18-{digest}.pth"
+    hub.plain[name] = path.read_bytes() if intact else b"something else"
+    other = {"timm": torch.ones(2)}
+    hub.huggingface = save(other)
+    real = timm.get_pretrained_cfg
+    monkeypatch.setattr(
+        timm, "get_pretrained_cfg", lambda key: dataclasses.replace(real(key), url=hub.url + name)
+    )
+    assert same(pretrained_state_dict("resnet18"), state if intact else other)
+    assert (tmp_path / "torch" / "checkpoints" / name[1:]).exists() == intact
