@@ -2,37 +2,49 @@
 
 python test_fusion.py                                    # saved_models/coal_ad on data/coal_ad
 python test_fusion.py --models-dir trained_models --category my_belt --fusion standardized
+python test_fusion.py --false-alarm-rate 0.01            # and the thresholds that predict.py uses
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from datasets.mvtec import Category, ImageDataset, find_categories
 from models import BRANCHES, USAD
-from models.usad import FUSIONS
-from utils.cli import Parser, add_data_flags, add_run_flags, choose_device, number, run
-from utils.evaluate import claim_folder, evaluate, print_metrics, write_average
-from utils.training import make_loader, open_category, settings_in_force
+from models.operating_point import OperatingPoint, find_operating_point
+from models.usad import FUSIONS, checkpoint_paths
+from utils.cli import (
+    Parser,
+    add_data_flags,
+    add_run_flags,
+    add_weights_flags,
+    number,
+    run,
+    settle_run,
+    warn,
+    weights_by_branch,
+)
+from utils.evaluate import average_path, claim_folder, evaluate, print_metrics, write_average
+from utils.training import held_out_items, make_loader, open_category, settings_in_force
 
 
 def main() -> None:
     args = parse_args()
-    device = choose_device(args.device, args.precision)
-    categories = [
-        open_category(args.data_root, name) for name in find_categories(args.data_root, args.category)
-    ]
+    device = settle_run(args)
+    names = find_categories(args.data_root, args.category)
+    for name in names:
+        checkpoint_paths(args.models_dir / name)
+        claim_folder(args.results_dir / name / USAD.name)
+    average = average_path(args.results_dir, USAD.name)
+    categories = [open_category(args.data_root, name) for name in names]
     for category in categories:
         category.test_items()
-        claim_folder(args.results_dir / category.name / USAD.name)
     metrics = {category.name: test(args, category, device) for category in categories}
     if len(metrics) > 1:
-        average = write_average(args.results_dir / f"average_{USAD.name}.json", metrics)
         print(f"average of {len(metrics)} categories")
-        print_metrics(USAD.name, average)
+        print_metrics(USAD.name, write_average(average, metrics))
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,10 +59,13 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--lambda-map", type=number(float, 0), help="factor of the fused map's maximum (default: 1)"
     )
-    for branch in BRANCHES:
-        group.add_argument(
-            branch.weights_flag, metavar="FILE", help=f"where the weights of {branch.name} are now"
-        )
+    group.add_argument(
+        "--false-alarm-rate",
+        type=number(float, 0, 0.5, above=True),
+        help="find the thresholds for this rate on the held-out normal images; they go to <models-dir>/<category>/"
+        "usad.json, for predict.py",
+    )
+    add_weights_flags(parser, BRANCHES)
     add_run_flags(parser)
     args = parser.parse_args()
     for flag, default in (("lambda_obj", 0.01), ("lambda_map", 1.0)):
@@ -63,23 +78,20 @@ def parse_args() -> argparse.Namespace:
 
 def test(args: argparse.Namespace, category: Category, device: str) -> dict[str, Any]:
     """Load the category's three checkpoints, test their fusion and write its results."""
+    checkpoints = args.models_dir / category.name
     usad = USAD.load(
-        args.models_dir / category.name,
+        checkpoints,
         device,
         args.precision,
-        weights={
-            branch.name: getattr(args, branch.weights_flag.removeprefix("--").replace("-", "_"))
-            for branch in BRANCHES
-        },
+        weights=weights_by_branch(args, BRANCHES),
         score_weights={"ma_clu": args.lambda_obj},
         lambda_map=args.lambda_map,
         fusion=args.fusion,
     )
     if len({branch.training.get("files_digest") for branch in usad.branches} - {None}) > 1:
-        print(
-            f"warning: the branches of {category.name} were trained on different lists of files",
-            file=sys.stderr,
-        )
+        warn(f"the branches of {category.name} were trained on different lists of files")
+    if args.false_alarm_rate:
+        usad.set_operating_point(calibrate_fusion(args, category, usad, checkpoints))
     dataset = ImageDataset(category.test_items(), usad.image_size, "bicubic")
     folder = args.results_dir / category.name / usad.name
     branches = {
@@ -97,10 +109,25 @@ def test(args: argparse.Namespace, category: Category, device: str) -> dict[str,
         {"settings": settings_in_force(args, category), "branches": branches},
         images=not args.no_images,
         save_maps=args.save_maps,
+        operating_point=usad.operating_point,
     )
     print_metrics(usad.name, metrics)
     print(f"{category.name}: results in {folder}", flush=True)
     return metrics
+
+
+def calibrate_fusion(
+    args: argparse.Namespace, category: Category, usad: USAD, checkpoints: Path
+) -> OperatingPoint:
+    """Find the operating point on the held-out normal images and store it beside the checkpoints."""
+    dataset = ImageDataset(held_out_items(category, usad.branches), usad.image_size, "bicubic")
+    loader = make_loader(args, dataset, "fusion held out", usad)
+    point = find_operating_point(usad, checkpoints, loader, args.false_alarm_rate)
+    point.write(checkpoints)
+    print(f"{category.name}: thresholds from {point.source}; in {checkpoints / 'usad.json'}")
+    if point.shortfall:
+        warn(point.shortfall)
+    return point
 
 
 if __name__ == "__main__":

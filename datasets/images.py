@@ -51,7 +51,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, size: int, resampling: str) -> Tensor:
-    """RGB image -> [3, size, size], stretched to the square (antialiased), in [0, 1], then ImageNet-normalised."""
+    """RGB image -> [3, size, size]: stretched to the square (antialiased), to [0, 1], ImageNet-normalised."""
     pixels = np.array(image.resize((size, size), RESAMPLING[resampling]))
     tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
     return (tensor - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
@@ -71,7 +71,7 @@ class _open:
     def __enter__(self) -> Image.Image:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                warnings.simplefilter("ignore")  # of large images, odd EXIF data and the like
                 with Image.open(self.path) as image:
                     image.load()
                     return ImageOps.exif_transpose(image)

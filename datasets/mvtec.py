@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
+from datasets.coalad import CATEGORY as COALAD
 from datasets.images import EXTENSIONS, mask_to_tensor, read_image, read_mask, to_tensor
 from utils.errors import InputError
 
@@ -52,14 +54,16 @@ class Category:
     def test_items(self) -> list[Item]:
         """Test images in sorted path order, every folder but `good` being a defect.
 
-        Raises InputError where there are none, a mask is missing, or two images of a folder share a stem (their
-        masks and results would, too).
+        Raises InputError where there are none, a mask is missing, or two images of a folder share a stem
+        (their masks and results would, too).
         """
         test = self.folder / "test"
         if not test.is_dir():
             raise InputError(f"no folder {test}; add test images, or pass --no-eval when training")
         items = []
-        for folder in (entry for entry in test.iterdir() if entry.is_dir()):
+        for folder in test.iterdir():
+            if folder.name.startswith(".") or not folder.is_dir():
+                continue
             for item in self._items(folder):
                 if folder.name != "good":
                     item = dataclasses.replace(item, label=1, mask=self._mask(item.path))
@@ -97,28 +101,38 @@ class Category:
 
 
 def find_categories(root: Path, names: Sequence[str]) -> list[str]:
-    """The categories asked for; `all` stands for every folder of `root` with a train folder in it."""
-    if list(names) != ["all"]:
-        return list(names)
-    found = sorted(
-        path.parent.name for path in Path(root).glob("*/train") if not path.parent.name.startswith(".")
-    )
-    if not found:
-        raise InputError(f"{root} holds no category (a folder with train/good in it); check --data-root")
-    return found
+    """The categories asked for, each once; `all` stands for every folder of `root` with train/good in it.
+
+    Raises InputError where there is no such folder, unless it is CoalAD's, which can be downloaded.
+    """
+    if os.path.lexists(root) and not Path(root).is_dir():
+        raise InputError(f"--data-root {root} is no folder; give the one that holds <category>/train")
+    if list(names) == ["all"]:
+        folders = (path.parents[1] for path in Path(root).glob("*/train/good") if path.is_dir())
+        names = sorted(folder.name for folder in folders if not folder.name.startswith("."))
+        if not names:
+            raise InputError(f"{root} holds no category (a folder with train/good in it); check --data-root")
+    for name in names:
+        if name != COALAD:
+            Category(root, name)
+    return list(dict.fromkeys(names))
 
 
 def split_training(
     items: Sequence[Item], train_ratio: float, holdout_ratio: float, seed: int
 ) -> tuple[list[Item], list[Item]]:
-    """Training images to fit on, and images held out, which depend on nothing but the list, the ratio and the seed.
+    """Training images to fit on, and images held out, which depend on the list, the ratio and the seed alone.
 
-    A ratio under 1 takes the first int(ratio n) of the list shuffled by `random.Random(seed)`, in that order, as
-    the authors' program does; ratio 1 keeps the sorted order. Raises InputError where a part would be empty.
+    A train ratio under 1 takes the first int(ratio n) of the list shuffled by `random.Random(seed)`, in that
+    order, as the authors' program does; ratio 1 keeps the sorted order. Raises InputError where no image is
+    left to fit on, or fewer than two are held out.
     """
     held = set(random.Random(f"holdout {seed}").sample(range(len(items)), round(holdout_ratio * len(items))))
-    if holdout_ratio and not held:
-        raise InputError(f"--holdout-ratio {holdout_ratio} of {len(items)} images holds none out; raise it")
+    if holdout_ratio and len(held) < 2:
+        raise InputError(
+            f"--holdout-ratio {holdout_ratio} of {len(items)} images holds {len(held)} out, "
+            "and statistics need two; raise it"
+        )
     rest = [item for index, item in enumerate(items) if index not in held]
     fitted = rest
     if train_ratio < 1:
@@ -127,7 +141,8 @@ def split_training(
         fitted = [rest[index] for index in order[: int(train_ratio * len(rest))]]
     if not fitted:
         raise InputError(
-            f"--train-ratio {train_ratio} and --holdout-ratio {holdout_ratio} leave no image of {len(items)} to fit on"
+            f"--train-ratio {train_ratio} and --holdout-ratio {holdout_ratio} leave none of {len(items)} "
+            "images to fit on"
         )
     return fitted, [items[index] for index in sorted(held)]
 
@@ -135,8 +150,8 @@ def split_training(
 class ImageDataset(Dataset):
     """Items as tensors: {"image" [3, S, S], "mask" bool [S, S], "label", "index"}.
 
-    A file that cannot be read becomes {"error": message}: an exception would reach the user as the traceback of a
-    worker process.
+    A file that cannot be read becomes {"error": message}: an exception would reach the user as the traceback
+    of a worker process.
     """
 
     def __init__(self, items: Sequence[Item], image_size: int, resampling: str) -> None:
@@ -161,7 +176,7 @@ class ImageDataset(Dataset):
 
 
 class ImageLoader:
-    """Batches of an ImageDataset in order, with a progress bar; raises InputError at a file that cannot be read."""
+    """Batches of an ImageDataset in order, with a progress bar; raises InputError at an unreadable file."""
 
     def __init__(
         self, dataset: ImageDataset, batch_size: int, workers: int, description: str, pin_memory: bool = False
@@ -173,7 +188,8 @@ class ImageLoader:
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        with tqdm(total=len(self.dataset), desc=self.description, unit="image", leave=False) as progress:
+        count = len(self.dataset)
+        with tqdm(total=count, desc=self.description, unit="image", leave=False, disable=None) as progress:
             for batch in self.loader:
                 if "error" in batch:
                     raise InputError(batch["error"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import inspect
 import os
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -15,14 +16,15 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError
 from utils.timing import Stopwatch
 
+STATISTICS = ("score_mean", "score_std", "map_mean", "map_std")  # of a calibration
 Parts = dict[str, tuple[Tensor, Tensor]]  # name -> scores [B], maps [B, H, W]
 
 
 class Branch(abc.ABC):
     """A way of looking at a frame.
 
-    A subclass needs a `name`, `fit` and `predict`; with `state` and `load_state` it can be saved. `predict` is by
-    default `score(extract(images))`, which lets a run tell the two stages' times apart.
+    A subclass needs a `name`, `fit` and `predict`; with a backbone, `state` and `load_state` it can be saved.
+    `predict` is by default `score(extract(images))`, which lets a run tell the two stages' times apart.
     """
 
     name: ClassVar[str]
@@ -41,21 +43,21 @@ class Branch(abc.ABC):
 
     @abc.abstractmethod
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:
-        """Learn what is normal from batches whose "image" is [B, 3, H, W] at `image_size`, ImageNet-normalised."""
+        """Learn what is normal from batches whose "image" is [B, 3, S, S], ImageNet-normalised."""
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] at `image_size` -> scores [B], anomaly maps [B, H, W]; higher is more anomalous."""
+        """Images [B, 3, S, S] at `image_size` -> scores [B], maps [B, S, S]; higher is more anomalous."""
         with self.stopwatch("extract"):
             features = self.extract(images)
         with self.stopwatch("score"):
             return self.score(features)
 
     def extract(self, images: Tensor) -> Any:
-        """Images [B, 3, H, W] -> what `score` needs of them; the network pass."""
+        """Images [B, 3, S, S] -> what `score` needs of them; the network pass."""
         raise NotImplementedError
 
     def score(self, features: Any) -> tuple[Tensor, Tensor]:
-        """What `extract` gave -> scores [B], anomaly maps [B, H, W]."""
+        """What `extract` gave -> scores [B], anomaly maps [B, S, S]."""
         raise NotImplementedError
 
     def predict_parts(self, images: Tensor) -> Parts:
@@ -95,8 +97,9 @@ class Branch(abc.ABC):
     ) -> Branch:
         """Read a checkpoint and the network that it was fitted with.
 
-        `weights` says where weights given as a file are now; `precision` "auto" is the one of the training where
-        the device has it. Raises InputError for another branch's checkpoint, a damaged one, or other weights.
+        `weights` says where weights given as a file are now; `precision` "auto" is the one of the training
+        where the device has it. Raises InputError for another branch's checkpoint, a damaged one, or other
+        weights.
         """
         tensors, metadata = load_checkpoint(path)
         if metadata.get("branch") != cls.name:
@@ -108,14 +111,23 @@ class Branch(abc.ABC):
             settings, training, calibration = (
                 metadata[key] for key in ("settings", "training", "calibration")
             )
+            parameters = inspect.signature(cls).parameters
+            settings = {name: type(parameters[name].default)(value) for name, value in settings.items()}
+            if not isinstance(training, dict):
+                raise TypeError("training")
+            if calibration is not None and not all(isinstance(calibration[key], float) for key in STATISTICS):
+                raise TypeError("calibration")
             backbone = build_backbone(
                 spec, device, weights=weights, precision=precision, flag=cls.weights_flag
             )
             branch = cls(backbone, **settings)
-        except (KeyError, TypeError) as error:
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
-                f"{path}: its metadata is not what branch '{cls.name}' writes ({error!r})"
-            ) from None
+                f"{path}: its metadata is not what branch '{cls.name}' writes ({error!r}); "
+                "train the branch again"
+            ) from error
         try:
             branch.load_state(tensors)
         except InputError as error:

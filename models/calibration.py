@@ -13,7 +13,10 @@ from utils.errors import InputError
 
 
 def calibrate(branch: Branch, loader: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Mean and standard deviation of the branch's scores, and of its map's pixels before any per-image min-max."""
+    """Mean and standard deviation of the branch's scores, and of its maps' pixels.
+
+    The maps are those before any per-image min-max. The loader gives two images or more.
+    """
     branch.rescale_maps = False
     scores, pixels, total, squares = [], 0, 0.0, 0.0
     for batch in loader:
@@ -25,8 +28,6 @@ def calibrate(branch: Branch, loader: Iterable[dict[str, Any]]) -> dict[str, flo
         squares += float(maps.square().sum())
     branch.rescale_maps = True
     scores = torch.cat(scores)
-    if len(scores) < 2:
-        raise InputError(f"{len(scores)} held-out image(s) give no spread of scores; raise --holdout-ratio")
     mean = total / pixels
     statistics = {
         "images": len(scores),

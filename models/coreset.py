@@ -89,7 +89,7 @@ class LazyGreedy:
         self.centers = torch.empty(size, width, **real)  # about the origin
         self.squares = torch.empty(size, **real)
         self.chosen: list[int] = []
-        with tqdm(total=size, desc="coreset", unit="point", disable=not progress) as bar:
+        with tqdm(total=size, desc="coreset", unit="point", disable=not progress or None) as bar:
             self._append(0, torch.zeros(width, **real))
             self._refresh(torch.arange(count, device=real["device"]))
             if not torch.isfinite(self.upper).all():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ COVARIANCES = ("empirical", "ledoit-wolf")
 class RunningMoments:
     """Mean and scatter of a stream of vectors, exact in double precision, in memory that does not grow.
 
-    Batches (and the moments of other processes) are merged with the pairwise update of Chan, Golub and LeVeque.
+    Batches (and the moments of other processes) are merged by the pairwise update of Chan, Golub and LeVeque.
     """
 
     def __init__(self) -> None:
@@ -107,13 +109,23 @@ class GaussianFit:
             self.vectors.append(vectors.float().cpu())
 
     def finish(self) -> Gaussian:
-        """Raises InputError with fewer than two images: they have no covariance."""
+        """The Gaussian; warns where there are too few images for the number of channels.
+
+        Raises InputError with fewer than two images: they have no covariance.
+        """
         if self.moments.count < 2:
             raise InputError(
                 f"{self.moments.count} training image(s): a covariance needs at least two; "
                 "add images to train/good or raise --train-ratio"
             )
         covariance = self.moments.covariance()
+        channels = len(covariance)
+        if self.estimator == "empirical" and self.moments.count <= channels:
+            warnings.warn(
+                f"{self.moments.count} training images for {channels} channels: the covariance is singular, "
+                "distances grow by orders of magnitude; --covariance ledoit-wolf suits small data sets",
+                stacklevel=2,
+            )
         if self.estimator == "ledoit-wolf":
             from sklearn.covariance import ledoit_wolf
 

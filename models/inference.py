@@ -43,7 +43,7 @@ def use_onednn(net: nn.Module, image_size: int) -> None:
     kernels = ("_linear_pointwise", "_convolution_pointwise", "_reorder_linear_weight")
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return
-    if not all(hasattr(torch.ops.mkldnn, kernel) for kernel in kernels):  # private names; a release may lack them
+    if not all(hasattr(torch.ops.mkldnn, kernel) for kernel in kernels):  # private names
         return
     for path in _called_layers(net, image_size):
         module = net.get_submodule(path)

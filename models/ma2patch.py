@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from models.branch import Branch
@@ -48,8 +47,9 @@ class MA2Patch(Branch):
     def contribution(self, tokens: Tensor) -> Tensor:
         """Patch tokens [B, N, D] -> |D_M(g) - D_M(g without patch i)| [B, N], float64.
 
-        With w(x) the whitened deviation, g without patch i whitens to w(g) + (w(g) - w(p_i)) / (N - 1): one matrix
-        product serves all patches. The difference of the squares is taken before the roots, so it keeps its digits.
+        With w(x) the whitened deviation, g without patch i whitens to w(g) + (w(g) - w(p_i)) / (N - 1): one
+        matrix product serves all patches. The difference of the squares is taken before the roots, so that it
+        keeps its digits.
         """
         whitened = (tokens.double() - self.gaussian.mean) @ self.gaussian.root
         center = whitened.mean(1, keepdim=True)

@@ -23,8 +23,8 @@ class MACLU(Branch):
     """Global: Mahalanobis distance of the CLS token. Local: a patch's confidence to belong to the coal.
 
     Fit: Gaussian of the CLS tokens; k-means with two clusters on all patch tokens, the smaller one being the
-    foreground (coal). Patches that are surely coal are set to their image's mean background confidence; what then
-    stays high is foreground, but not coal. (USAD, object-level semantic composition; the confidence is
+    foreground (coal). Patches that are surely coal are set to their image's mean background confidence; what
+    then stays high is foreground, but not coal. (USAD, object-level semantic composition; the confidence is
     d_bg / d_fg, as the authors' program has it.)
     """
 
@@ -74,7 +74,7 @@ class MACLU(Branch):
         return to_background / (to_foreground + 1e-8)
 
     def without_coal(self, confidence: Tensor) -> Tensor:
-        """Replace confidences [B, N] above the threshold with the mean of the image's background patches, if any."""
+        """Replace confidences [B, N] above the threshold with the mean over the image's belt, if any."""
         background = confidence < 1
         count = background.sum(1, keepdim=True)
         mean = (confidence * background).sum(1, keepdim=True) / count.clamp(min=1)
@@ -94,11 +94,14 @@ class MACLU(Branch):
 def _foreground_and_background(patches: Tensor) -> Tensor:
     """Two k-means centres [2, D] of patches [n, D], that of the smaller cluster first."""
     from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
 
     if (patches == patches[0]).all():
         raise InputError(
             "all training patches are identical: no belt and coal to tell apart; check train/good"
         )
-    kmeans = KMeans(n_clusters=2, random_state=KMEANS_SEED).fit(patches.numpy())
+    # More than two threads would add their sums up in an order, hence to last digits, that varies.
+    with threadpool_limits(2, user_api="openmp"):
+        kmeans = KMeans(n_clusters=2, random_state=KMEANS_SEED).fit(patches.numpy())
     sizes = torch.from_numpy(kmeans.labels_).bincount(minlength=2)
     return torch.from_numpy(kmeans.cluster_centers_)[sizes.argsort(stable=True)].float()

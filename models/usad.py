@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from models.branch import Branch, Parts
+from models.operating_point import OperatingPoint, checkpoint_digests
 from models.postprocess import gaussian_blur, resize_images, resize_maps
+from models.prediction import ImageLike, Prediction, predict_images
 from utils.errors import InputError
 from utils.timing import Stopwatch
 
@@ -37,6 +39,8 @@ class USAD:
         lambda_map: float = 1.0,
         fusion: str = "paper",
     ) -> None:
+        if fusion not in FUSIONS:
+            raise InputError(f"fusion '{fusion}' is not one of {', '.join(FUSIONS)}")
         self.branches = list(branches)
         self.image_size = max(branch.image_size for branch in branches)
         self.device = branches[0].device
@@ -53,6 +57,9 @@ class USAD:
         for branch in branches:
             branch.rescale_maps = fusion == "paper"
         self.stopwatch = Stopwatch()
+        self.operating_point: OperatingPoint | None = None
+        self.threshold: float | None = None  # of the score
+        self.pixel_threshold: float | None = None
 
     @classmethod
     def load(
@@ -65,24 +72,55 @@ class USAD:
     ) -> USAD:
         """The fusion of the branches whose checkpoints lie in `folder`, for instance saved_models/coal_ad.
 
-        `weights` says by branch name where weights given as files are now; `options` are the constructor's.
-        Raises InputError naming every checkpoint that is missing, or what is wrong with one.
+        `weights` says by branch name where weights given as files are now; `options` are the constructor's. Without
+        options, the fusion and the thresholds are those of the operating point stored in the folder, if there is one;
+        with them, the thresholds are taken if they were made for these options.
+        Raises InputError naming every checkpoint that is missing, or what is wrong with one or the operating point.
         """
-        from models import BRANCHES
-
         folder = Path(folder)
-        paths = {branch: folder / f"{branch.name}.safetensors" for branch in BRANCHES}
-        missing = [path.name for path in paths.values() if not path.is_file()]
-        if missing:
-            raise InputError(
-                f"{folder} has no {', '.join(missing)}; train with train_<branch>.py and copy trained_models/ to "
-                "saved_models/ (or pass --models-dir trained_models), or use convert_published.py"
-            )
+        paths = checkpoint_paths(folder)
+        point = OperatingPoint.read(folder)
+        current = point is not None and point.checkpoints == checkpoint_digests(folder)
+        if point and not options:
+            if not current:
+                raise InputError(
+                    f"{folder / 'usad.json'} was made for other checkpoints; run test_fusion.py --false-alarm-rate "
+                    "again, or delete it"
+                )
+            options = point.fusion
         branches = [
             branch.load(path, (weights or {}).get(branch.name), device, precision)
             for branch, path in paths.items()
         ]
-        return cls(branches, **options)
+        try:
+            usad = cls(branches, **options)
+        except TypeError as error:
+            raise InputError(f"{folder}: these are no fusion settings ({error})") from None
+        if current and point.fusion == usad.settings():
+            usad.set_operating_point(point)
+        return usad
+
+    def set_operating_point(self, point: OperatingPoint) -> None:
+        """Take the thresholds of `point`."""
+        self.operating_point = point
+        self.threshold, self.pixel_threshold = point.threshold, point.pixel_threshold
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments beside the branches, as plain JSON values."""
+        return {"score_weights": self.score_weights, "lambda_map": self.lambda_map, "fusion": self.fusion}
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike], batch_size: int = 8) -> list[Prediction]:
+        """A path, PIL image or RGB array [H, W, 3] of uint8, of any size, or a list of these -> a list of predictions.
+
+        Maps, boxes and areas are in each image's own pixels.
+        """
+        images = list(images) if isinstance(images, list | tuple) else [images]
+        starts = range(0, len(images), batch_size)
+        return [
+            prediction
+            for start in starts
+            for prediction in predict_images(self, images[start : start + batch_size])
+        ]
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, S, S] at `image_size` -> fused scores [B], fused maps [B, S, S]."""
@@ -118,3 +156,17 @@ class USAD:
             scores.append((raw_scores.double() - statistics["score_mean"]) / statistics["score_std"])
             maps.append((raw_maps - statistics["map_mean"]) / statistics["map_std"])
         return torch.stack(scores).mean(0), torch.stack(maps).mean(0)
+
+
+def checkpoint_paths(folder: Path) -> dict[type[Branch], Path]:
+    """The branches' checkpoints in `folder`; raises InputError naming every one that is missing."""
+    from models import BRANCHES
+
+    paths = {branch: folder / f"{branch.name}.safetensors" for branch in BRANCHES}
+    missing = [path.name for path in paths.values() if not path.is_file()]
+    if missing:
+        raise InputError(
+            f"{folder} has no {', '.join(missing)}; train with train_<branch>.py and copy trained_models/ to "
+            "saved_models/ (or pass --models-dir trained_models), or use convert_published.py"
+        )
+    return paths

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import SMALL_NETWORKS, draw_category, run_in_process, small_flags
 from torch import nn
 
 DATA = Path(__file__).parent / "data"
@@ -47,3 +49,23 @@ def stand_in():
 @pytest.fixture
 def batches():
     return Batches
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A folder with data/belt, models/belt (the three branches, with held-out images) and result/belt.
+
+    Tests that change anything work on a copy.
+    """
+    root = tmp_path_factory.mktemp("trained")
+    draw_category(root / "data" / "belt")
+    for script in SMALL_NETWORKS:
+        finished = run_in_process(script, *small_flags(root, script), "--holdout-ratio", 0.25, "--save-maps")
+        assert finished.code == 0, finished.err
+    return root
+
+
+@pytest.fixture
+def workplace(trained, tmp_path) -> Path:
+    """A copy of `trained`."""
+    return shutil.copytree(trained, tmp_path / "workplace")

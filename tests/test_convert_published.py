@@ -397,7 +397,7 @@ class StoredTokens(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("anchor", torch.empty(0))
+        self.device = torch.device("cpu")
         self.spec = BackboneSpec("tokens", "stored", 140)
         self.grid, self.dim = (10, 10), 16
 

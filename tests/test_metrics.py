@@ -12,7 +12,7 @@ from scipy import ndimage
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
 from utils import metrics
-from utils.metrics import PixelMetrics, image_metrics
+from utils.metrics import PixelMetrics, image_curves, image_f1_threshold, image_metrics
 
 DATA = Path(__file__).parent / "data"
 PIXEL_KEYS = {"pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "pro_as_published"}
@@ -318,3 +318,33 @@ def test_memory_stays_near_four_bytes_a_pixel(monkeypatch):
     n_pixels = n_batches * masks.size
     stored = 4 * n_pixels + 8 * n_batches * masks.sum()
     assert peak < 1.25 * stored + 6e6  # the buffers grow by a quarter; a batch and a chunk of the ranking
+
+
+@pytest.mark.parametrize("levels", [None, 12])
+def test_f1_thresholds_reach_the_best_f1(levels):
+    maps, masks, labels = draw(11, n=9, levels=levels)
+    pixels = PixelMetrics()
+    pixels.update(maps, masks, labels)
+    scores = maps.max((1, 2))
+    for threshold, values, truth in (
+        (pixels.f1_threshold(), maps.ravel(), masks.ravel()),
+        (image_f1_threshold(scores, labels), scores, labels),
+    ):
+        predicted = values >= threshold
+        f1 = 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum())
+        assert f1 == pytest.approx(f1_max(truth, values), rel=1e-12)
+    assert PixelMetrics().f1_threshold() is None
+    assert image_f1_threshold(scores, np.zeros(9, bool)) is None
+
+
+@pytest.mark.parametrize("levels", [None, 4])
+def test_image_curves_enclose_the_image_figures(levels):
+    maps, _, labels = draw(12, n=30, levels=levels)
+    scores = maps.mean((1, 2))
+    curves = image_curves(scores, labels)
+    roc, pr = curves["roc"], curves["pr"]
+    assert auc(roc["fpr"], roc["tpr"]) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    ap = np.sum(np.diff(pr["recall"], prepend=0) * pr["precision"])
+    assert ap == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
+    assert (roc["fpr"][-1], roc["tpr"][-1], pr["recall"][-1]) == (1, 1, 1)
+    assert image_curves(scores, np.ones(30, bool)) == {}

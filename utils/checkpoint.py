@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from utils.errors import InputError
-from utils.files import atomic_write
+from utils.files import atomic_write, check_writable
 
-FORMAT = "usad-1"
+FORMAT = "usad-1"  # the metadata's only key: with several, safetensors writes them in an order that varies
 
 
 def save_checkpoint(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -26,27 +26,28 @@ def save_checkpoint(path: str | os.PathLike, tensors: dict[str, Tensor], metadat
     path = Path(path)
     check_replaceable(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = save(tensors, {FORMAT: json.dumps(metadata, sort_keys=True)})
     with atomic_write(path) as temporary:
-        save_file(
-            tensors, temporary, metadata={"format": FORMAT, "usad": json.dumps(metadata, sort_keys=True)}
-        )
+        temporary.write_bytes(content)
 
 
 def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and metadata. Raises InputError: not there, not safetensors, or another program's."""
+    """Tensors (on the CPU) and metadata. Raises InputError: not there, not safetensors, another program's."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no checkpoint {path}; train the branch or give --models-dir")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if FORMAT not in metadata:
                 raise InputError(
                     f"{path} is a safetensors file, but not a USAD checkpoint; train the branch again"
                 )
-            content = json.loads(metadata["usad"])
+            content = json.loads(metadata[FORMAT])
+            if not isinstance(content, dict):
+                raise ValueError("its metadata is no dictionary")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator here)
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be read as a USAD checkpoint ({error}); it may be truncated or of another kind: "
             "train the branch again, or turn published files into ours with convert_published.py"
@@ -60,12 +61,16 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise InputError where `path` holds a file that is not a USAD checkpoint, by its header alone."""
+    """Raise InputError where `path` holds a file that is not a USAD checkpoint, by its header alone.
+
+    Raises as `check_writable` does where its folder cannot take files.
+    """
+    check_writable(path.parent)
     if not path.exists():
         return
     try:
         with safe_open(path, framework="pt") as file:
-            ours = (file.metadata() or {}).get("format") == FORMAT
+            ours = FORMAT in (file.metadata() or {})
     except (SafetensorError, OSError):
         ours = False
     if not ours:
@@ -75,7 +80,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def take(tensors: dict[str, Tensor], name: str, *shape: int | None) -> Tensor:
-    """Tensor `name` of a checkpoint; None in `shape` stands for any length. Raises InputError if it does not fit."""
+    """Tensor `name` of a checkpoint; None in `shape` is any length. Raises InputError if it does not fit."""
     tensor = tensors.get(name)
     if tensor is None:
         raise InputError(f"tensor '{name}' is missing")

@@ -9,12 +9,18 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from utils.errors import InputError
+from utils.redact import redact
 
+if TYPE_CHECKING:
+    from models.branch import Branch
+
+OUT_OF_MEMORY = "out of memory|can't allocate memory"  # what torch says of a GPU's, and of a CPU's
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
 
@@ -46,21 +52,30 @@ class Terminated(BaseException):
 
 
 def fail(message: str) -> None:
-    """Print one line on stderr."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    """Print one line on stderr, without any camera's password."""
+    print("error: " + redact(" ".join(message.split())), file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    """Print one line on stderr, without any camera's password."""
+    print("warning: " + redact(" ".join(message.split())), file=sys.stderr)
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script and leave with the exit code of its end: 0 done, 2 bad input, 130 interrupted, 143 terminated, 1 else."""
+    """Run a script; exit with 0 (done), 2 (bad input), 130 (interrupted), 143 (terminated) or 1 (else)."""
 
     def on_sigterm(*_: object) -> NoReturn:
         raise Terminated
 
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, on_sigterm)
+    with contextlib.suppress(AttributeError):  # not a file
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
     code = 0
     try:
-        main()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: warn(str(message))
+            main()
     except InputError as error:
         fail(str(error))
         code = 2
@@ -72,6 +87,11 @@ def run(main: Callable[[], None]) -> NoReturn:
         code = 143
     except OSError as error:
         fail(f"{error.filename or 'system'}: {error.strerror or error}")
+        code = 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
+            raise
+        fail("out of memory; lower --batch-size or --image-size")
         code = 1
     sys.exit(code)
 
@@ -124,25 +144,47 @@ def add_data_flags(parser: Parser) -> None:
 
 def add_run_flags(parser: Parser) -> None:
     """How to run, and what to write."""
-    group = parser.add_argument_group("run")
-    positive = number(int, 1)
-    group.add_argument(
-        "--batch-size", type=positive, help="images at a time (default: 8 on a CPU, 32 on a GPU)"
-    )
+    group = add_device_flags(parser)
     group.add_argument(
         "--workers",
-        type=number(int, 0),
+        type=number(int, 0, 256),
         help="processes that read images (default: 1 on a CPU, up to 8 on a GPU)",
     )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    group.add_argument("--no-images", action="store_true", help="write no heat maps")
+    group.add_argument("--save-maps", action="store_true", help="write the raw float32 maps as TIFF")
+
+
+def add_device_flags(parser: Parser) -> argparse._ArgumentGroup:
+    """What the networks run on; returns the group, for more flags."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--batch-size", type=number(int, 1), help="images at a time (default: 4 on a CPU, 32 on a GPU)"
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     group.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="auto",
         help="auto: fp32 on a CPU, bf16 on a GPU that has it",
     )
-    group.add_argument("--no-images", action="store_true", help="write no heat maps")
-    group.add_argument("--save-maps", action="store_true", help="write the raw float32 maps as TIFF")
+    return group
+
+
+def add_weights_flags(parser: Parser, branches: Iterable[type[Branch]]) -> None:
+    """Where each branch's weights given as a file are now."""
+    group = parser.add_argument_group("weights")
+    for branch in branches:
+        group.add_argument(
+            branch.weights_flag, metavar="FILE", help=f"where the weights of {branch.name} are now"
+        )
+
+
+def weights_by_branch(args: argparse.Namespace, branches: Iterable[type[Branch]]) -> dict[str, str | None]:
+    """The values of those flags, by branch name."""
+    return {
+        branch.name: getattr(args, branch.weights_flag.removeprefix("--").replace("-", "_"))
+        for branch in branches
+    }
 
 
 def choose_device(name: str, precision: str) -> str:
@@ -152,13 +194,15 @@ def choose_device(name: str, precision: str) -> str:
     """
     import torch
 
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", name):
+        raise InputError(f"--device {name} is not one of auto, cpu, cuda, cuda:0, cuda:1 and so on")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        torch.empty(1, device=device, dtype=torch.float64)  # the statistics need it; Apple's GPUs have none
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise InputError(f"--device {name} is not available ({reason}); use auto or cpu") from None
     if device.type != "cuda" and precision in ("fp16", "tf32"):
         raise InputError(f"--precision {precision} needs an NVIDIA GPU; use fp32, or bf16")
@@ -168,8 +212,16 @@ def choose_device(name: str, precision: str) -> str:
     return str(device)
 
 
+def settle_run(args: argparse.Namespace) -> str:
+    """Choose the device; it, its batch size and its workers replace what the flags leave to the program."""
+    args.device = choose_device(args.device, args.precision)
+    args.batch_size = args.batch_size or default_batch_size(args.device)
+    args.workers = default_workers(args.device) if args.workers is None else args.workers
+    return args.device
+
+
 def default_batch_size(device: str) -> int:
-    return 32 if device.startswith("cuda") else 8
+    return 32 if device.startswith("cuda") else 4
 
 
 def default_workers(device: str) -> int:

@@ -15,37 +15,38 @@ import numpy as np
 import torch
 from PIL import Image
 
+from datasets.images import read_image, read_mask
 from datasets.mvtec import ImageLoader, Item
+from models.operating_point import OperatingPoint
 from utils.errors import InputError
-from utils.files import atomic_write, write_json, write_text
-from utils.metrics import PixelMetrics, image_metrics
+from utils.files import atomic_write, check_writable, write_json, write_text
+from utils.gallery import Entry, Gallery, Pictures
+from utils.metrics import PROTOCOLS, PixelMetrics, image_curves, image_f1_threshold, image_metrics
+from utils.report import Curves, Threshold, write_report
+from utils.tables import safe_cell
 from utils.timing import Stopwatch, peak_memory_mb
 from utils.visualize import color_scale, strip, thumbnail, write_png
 
-PROTOCOLS = {
-    "image_auroc": "image AUROC",
-    "image_ap": "image average precision",
-    "image_f1_max": "image F1, best threshold",
-    "pixel_auroc": "pixel AUROC, all test pixels",
-    "pixel_ap": "pixel average precision",
-    "pixel_f1_max": "pixel F1, best threshold",
-    "aupro": "AUPRO, all images, exact thresholds, FPR limit 0.3",
-    "pro_as_published": "PRO, the authors' protocol (anomalous images, maps scaled one by one)",
-}
+REPORT = "report.html"
+PROGRAM = "usad"  # the mark by which a later run knows its own files
 
 
 class Results:
-    """Scores, metrics and small maps of a test run, by part (a branch's name, or `fusion`)."""
+    """Scores, metrics and small maps of a test run, by part (a branch's name, or `fusion`).
 
-    def __init__(self, items: list[Item]) -> None:
+    With `report`, the pictures of a report are kept, too.
+    """
+
+    def __init__(self, items: list[Item], report: bool = False) -> None:
         self.items = items
+        self.gallery = Gallery(len(items)) if report else None
         self.scores: dict[str, list[np.ndarray]] = {}
         self.pixels: dict[str, PixelMetrics] = {}
         self.thumbnails: list[np.ndarray] = []
 
     def add(self, parts: dict[str, tuple[torch.Tensor, torch.Tensor]], batch: dict[str, Any]) -> np.ndarray:
         """Take in the parts of a batch, the main one first; returns the main maps [B, S, S]."""
-        main = None
+        main, values = None, {}
         for name, (scores, maps) in parts.items():
             scores, maps = scores.double().cpu().numpy(), maps.float().cpu().numpy()
             finite = np.isfinite(scores) & np.isfinite(maps).all((1, 2))
@@ -59,8 +60,23 @@ class Results:
                 maps, batch["mask"].numpy(), batch["label"].numpy() == 1
             )
             main = maps if main is None else main
+            values[name] = scores, maps
         self.thumbnails.extend(thumbnail(image) for image in main)
+        if self.gallery is not None:
+            for row, index in enumerate(batch["index"]):
+                self._keep(
+                    self.items[int(index)], {name: (s[row], m[row]) for name, (s, m) in values.items()}
+                )
         return main
+
+    def _keep(self, item: Item, parts: dict[str, tuple[float, np.ndarray]]) -> None:
+        def pictures() -> Pictures:
+            image = read_image(item.path)
+            truth = None if item.mask is None else np.asarray(read_mask(item.mask, image.size)) >= 128
+            return Pictures(np.asarray(image), {name: part for name, (_, part) in parts.items()}, truth)
+
+        scores = {name: float(score) for name, (score, _) in parts.items()}
+        self.gallery.add(Entry(item.name, scores, item.label, item.path.parent.name), pictures)
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         """By part: every figure of metrics.json; a figure that is undefined is None."""
@@ -75,6 +91,30 @@ class Results:
             for name, scores in self.scores.items()
         }
 
+    def curves(self) -> Curves:
+        """By part, the points of the curves that a report draws."""
+        labels = np.array([item.label for item in self.items])
+        curves = {}
+        for name, scores in self.scores.items():
+            image, pixel = image_curves(np.concatenate(scores), labels), self.pixels[name].curves(400)
+            named = {
+                f"{kind}_{key}": points
+                for kind, of in (("image", image), ("pixel", pixel))
+                for key, points in of.items()
+            }
+            curves[name] = {key: tuple(points.values()) for key, points in named.items()}
+        return curves
+
+    def best_threshold(self) -> Threshold | None:
+        """The thresholds of the highest F1 on these very images; None where they are undefined."""
+        labels = np.array([item.label for item in self.items])
+        main = next(iter(self.scores))
+        score = image_f1_threshold(np.concatenate(self.scores[main]), labels)
+        if score is None:
+            return None
+        source = "highest F1 of images, and of pixels for the contour"
+        return Threshold(score, self.pixels[main].f1_threshold(), source, on_test_set=True)
+
 
 def evaluate(
     model: Any,
@@ -83,51 +123,79 @@ def evaluate(
     config: dict[str, Any],
     images: bool = True,
     save_maps: bool = False,
+    operating_point: OperatingPoint | None = None,
 ) -> dict[str, Any]:
-    """Run `model` over the test images and write metrics.json, scores.csv, config.json, maps and heat maps.
+    """Run `model` over the test images and write metrics, scores, config, maps, heat maps and report.
 
-    `model` has `predict_parts(images [B, 3, S, S]) -> {name: (scores [B], maps [B, S, S])}`, its own part first, and
-    `stopwatches() -> {name: Stopwatch}`. Returns the metrics.
+    `model` has `predict_parts(images [B, 3, S, S]) -> {name: (scores [B], maps [B, S, S])}`, its own part first,
+    and `stopwatches() -> {name: Stopwatch}`. A model of several branches gets a report, with the thresholds of
+    `operating_point` or, without one, those of the highest F1. Returns the metrics.
     """
     start = time.perf_counter()
     items = loader.dataset.items
-    results, watch = Results(items), Stopwatch()
+    results, watch = Results(items, report=images and hasattr(model, "branches")), Stopwatch()
     for batch in _timed(loader, watch):
         parts = model.predict_parts(batch["image"].to(model.device, non_blocking=True))
         with watch("collect"):
             maps = results.add(parts, batch)
             if save_maps:
+                _mark(folder)
                 for index, anomaly_map in zip(batch["index"], maps, strict=True):
                     _write_map(_result_path(folder / "anomaly_maps", items[int(index)], ".tiff"), anomaly_map)
     with watch("metrics"):
         by_part = results.metrics()
+    _mark(folder)
     if images:
         with watch("images"):
             _write_heatmaps(folder / "heatmaps", results)
     main, *others = by_part
     metrics = dict(by_part[main])
+    if operating_point:
+        labels = np.array([item.label for item in items])
+        metrics["operating_point"] = operating_point.on_test(np.concatenate(results.scores[main]), labels)
     if others:
         metrics["branches"] = {name: by_part[name] for name in others}
     timings = {**watch.seconds, **_stage_seconds(model), "total": time.perf_counter() - start}
     write_text(folder / "scores.csv", _scores_csv(results))
     write_json(folder / "metrics.json", metrics)
-    write_json(folder / "config.json", {**config, **environment(model), "seconds": _rounded(timings)})
+    config = {**config, **environment(model), "seconds": _rounded(timings)}
+    write_json(folder / "config.json", config)
+    if results.gallery is not None:
+        _write_report(folder, results, metrics, operating_point, config)
+    else:
+        (folder / REPORT).unlink(missing_ok=True)  # its figures would be an earlier run's
     return metrics
 
 
 def claim_folder(folder: Path) -> None:
-    """Raise InputError if `folder` holds results that this program did not write."""
-    ours = any((folder / name).exists() for name in ("metrics.json", "scores.csv", "config.json"))
-    if not ours:
-        return
-    try:
-        program = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("program")
-    except (OSError, ValueError, AttributeError):
-        program = None
-    if program != "usad":
+    """Raise InputError if `folder` holds files, but not those of an earlier run; see also `check_writable`."""
+    check_writable(folder)
+    used = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+    if used and not _is_ours(folder / "config.json"):
         raise InputError(
             f"{folder} holds files that USAD did not write; move them or choose another --results-dir"
         )
+
+
+def average_path(results_dir: Path, name: str) -> Path:
+    """Where the average over categories goes; raises InputError if it holds another program's file."""
+    path = results_dir / f"average_{name}.json"
+    if path.exists() and not _is_ours(path):
+        raise InputError(f"{path} was not written by USAD; move it or choose another --results-dir")
+    return path
+
+
+def _mark(folder: Path) -> None:
+    """Leave our mark before the first result: what an interrupted run leaves is ours, too."""
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", {"program": PROGRAM})
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["program"] == PROGRAM
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def environment(model: Any) -> dict[str, Any]:
@@ -142,7 +210,7 @@ def environment(model: Any) -> dict[str, Any]:
         else platform.processor() or platform.machine()
     )
     return {
-        "program": "usad",
+        "program": PROGRAM,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -165,6 +233,13 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
         )
         print(f"{cells}  {protocol}")
     print(f"{metrics['n_images']} images, {metrics['n_anomalous']} anomalous", flush=True)
+    if point := metrics.get("operating_point"):
+        recall = "-" if point["recall"] is None else f"{point['recall']:.4f}"
+        print(
+            f"at the threshold for {point['false_alarm_rate']:g} false alarms: recall {recall}, "
+            f"{point['false_alarms']} false alarms among {metrics['n_images'] - metrics['n_anomalous']} normal images",
+            flush=True,
+        )
 
 
 def write_average(path: Path, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -174,7 +249,7 @@ def write_average(path: Path, metrics: dict[str, dict[str, Any]]) -> dict[str, A
         values = [part[key] for part in metrics.values() if part[key] is not None]
         average[key] = float(np.mean(values)) if values else None
     counts = {key: sum(part[key] for part in metrics.values()) for key in ("n_images", "n_anomalous")}
-    write_json(path, {**average, **counts, "categories": metrics})
+    write_json(path, {"program": PROGRAM, **average, **counts, "categories": metrics})
     return {**average, **counts}
 
 
@@ -209,12 +284,36 @@ def _scores_csv(results: Results) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "label", "score", *others])
     for row, item in enumerate(results.items):
-        writer.writerow([item.name, item.label, *(repr(float(values[row])) for values in columns.values())])
+        writer.writerow(
+            [safe_cell(item.name), item.label, *(repr(float(values[row])) for values in columns.values())]
+        )
     return text.getvalue()
 
 
 def _result_path(folder: Path, item: Item, suffix: str) -> Path:
     return folder / item.path.parent.name / f"{item.path.stem}{suffix}"
+
+
+def _write_report(
+    folder: Path,
+    results: Results,
+    metrics: dict[str, Any],
+    operating_point: OperatingPoint | None,
+    config: dict[str, Any],
+) -> None:
+    if point := operating_point:
+        threshold = Threshold(point.threshold, point.pixel_threshold, point.source)
+    else:
+        threshold = results.best_threshold()
+    settings = config.get("settings", {})
+    facts = {
+        "images": str(metrics["n_images"]),
+        "anomalous": str(metrics["n_anomalous"]),
+        **{key: str(settings[key]) for key in ("fusion",) if key in settings},
+        "device": config["device"],
+    }
+    title = str(settings.get("category", folder.parent.name))
+    write_report(folder / REPORT, title, results.gallery, metrics, results.curves(), threshold, config, facts)
 
 
 def _write_map(path: Path, anomaly_map: np.ndarray) -> None:
@@ -226,11 +325,6 @@ def _write_heatmaps(folder: Path, results: Results) -> None:
     from tqdm import tqdm
 
     scale = color_scale(results.thumbnails)
-    written = set()
-    pairs = zip(results.items, results.thumbnails, strict=True)
-    for item, image in tqdm(pairs, total=len(results.items), desc="heat maps", unit="image", leave=False):
-        path = _result_path(folder, item, ".png")
-        write_png(path, strip(item, image, scale))
-        written.add(path)
-    for stale in set(folder.glob("*/*.png")) - written:
-        stale.unlink()
+    pairs = list(zip(results.items, results.thumbnails, strict=True))
+    for item, image in tqdm(pairs, desc="heat maps", unit="image", leave=False, disable=None):
+        write_png(_result_path(folder, item, ".png"), strip(item, image, scale))

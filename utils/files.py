@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -11,16 +12,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from utils.errors import InputError
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on failure it is removed.
+    """Yield a temporary path beside `path`; it replaces `path` in one step, or is removed if writing fails.
 
-    Parent folders are created. The temporary name keeps the suffix, since image writers choose the format by it.
+    Parent folders are created. The temporary name keeps the suffix: image writers choose the format by it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem[:80]}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -31,16 +34,37 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` as UTF-8 with Unix line ends, atomically."""
+    """Write `text` as UTF-8 with Unix line ends, atomically; what file names hold beside UTF-8 as escapes."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN is refused: readers other than Python cannot parse it."""
+    """Write `value` as indented JSON, atomically; NaN, which only Python could read again, is refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before the work whether `folder`, which need not exist yet, can take files.
+
+    Raises InputError where a file stands in its way, PermissionError where it may not be written.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise InputError(f"{existing} is no folder; move it away, or choose another folder than {folder}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "this folder cannot be written", str(existing))
 
 
 def digest_of_lines(lines: Iterable[str]) -> str:
     """SHA-256 (hex) of a list of strings, for instance the paths a model was fitted on."""
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def sha256_of_file(path: str | os.PathLike) -> str:
+    """SHA-256 (hex) of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

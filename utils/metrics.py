@@ -22,6 +22,16 @@ import numpy as np
 from utils.published_pro import PublishedPro, region_areas
 
 FPR_LIMIT = 0.3
+PROTOCOLS = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image average precision",
+    "image_f1_max": "image F1, best threshold",
+    "pixel_auroc": "pixel AUROC, all test pixels",
+    "pixel_ap": "pixel average precision",
+    "pixel_f1_max": "pixel F1, best threshold",
+    "aupro": "AUPRO, all images, exact thresholds, FPR limit 0.3",
+    "pro_as_published": "PRO, the authors' protocol (anomalous images, maps scaled one by one)",
+}
 CHUNK = 1 << 15  # region pixels ranked at a time: what comes of them stays in the processor's cache
 
 
@@ -30,16 +40,27 @@ def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float | N
 
     All are None if a class is missing. Raises ValueError if a score is NaN or infinite.
     """
-    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, bool)
-    if scores.ndim != 1 or scores.shape != labels.shape:
-        raise ValueError(f"scores {scores.shape} and labels {labels.shape} are not two vectors of one length")
-    if not np.isfinite(scores).all():
-        raise ValueError(f"the score of image {np.flatnonzero(~np.isfinite(scores))[0]} is not finite")
-    ranking = _Ranking(int(labels.sum()), int((~labels).sum()))
-    if ranking.defined:
-        distinct, count = np.unique(scores[labels], return_counts=True)
-        ranking.add(_count(distinct[::-1], count[::-1], 0, np.sort(scores)))
+    ranking, _ = _rank_images(scores, labels)
     return {f"image_{name}": value for name, value in ranking.result().items()}
+
+
+def image_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float | None:
+    """The score from which on images count as anomalous for the highest F1; None if a class is missing."""
+    return _rank_images(scores, labels)[0].f1_threshold
+
+
+def image_curves(scores: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    """The ROC and precision-recall curves of image scores, as `PixelMetrics.curves` has them, not thinned."""
+    ranking, step = _rank_images(scores, labels)
+    if step is None:
+        return {}
+    recall, n_negative = step.tp / ranking.n_positive, ranking.n_negative
+    roc = _knots(step.fp_above / n_negative, step.fp / n_negative, recall, np.zeros(2))
+    roc = np.hstack([roc, np.ones((2, 1))])
+    return {
+        "roc": {"fpr": roc[0], "tpr": roc[1]},
+        "pr": {"recall": recall, "precision": step.tp / (step.tp + step.fp)},
+    }
 
 
 class PixelMetrics:
@@ -130,6 +151,14 @@ class PixelMetrics:
             "pro": {"fpr": pro[0], "pro": pro[1]},
         }
 
+    def f1_threshold(self) -> float | None:
+        """The score from which on pixels count as defect for the highest F1; None where F1 is undefined."""
+        ranking = _Ranking(self._regions.size, self._scores.size - self._regions.size)
+        if ranking.defined:
+            for step, _ in self._steps():
+                ranking.add(step)
+        return ranking.f1_threshold
+
     def state(self) -> dict[str, np.ndarray]:
         """What was added so far as plain arrays (copies), to be stored or sent to another process."""
         return {
@@ -172,8 +201,9 @@ class PixelMetrics:
 
 
 class _Step(NamedTuple):
-    """Counts at a run of distinct scores of positives, highest first; integer vectors [K]."""
+    """Counts at a run of distinct scores of positives, highest first; vectors [K]."""
 
+    score: np.ndarray  # the scores; all else are integers
     count: np.ndarray  # positives with this very score
     tp: np.ndarray  # positives with this score or a higher one
     fp_above: np.ndarray  # negatives with a higher score
@@ -185,7 +215,7 @@ def _count(scores: np.ndarray, count: np.ndarray, tp_before: int, everything: np
     tp = tp_before + np.cumsum(count)
     above = everything.size - np.searchsorted(everything, scores, side="right")
     at_or_above = everything.size - np.searchsorted(everything, scores, side="left")
-    return _Step(count, tp, above - (tp - count), at_or_above - tp)
+    return _Step(scores, count, tp, above - (tp - count), at_or_above - tp)
 
 
 class _Ranking:
@@ -196,18 +226,36 @@ class _Ranking:
         self.defined = n_positive > 0 and n_negative > 0
         self._twice_area = 0  # in pairs of a positive and a negative: an integer, hence exact
         self._ap = self._f1_max = 0.0
+        self.f1_threshold: float | None = None
 
     def add(self, step: _Step) -> None:
         self._twice_area += int(np.sum(step.count * (2 * self.n_negative - step.fp_above - step.fp)))
         self._ap += float(np.sum(step.count * (step.tp / (step.tp + step.fp)))) / self.n_positive
         f1 = 2 * step.tp / (step.tp + step.fp + self.n_positive)
-        self._f1_max = max(self._f1_max, float(f1.max()))
+        best = int(f1.argmax())
+        if f1[best] > self._f1_max:
+            self._f1_max, self.f1_threshold = float(f1[best]), float(step.score[best])
 
     def result(self) -> dict[str, float | None]:
         if not self.defined:
             return {"auroc": None, "ap": None, "f1_max": None}
         auroc = self._twice_area / (2 * self.n_positive * self.n_negative)
         return {"auroc": auroc, "ap": self._ap, "f1_max": self._f1_max}
+
+
+def _rank_images(scores: np.ndarray, labels: np.ndarray) -> tuple[_Ranking, _Step | None]:
+    """Image scores [n] ranked; counts at anomalous images' distinct scores, None if a class is missing."""
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, bool)
+    if scores.ndim != 1 or scores.shape != labels.shape:
+        raise ValueError(f"scores {scores.shape} and labels {labels.shape} are not two vectors of one length")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"the score of image {np.flatnonzero(~np.isfinite(scores))[0]} is not finite")
+    ranking, step = _Ranking(int(labels.sum()), int((~labels).sum())), None
+    if ranking.defined:
+        distinct, count = np.unique(scores[labels], return_counts=True)
+        step = _count(distinct[::-1], count[::-1], 0, np.sort(scores))
+        ranking.add(step)
+    return ranking, step
 
 
 def _knots(fpr_above: np.ndarray, fpr: np.ndarray, hits: np.ndarray, start: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ def _synchronize() -> None:
 
 
 def peak_memory_mb() -> dict[str, float]:
-    """Peak resident memory of this process and, where CUDA is in use, of PyTorch on the GPU, in MB (10^6 bytes)."""
+    """Peak memory of this process and, with CUDA in use, of PyTorch on the GPU, in MB (10^6 bytes)."""
     peak = {}
     try:
         import resource

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from datasets.coalad import ensure_coalad
-from datasets.mvtec import Category, ImageDataset, ImageLoader, find_categories, split_training
-from models.backbones import BackboneSpec, build_backbone
+from datasets.mvtec import Category, ImageDataset, ImageLoader, Item, find_categories, split_training
+from models.backbones import BackboneSpec, build_backbone, empty_backbone
 from models.branch import Branch
 from models.calibration import calibrate
 from utils.checkpoint import check_replaceable
@@ -16,16 +19,15 @@ from utils.cli import (
     Parser,
     add_data_flags,
     add_run_flags,
-    choose_device,
-    default_batch_size,
-    default_workers,
     number,
+    settle_run,
 )
 from utils.errors import InputError
-from utils.evaluate import claim_folder, evaluate, print_metrics, write_average
+from utils.evaluate import average_path, claim_folder, evaluate, print_metrics, write_average
 from utils.files import digest_of_lines
 
 share = number(float, 0, 1, above=True)
+side = number(int, 1, 4096)  # of a square input in pixels
 
 
 def training_parser(description: str, backbone: str, image_size: int, train_ratio: float) -> Parser:
@@ -43,16 +45,18 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
     group.add_argument(
         "--weights",
         default="pretrained",
-        help="pretrained, demo (ships with the project), random, or a .safetensors/.pth file (default: pretrained)",
+        help="pretrained, demo (ships with the project), random, or a .safetensors/.pth file "
+        "(default: pretrained)",
     )
-    group.add_argument("--image-size", type=number(int, 1), default=image_size, help=f"default: {image_size}")
+    group.add_argument("--image-size", type=side, default=image_size, help=f"default: {image_size}")
     group = parser.add_argument_group("fit")
     group.add_argument("--train-ratio", type=share, default=train_ratio, help=f"default: {train_ratio:g}")
     group.add_argument(
         "--holdout-ratio",
         type=number(float, 0, 0.9),
         default=0.0,
-        help="share of the normal training images kept out of the fit, for --fusion standardized (default: 0)",
+        help="share of the normal training images kept out of the fit, for --fusion standardized and for "
+        "thresholds (default: 0)",
     )
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=22)
     add_run_flags(parser)
@@ -64,7 +68,7 @@ def add_token_flags(parser: Parser) -> None:
     """The flags of the two branches that fit a Gaussian to a ViT's tokens."""
     parser.add_argument(
         "--position-size",
-        type=number(int, 1),
+        type=side,
         help="input size at which position embeddings are first laid out (default: the image size)",
     )
     parser.add_argument(
@@ -79,16 +83,7 @@ def run_training(args: argparse.Namespace, branch_class: type[Branch], **setting
     """Fit the branch on each category, write its checkpoint and, unless --no-eval, its results."""
     if args.no_eval and (args.save_maps or args.no_images):
         raise InputError("--save-maps and --no-images have no effect with --no-eval; drop one of them")
-    device = choose_device(args.device, args.precision)
-    categories = [
-        open_category(args.data_root, name) for name in find_categories(args.data_root, args.category)
-    ]
-    for category in categories:
-        split_training(category.train_items(), args.train_ratio, args.holdout_ratio, args.seed)
-        check_replaceable(checkpoint_path(args.models_dir, category.name, branch_class))
-        if not args.no_eval:
-            category.test_items()
-            claim_folder(args.results_dir / category.name / branch_class.name)
+    device = settle_run(args)
     spec = BackboneSpec(
         branch_class.backbone_kind,
         args.backbone,
@@ -96,6 +91,20 @@ def run_training(args: argparse.Namespace, branch_class: type[Branch], **setting
         position_size=getattr(args, "position_size", None),
         seed=args.seed,
     ).with_weights(args.weights)
+    empty_backbone(spec)  # sizes that do not suit the network are found before anything is downloaded
+    if spec.weights == "file" and not Path(spec.file).is_file():
+        raise InputError(f"--weights {spec.file}: no such file")
+    names = find_categories(args.data_root, args.category)
+    for name in names:
+        check_replaceable(checkpoint_path(args.models_dir, name, branch_class))
+        if not args.no_eval:
+            claim_folder(args.results_dir / name / branch_class.name)
+    average = average_path(args.results_dir, branch_class.name)
+    categories = [open_category(args.data_root, name) for name in names]
+    for category in categories:
+        split_training(category.train_items(), args.train_ratio, args.holdout_ratio, args.seed)
+        if not args.no_eval:
+            category.test_items()
     backbone = build_backbone(spec, device, precision=args.precision)
     metrics = {}
     for category in categories:
@@ -106,9 +115,8 @@ def run_training(args: argparse.Namespace, branch_class: type[Branch], **setting
         if not args.no_eval:
             metrics[category.name] = test_branch(args, category, branch)
     if len(metrics) > 1:
-        average = write_average(args.results_dir / f"average_{branch_class.name}.json", metrics)
         print(f"average of {len(metrics)} categories")
-        print_metrics(branch_class.name, average)
+        print_metrics(branch_class.name, write_average(average, metrics))
 
 
 def fit_branch(args: argparse.Namespace, category: Category, branch: Branch) -> Branch:
@@ -121,16 +129,49 @@ def fit_branch(args: argparse.Namespace, category: Category, branch: Branch) -> 
     if held:
         dataset = ImageDataset(held, branch.image_size, "bicubic")
         branch.calibration = calibrate(branch, make_loader(args, dataset, f"{branch.name} held out", branch))
-    held_names = {item.name for item in held}
     branch.training = {
         "category": category.name,
         "images": len(fitted),
-        "files_digest": digest_of_lines(item.name for item in items if item.name not in held_names),
+        "files_digest": fitted_digest(items, held),
         "train_ratio": args.train_ratio,
         "holdout_ratio": args.holdout_ratio,
         "seed": args.seed,
     }
     return branch
+
+
+def held_out_items(category: Category, branches: Sequence[Branch]) -> list[Item]:
+    """The normal training images that none of the branches was fitted on.
+
+    Raises InputError where none were held out, or the files are no longer those of the training.
+    """
+    keys = ("category", "holdout_ratio", "seed", "files_digest")
+    trainings = {tuple(branch.training.get(key) for key in keys) for branch in branches}
+    if not all(ratio for _, ratio, *_ in trainings):
+        raise InputError(
+            f"the checkpoints of {category.name} have no held-out normal images; train the three branches "
+            "with --holdout-ratio, for instance 0.2"
+        )
+    if len(trainings) > 1:
+        raise InputError(
+            f"the branches of {category.name} did not hold out the same images; train the three with the "
+            "same --holdout-ratio and --seed"
+        )
+    ((name, ratio, seed, digest),) = trainings
+    items = category.train_items()
+    _, held = split_training(items, 1.0, ratio, seed)
+    if name != category.name or digest != fitted_digest(items, held):
+        raise InputError(
+            f"{category.folder} does not hold the training images that the checkpoints were fitted on, so "
+            "that the held-out ones cannot be told from them; restore them or train again"
+        )
+    return held
+
+
+def fitted_digest(items: Sequence[Item], held: Sequence[Item]) -> str:
+    """A mark of the training images without those held out."""
+    held_names = {item.name for item in held}
+    return digest_of_lines(item.name for item in items if item.name not in held_names)
 
 
 def test_branch(args: argparse.Namespace, category: Category, branch: Branch) -> dict[str, Any]:
@@ -164,11 +205,9 @@ def checkpoint_path(models_dir: Path, category: str, branch_class: type[Branch])
 
 
 def make_loader(args: argparse.Namespace, dataset: ImageDataset, description: str, model: Any) -> ImageLoader:
-    """A loader with the batch size and the workers that the flags, or else the device, ask for."""
-    device = str(model.device)
-    batch_size = args.batch_size or default_batch_size(device)
-    workers = default_workers(device) if args.workers is None else args.workers
-    return ImageLoader(dataset, batch_size, workers, description, pin_memory=device.startswith("cuda"))
+    """A loader for `model`'s device with the batch size and the workers of the settled flags."""
+    pin_memory = torch.device(model.device).type == "cuda"
+    return ImageLoader(dataset, args.batch_size, args.workers, description, pin_memory)
 
 
 def settings_in_force(args: argparse.Namespace, category: Category) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# ./run.sh --demo   drawn coal scenes: environment, data, three trainings, fusion; nothing to download but packages
+# ./run.sh          the same on CoalAD with the pretrained networks, both of which it downloads
+set -euo pipefail
+CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+. tools/environment.sh
+
+# The demo's networks, one for the two token branches and one for PatchCore.
+DEMO_TOKENS=(--weights random --backbone vit_tiny_patch16_224 --image-size 224)
+DEMO_MAPS=(--weights random --backbone resnet18)
+DEMO_NOTE="The demo's networks are small and untrained: it shows that everything runs. Its numbers mean nothing."
+
+usage="usage: ./run.sh [--demo]   (--demo: drawn scenes; without: CoalAD with pretrained networks)"
+[ $# -le 1 ] || die "too many arguments; $usage"
+case "${1-}" in
+  "") category=coal_ad; tokens=(--category coal_ad); maps=(--category coal_ad) ;;
+  --demo)
+    category=coal_demo
+    tokens=(--category coal_demo "${DEMO_TOKENS[@]}")
+    maps=(--category coal_demo "${DEMO_MAPS[@]}")
+    ;;
+  -h | --help) echo "$usage"; exit 0 ;;
+  *) die "unknown argument $1; $usage" ;;
+esac
+trained=trained_models/$category
+saved=saved_models/$category
+copied=$saved/.copied_by_run_sh  # checksums of every checkpoint that this script has put there
+
+refuse_to_overwrite() {
+  local file
+  for file in "$saved"/*.safetensors; do
+    [ -f "$file" ] || continue
+    grep -qxF "$(cksum <"$file")" "$copied" 2>/dev/null ||
+      die "$file was not put there by run.sh; move $saved away, or train and test with the plain commands in README.md"
+  done
+}
+
+copy_checkpoints() {
+  local file name sum
+  mkdir -p "$saved"
+  for file in "$trained"/*.safetensors; do
+    name=$(basename "$file")
+    sum=$(cksum <"$file")
+    grep -qxF "$sum" "$copied" 2>/dev/null || echo "$sum" >>"$copied"
+    cp "$file" "$saved/.$name.new"
+    mv -f "$saved/.$name.new" "$saved/$name"
+  done
+  echo "Copied the checkpoints from $trained to $saved"
+}
+
+step() {
+  echo
+  echo "== $1"
+  shift
+  "$VENV_PYTHON" "$@"
+}
+
+refuse_to_overwrite
+prepare_environment requirements.txt
+if [ "$category" = coal_demo ]; then
+  echo "$DEMO_NOTE"
+  step "Drawing the scenes" make_demo_data.py
+fi
+step "MACLU" train_ma_clu.py "${tokens[@]}"
+step "MA2Patch" train_ma2patch.py "${tokens[@]}"
+step "PatchCore" train_pc.py "${maps[@]}"
+copy_checkpoints
+step "Fusion" test_fusion.py --category "$category"
+
+results=result/$category/fusion
+echo
+echo "Done. Look at:"
+for name in report.html heatmaps metrics.json scores.csv config.json; do
+  [ ! -e "$results/$name" ] || echo "  $results/$name"
+done
+[ "$category" != coal_demo ] || echo "$DEMO_NOTE"

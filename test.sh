@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# ./test.sh [pytest arguments]   environment, lint, and the test suite
+set -euo pipefail
+CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+. tools/environment.sh
+
+prepare_environment requirements.txt requirements-dev.txt
+lint=0
+"$VENV_PYTHON" -m ruff check . || lint=$?
+"$VENV_PYTHON" -m pytest "$@"
+exit "$lint"

@@ -1,0 +1,523 @@
+"""Whatever is wrong: one line that says so, the right exit code, and nothing touched."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import draw_category, run_in_process, small_flags
+
+import utils.training
+from models import PatchCore
+from models.networks import full_network
+from models.weights import random_state_dict
+from utils.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from utils.cli import run
+from utils.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+def snapshot(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() if path.is_file() else b"" for path in root.rglob("*")}
+
+
+def refused(root: Path, script: str, flags: list, *words: str, code: int = 2) -> str:
+    """Run the script; check exit code, the one line with `words` in it, and that `root` stays as it was."""
+    before = snapshot(root)
+    finished = run_in_process(script, *flags)
+    assert finished.code == code, finished
+    lines = finished.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), finished.err
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert snapshot(root) == before
+    return lines[0]
+
+
+def fusion_flags(root: Path, *categories: str) -> list:
+    flags = small_flags(root, "test_fusion", *categories)
+    place = flags.index("--weights")
+    return flags[:place] + flags[place + 2 :]
+
+
+@pytest.fixture
+def nothing_is_built(monkeypatch):
+    """Fails a test whose script gets as far as a network."""
+
+    def build(*_, **__):
+        pytest.fail("the network was built before the flags were checked")
+
+    monkeypatch.setattr(utils.training, "build_backbone", build)
+    monkeypatch.setattr("models.branch.build_backbone", build)
+    monkeypatch.setattr("utils.training.ensure_coalad", build)
+
+
+# Flags
+
+
+BAD_FLAGS = [
+    ("train_pc", "--epochs 3", "--epochs --help"),
+    ("train_pc", "--batchsize 3", "--batchsize --batch-size"),
+    ("train_pc", "--batch 3", "--batch"),
+    ("train_pc", "stray", "stray"),
+    ("train_pc", "--batch-size 0", "--batch-size 0 least"),
+    ("train_pc", "--batch-size x", "--batch-size x"),
+    ("train_pc", "--workers -1", "--workers"),
+    ("train_pc", "--workers 1000000", "--workers"),
+    ("train_pc", "--seed -1", "--seed"),
+    ("train_pc", "--image-size 0", "--image-size"),
+    ("train_pc", "--image-size 1000000000", "--image-size 4096"),
+    ("train_pc", "--image-size 20", "--image-size 20 small"),
+    ("train_pc", "--train-ratio 0", "--train-ratio"),
+    ("train_pc", "--train-ratio 1.5", "--train-ratio"),
+    ("train_pc", "--train-ratio nan", "--train-ratio nan"),
+    ("train_pc", "--train-ratio 0.1", "--train-ratio 0.1"),
+    ("train_pc", "--holdout-ratio 1", "--holdout-ratio"),
+    ("train_pc", "--holdout-ratio -0.1", "--holdout-ratio"),
+    ("train_pc", "--holdout-ratio 0.1", "--holdout-ratio 0.1"),
+    ("train_pc", "--coreset-ratio 0", "--coreset-ratio"),
+    ("train_pc", "--coreset-ratio inf", "--coreset-ratio inf"),
+    ("train_pc", "--neighbors 0", "--neighbors"),
+    ("train_pc", "--neighbors 1.5", "--neighbors whole"),
+    ("train_pc", "--threshold 1.2", "--threshold"),
+    ("train_pc", "--covariance empirical", "--covariance"),
+    ("train_pc", "--position-size 64", "--position-size"),
+    ("train_pc", "--backbone no_such_net", "--backbone no_such_net"),
+    ("train_pc", "--backbone vit_tiny_patch16_224", "--backbone vit_tiny_patch16_224"),
+    ("train_pc", "--weights nowhere.safetensors", "--weights nowhere.safetensors"),
+    ("train_pc", "--weights nonsense", "nonsense"),
+    ("train_pc", "--precision fp8", "--precision fp8"),
+    ("train_pc", "--precision fp16", "--precision fp16 GPU"),
+    ("train_pc", "--precision tf32", "--precision tf32 GPU"),
+    ("train_pc", "--device cuda:99", "--device cuda:99"),
+    ("train_pc", "--device tpu", "--device tpu auto"),
+    ("train_pc", "--device meta", "--device meta"),
+    ("train_pc", "--no-eval --save-maps", "--save-maps --no-eval"),
+    ("train_pc", "--no-eval --no-images", "--no-images --no-eval"),
+    ("train_pc", "--category ..", "--category '..'"),
+    ("train_pc", "--category a/b", "--category 'a/b'"),
+    ("train_pc", r"--category a\b", "--category"),
+    ("train_pc", "--category .hidden", "--category"),
+    ("train_pc", "--category /etc", "--category"),
+    ("train_pc", "--category", "--category"),
+    ("train_pc", "--category belt nowhere", "nowhere --category"),
+    ("train_ma_clu", "--threshold 0", "--threshold"),
+    ("train_ma_clu", "--threshold nan", "--threshold"),
+    ("train_ma_clu", "--covariance full", "--covariance full"),
+    ("train_ma_clu", "--coreset-ratio 0.1", "--coreset-ratio"),
+    ("train_ma_clu", "--image-size 65", "--image-size 65 64 80"),
+    ("train_ma_clu", "--position-size 50", "--position-size 50 48 64"),
+    ("train_ma_clu", "--backbone test_resnet --position-size 64", "--position-size test_resnet"),
+    ("train_ma2patch", "--threshold 1", "--threshold"),
+    ("test_fusion", "--lambda-obj -1", "--lambda-obj"),
+    ("test_fusion", "--lambda-map x", "--lambda-map"),
+    ("test_fusion", "--fusion mean", "--fusion mean"),
+    ("test_fusion", "--fusion standardized --lambda-obj 0.01", "--lambda-obj standardized"),
+    ("test_fusion", "--fusion standardized --lambda-map 1", "--lambda-map standardized"),
+    ("test_fusion", "--image-size 64", "--image-size"),
+    ("test_fusion", "--weights random", "--weights"),
+    ("test_fusion", "--holdout-ratio 0.2", "--holdout-ratio"),
+    ("test_fusion", "--no-eval", "--no-eval"),
+    ("test_fusion", "--category ../belt", "--category"),
+    ("test_fusion", "--category nowhere", "nowhere"),
+]
+
+
+@pytest.mark.usefixtures("nothing_is_built")
+@pytest.mark.parametrize(("script", "flags", "words"), BAD_FLAGS)
+def test_flags(trained, script, flags, words):
+    standard = fusion_flags(trained) if script == "test_fusion" else small_flags(trained, script)
+    refused(trained, script, [*standard, *flags.split()], *words.split())
+
+
+@pytest.mark.usefixtures("nothing_is_built")
+@pytest.mark.parametrize("flags", ["--image-size 20", "--weights nowhere.pth", "--backbone no_such_net"])
+def test_nothing_is_downloaded_before_flags_are_checked(trained, flags):
+    refused(
+        trained, "train_pc", [*small_flags(trained, "train_pc", "coal_ad"), *flags.split()], flags.split()[0]
+    )
+
+
+@pytest.mark.usefixtures("nothing_is_built")
+def test_missing_checkpoints_are_found_before_the_download(trained):
+    words = "ma_clu.safetensors, ma2patch.safetensors, pc.safetensors", "train", "convert_published.py"
+    refused(trained, "test_fusion", fusion_flags(trained, "coal_ad"), *words)
+
+
+# Data
+
+
+def test_empty_category_name(trained):
+    refused(trained, "train_pc", [*small_flags(trained, "train_pc"), "--category", ""], "--category")
+
+
+@pytest.mark.usefixtures("nothing_is_built")
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda data: shutil.rmtree(data), ["no category", "--data-root"]),
+        (lambda data: shutil.rmtree(data / "belt"), ["belt", "--category"]),
+        (lambda data: shutil.rmtree(data / "belt/train"), ["train/good", "no images"]),
+        (
+            lambda data: [path.unlink() for path in (data / "belt/train/good").iterdir()],
+            ["train/good", "no images"],
+        ),
+        (lambda data: shutil.rmtree(data / "belt/test"), ["test", "--no-eval"]),
+        (
+            lambda data: [shutil.rmtree(data / "belt/test" / kind) for kind in ("good", "rope")],
+            ["test", "no images"],
+        ),
+        (lambda data: (data / "belt/ground_truth/rope/002_mask.png").unlink(), ["002_mask.png", "test/good"]),
+        (lambda data: shutil.rmtree(data / "belt/ground_truth"), ["000_mask.png"]),
+        (
+            lambda data: shutil.copy(data / "belt/test/good/000.png", data / "belt/test/good/000.bmp"),
+            ["000.bmp"],
+        ),
+        (lambda data: (shutil.rmtree(data), data.write_text("a file")), ["--data-root", "folder"]),
+    ],
+)
+def test_folders(workplace, spoil, words):
+    spoil(workplace / "data")
+    refused(workplace, "train_pc", small_flags(workplace, "train_pc"), *(str(Path(word)) for word in words))
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_truncated_training_image(workplace, workers):
+    truncate(workplace / "data/belt/train/good/005.png")
+    flags = [*small_flags(workplace, "train_pc"), "--train-ratio", 1, "--workers", workers]
+    refused(workplace, "train_pc", flags, "005.png", "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda belt: truncate(belt / "test/rope/001.png"), ["001.png", "cannot be read"]),
+        (lambda belt: truncate(belt / "ground_truth/rope/001_mask.png"), ["001_mask.png", "cannot be read"]),
+        (
+            lambda belt: Image.new("L", (9, 9)).save(belt / "ground_truth/rope/003_mask.png"),
+            ["003_mask.png", "9x9"],
+        ),
+        (lambda belt: (belt / "test/good/000.png").write_text("text"), ["000.png", "cannot be read"]),
+        (
+            lambda belt: Image.fromarray(np.ones((9, 9), np.float32)).save(belt / "test/good/x.tiff"),
+            ["x.tiff"],
+        ),
+    ],
+)
+def test_test_images(workplace, spoil, words):
+    spoil(workplace / "data" / "belt")
+    refused(workplace, "test_fusion", fusion_flags(workplace), *words)
+
+
+def test_one_training_image(workplace):
+    for path in list((workplace / "data/belt/train/good").iterdir())[1:]:
+        path.unlink()
+    refused(
+        workplace, "train_ma_clu", small_flags(workplace, "train_ma_clu"), "1 training image", "train/good"
+    )
+
+
+# Checkpoints
+
+
+def rewrite(path: Path, change_tensors=lambda tensors: None, change_metadata=lambda metadata: None) -> None:
+    tensors, metadata = load_checkpoint(path)
+    change_tensors(tensors)
+    change_metadata(metadata)
+    save_checkpoint(path, tensors, metadata)
+
+
+CHECKPOINTS = {
+    "missing": (lambda path: path.unlink(), ["has no pc.safetensors", "train", "convert_published.py"]),
+    "empty": (lambda path: path.write_bytes(b""), ["pc.safetensors"]),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-50]), ["pc.safetensors", "truncated"]),
+    "half a header": (
+        lambda path: path.write_bytes(path.read_bytes()[:100]),
+        ["pc.safetensors", "truncated"],
+    ),
+    "text": (lambda path: path.write_text("hello" * 100), ["pc.safetensors"]),
+    "pickled": (lambda path: torch.save({"bank": torch.ones(3, 240)}, path), ["pc.safetensors", "convert"]),
+    "plain pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), ["pc.safetensors"]),
+    "foreign": (lambda path: save_file({"bank": torch.ones(3, 240)}, path), ["not a USAD checkpoint"]),
+    "other branch": (
+        lambda path: shutil.copy(path.with_name("ma_clu.safetensors"), path),
+        ["'ma_clu'", "'pc'"],
+    ),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), ["pc.safetensors"]),
+    "tensor missing": (
+        lambda path: rewrite(path, lambda t: t.update(x=t.pop("bank"))),
+        ["'bank' is missing"],
+    ),
+    "other width": (lambda path: rewrite(path, lambda t: t.update(bank=t["bank"][:, 1:])), ["'bank'", "240"]),
+    "integers": (lambda path: rewrite(path, lambda t: t.update(bank=t["bank"].int())), ["'bank'", "floats"]),
+    "no rows": (lambda path: rewrite(path, lambda t: t.update(bank=t["bank"][:0])), ["'bank'"]),
+    "not finite": (lambda path: rewrite(path, lambda t: t["bank"][0].fill_(np.nan)), ["'bank'", "finite"]),
+    "no backbone": (lambda path: rewrite(path, change_metadata=lambda m: m.pop("backbone")), ["metadata"]),
+    "unknown setting": (
+        lambda path: rewrite(path, change_metadata=lambda m: m["settings"].update(x=1)),
+        ["metadata"],
+    ),
+    "setting of a type": (
+        lambda path: rewrite(path, change_metadata=lambda m: m["settings"].update(neighbors={})),
+        ["metadata"],
+    ),
+    "half statistics": (
+        lambda path: rewrite(path, change_metadata=lambda m: m["calibration"].pop("map_std")),
+        ["metadata", "map_std"],
+    ),
+    "other weights": (
+        lambda path: rewrite(path, change_metadata=lambda m: m["backbone"].update(seed=5)),
+        ["weights", "--pc-weights"],
+    ),
+    "unknown network": (
+        lambda path: rewrite(path, change_metadata=lambda m: m["backbone"].update(name="no_such")),
+        ["no_such"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_checkpoints(workplace, kind):
+    spoil, words = CHECKPOINTS[kind]
+    spoil(workplace / "models" / "belt" / "pc.safetensors")
+    refused(workplace, "test_fusion", fusion_flags(workplace), "pc", *words)
+
+
+def test_json_that_is_no_dictionary(tmp_path):
+    for metadata in ("[]", "{", "[" * 100_000, "1"):
+        save_file({"bank": torch.ones(1)}, tmp_path / "pc.safetensors", {FORMAT: metadata})
+        with pytest.raises(InputError, match=r"pc\.safetensors"):
+            load_checkpoint(tmp_path / "pc.safetensors")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_checkpoints_never_raise_anything_else(trained, tmp_path, seed):
+    content = (trained / "models/belt/pc.safetensors").read_bytes()
+    rng, path = np.random.default_rng(seed), tmp_path / "pc.safetensors"
+    for _ in range(100):
+        damaged = bytearray(content[: len(content) - rng.integers(0, 2) * rng.integers(0, len(content))])
+        for place in rng.integers(0, min(len(damaged) + 1, 3000), rng.integers(1, 5)):
+            damaged[place : place + 1] = bytes([rng.integers(0, 256)])
+        path.write_bytes(damaged)
+        try:
+            load_checkpoint(path)
+        except InputError as error:
+            assert str(path) in str(error)
+
+
+def test_no_held_out_statistics(workplace):
+    assert run_in_process("train_pc", *small_flags(workplace, "train_pc"), "--no-eval").code == 0
+    flags = [*fusion_flags(workplace), "--fusion", "standardized"]
+    refused(workplace, "test_fusion", flags, "'pc'", "--holdout-ratio")
+
+
+def test_a_missing_checkpoint_of_the_second_category_is_found_first(workplace):
+    draw_category(workplace / "data" / "second")
+    refused(workplace, "test_fusion", fusion_flags(workplace, "belt", "second"), "second", "pc.safetensors")
+
+
+# Weights given as files
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Writes the weights of train_pc's small network, drawn with a seed, to a file."""
+
+    def write(name: str, seed: int) -> Path:
+        state = random_state_dict(lambda: full_network("test_resnet"), seed)
+        torch.save(state, tmp_path / name) if name.endswith(".pth") else save_file(state, tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+def test_weights_that_moved_or_changed(workplace, weights):
+    path = weights("net.pth", 1)
+    flags = [*small_flags(workplace, "train_pc"), "--weights", path, "--no-eval", "--holdout-ratio", 0.25]
+    assert run_in_process("train_pc", *flags).code == 0
+    moved = weights("moved.safetensors", 1)
+    path.unlink()
+    refused(workplace, "test_fusion", fusion_flags(workplace), "net.pth", "no such file")
+    other = weights("other.pth", 2)
+    refused(
+        workplace,
+        "test_fusion",
+        [*fusion_flags(workplace), "--pc-weights", other],
+        "other.pth",
+        "--pc-weights",
+    )
+    assert run_in_process("test_fusion", *fusion_flags(workplace), "--pc-weights", moved).code == 0
+
+
+def test_weights_that_do_not_fit(workplace, weights, tmp_path):
+    flags = [*small_flags(workplace, "train_pc"), "--weights"]
+    path = weights("net.safetensors", 1)
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(path.read_bytes()[:5000])
+    refused(workplace, "train_pc", [*flags, truncated], "truncated.safetensors")
+    state = load_file(path)
+    state["conv1.0.weight"] = state["conv1.0.weight"][:3]
+    save_file(state, tmp_path / "misshapen.safetensors")
+    refused(workplace, "train_pc", [*flags, tmp_path / "misshapen.safetensors"], "conv1.0.weight")
+    torch.save({"model": full_network("test_resnet")}, tmp_path / "pickled.pth")
+    refused(workplace, "train_pc", [*flags, tmp_path / "pickled.pth"], "pickled.pth", "pickled objects")
+
+
+# What stands where files are to go
+
+
+@pytest.mark.usefixtures("nothing_is_built")
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (
+            lambda root: (root / "models/belt/pc.safetensors").write_text("mine"),
+            ["not a USAD checkpoint", "models"],
+        ),
+        (
+            lambda root: save_file({"a": torch.ones(1)}, root / "models/belt/pc.safetensors"),
+            ["not a USAD checkpoint"],
+        ),
+        (
+            lambda root: (shutil.rmtree(root / "models"), (root / "models").write_text("mine")),
+            ["models", "folder"],
+        ),
+        (
+            lambda root: (shutil.rmtree(root / "result"), (root / "result").write_text("mine")),
+            ["result", "folder"],
+        ),
+        (
+            lambda root: (root / "result/belt/pc/config.json").write_text('{"program": "x"}'),
+            ["did not write"],
+        ),
+        (lambda root: (root / "result/belt/pc/config.json").write_text("{"), ["did not write"]),
+        (lambda root: (root / "result/belt/pc/config.json").unlink(), ["did not write", "--results-dir"]),
+        (lambda root: (root / "result/average_pc.json").write_text('{"mine": 1}'), ["average_pc.json"]),
+    ],
+)
+def test_other_programs_files_are_not_overwritten(workplace, spoil, words):
+    spoil(workplace)
+    refused(workplace, "train_pc", small_flags(workplace, "train_pc"), *words)
+
+
+def test_a_picture_of_ones_own_among_the_results(tmp_path):
+    draw_category(tmp_path / "data" / "belt")
+    own = tmp_path / "result" / "belt" / "pc" / "heatmaps" / "good" / "000.png"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"mine")
+    refused(tmp_path, "train_pc", small_flags(tmp_path, "train_pc"), "did not write")
+
+
+def test_what_an_interrupted_run_left_is_replaced(workplace):
+    shutil.rmtree(workplace / "result")
+    flags = [*small_flags(workplace, "train_pc"), "--save-maps"]
+    path = workplace / "data/belt/test/rope/003.png"
+    whole = path.read_bytes()
+    truncate(path)
+    assert run_in_process("train_pc", *flags, "--batch-size", 2).code == 2
+    folder = workplace / "result" / "belt" / "pc"
+    assert (folder / "anomaly_maps").exists() and not (folder / "metrics.json").exists()
+    path.write_bytes(whole)
+    assert run_in_process("train_pc", *flags).code == 0 and (folder / "metrics.json").exists()
+
+
+# The system's failures
+
+
+def test_read_only_folder(workplace, monkeypatch):
+    (workplace / "models" / "belt").chmod(0o555)
+    if os.access(workplace / "models" / "belt", os.W_OK):  # root may write anywhere
+        access = os.access
+        models = str(workplace / "models" / "belt")
+        monkeypatch.setattr(os, "access", lambda path, mode: str(path) != models and access(path, mode))
+    try:
+        refused(workplace, "train_pc", small_flags(workplace, "train_pc"), "models/belt", "written", code=1)
+    finally:
+        (workplace / "models" / "belt").chmod(0o755)
+
+
+def test_full_disk(workplace):
+    """No file may grow beyond 2 KB: the checkpoint of 18 KB cannot be written."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        refused(workplace, "train_pc", small_flags(workplace, "train_pc"), "File too large", code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_out_of_memory(capsys):
+    with pytest.raises(SystemExit) as end:
+        run(lambda: torch.empty(10**15))
+    assert end.value.code == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: out of memory; lower --batch-size or --image-size"
+    ]
+
+
+def test_mistakes_of_the_program_keep_their_traceback():
+    for error in (ZeroDivisionError, RuntimeError):
+        with pytest.raises(error):
+
+            def fail(error=error):
+                raise error("a bug")
+
+            run(fail)
+
+
+def test_warnings_are_one_line(capsys):
+    with pytest.raises(SystemExit):
+        run(lambda: warnings.warn("odd\nbut possible", stacklevel=1))
+    assert capsys.readouterr().err == "warning: odd but possible\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no such signals here")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals(tmp_path, number, code):
+    """Ctrl-C reaches the whole group of processes, a service manager's SIGTERM the first one."""
+    draw_category(tmp_path / "data" / "a")
+    good = draw_category(tmp_path / "data" / "b") / "train" / "good"
+    for index in range(3000):
+        os.link(good / "000.png", good / f"copy {index}.png")
+    flags = [*small_flags(tmp_path, "train_pc", "a", "b"), "--workers", 1, "--batch-size", 2, "--no-eval"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train_pc.py", *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert "wrote" in process.stdout.readline()
+        time.sleep(0.5)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert err.splitlines() == ["error: interrupted" if code == 130 else "error: terminated"]
+    written = [path.relative_to(tmp_path) for path in (tmp_path / "models").rglob("*") if path.is_file()]
+    assert written == [Path("models/a/pc.safetensors")]
+    PatchCore.load(tmp_path / written[0])

@@ -1,0 +1,544 @@
+"""The branches and their fusion against NumPy, SciPy and scikit-learn on fresh random data."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from sklearn.cluster import KMeans
+from sklearn.covariance import LedoitWolf
+from sklearn.random_projection import SparseRandomProjection, johnson_lindenstrauss_min_dim
+from threadpoolctl import threadpool_limits
+from torch import nn
+
+from models import MACLU, USAD, Branch, MA2Patch, PatchCore
+from models.backbones import BackboneSpec, build_backbone
+from models.calibration import calibrate
+from models.gaussian import Gaussian, GaussianFit, RunningMoments
+from models.ma_clu import _foreground_and_background
+from models.networks import full_network
+from models.patch_store import PatchStore
+from models.weights import random_state_dict
+from utils.errors import InputError
+
+SIZES = {"ma_clu": 64, "ma2patch": 96, "pc": 80}
+
+
+class FittingImages(list):
+    """A loader over normalised images [n, 3, S, S]."""
+
+    def __init__(self, images: torch.Tensor, batch_size: int) -> None:
+        super().__init__({"image": part} for part in images.split(batch_size))
+        self.dataset = images
+
+
+def random_images(count: int, size: int, seed: int) -> torch.Tensor:
+    """Blocky noise: images that differ more than by pixel noise, which networks would average out."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 8, 8, generator=generator)
+    return F.interpolate(coarse, size=(size, size), mode="nearest") + 0.2 * torch.randn(
+        count, 3, size, size, generator=generator
+    )
+
+
+def backbones() -> dict[str, nn.Module]:
+    networks = {
+        "ma_clu": ("tokens", "test_vit"),
+        "ma2patch": ("tokens", "test_vit3"),
+        "pc": ("maps", "test_resnet"),
+    }
+    return {
+        name: build_backbone(BackboneSpec(kind, network, SIZES[name], weights="random", seed=7))
+        for name, (kind, network) in networks.items()
+    }
+
+
+def fitted_branches(networks: dict[str, nn.Module], batch_size: int) -> list[Branch]:
+    branches = [
+        MACLU(networks["ma_clu"]),
+        MA2Patch(networks["ma2patch"], covariance="ledoit-wolf"),
+        PatchCore(networks["pc"], coreset_ratio=0.05),
+    ]
+    for seed, branch in enumerate(branches):
+        count = 9 if branch.name == "pc" else 90  # more images than the networks have channels (64 and 96)
+        branch.fit(FittingImages(random_images(count, branch.image_size, seed), batch_size))
+    return branches
+
+
+@pytest.fixture(scope="module")
+def usad() -> USAD:
+    return USAD(fitted_branches(backbones(), batch_size=16))
+
+
+@pytest.fixture(scope="module")
+def test_images() -> torch.Tensor:
+    return random_images(5, max(SIZES.values()), seed=99)
+
+
+def close(ours, theirs, tolerance: float) -> bool:
+    """Whether no number differs by more than `tolerance` of the largest one."""
+    ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    assert ours.shape == theirs.shape
+    return np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+# The method once more: one image at a time, in double precision, nothing of the project's but the networks.
+
+
+def interpolation(source: int, target: int) -> np.ndarray:
+    """[target, source] bilinear weights with half-pixel centres and clamped edges."""
+    places = ((np.arange(target) + 0.5) * source / target - 0.5).clip(0, source - 1)
+    below = np.floor(places).astype(int).clip(0, max(source - 2, 0))
+    weights = np.zeros((target, source))
+    weights[np.arange(target), below] = 1 - (places - below)
+    weights[np.arange(target), np.minimum(below + 1, source - 1)] += places - below
+    return weights
+
+
+def stretched(image: np.ndarray, size: int) -> np.ndarray:
+    """Bilinear resize of a map [h, w], enlarging."""
+    return interpolation(image.shape[0], size) @ image @ interpolation(image.shape[1], size).T
+
+
+def scaled(image: np.ndarray) -> np.ndarray:
+    return (image - image.min()) / (image.max() - image.min())
+
+
+def shrunk(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Antialiased resize of [3, S, S] by Pillow."""
+    channels = [
+        Image.fromarray(channel).resize((size, size), Image.Resampling.BILINEAR) for channel in image.numpy()
+    ]
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
+
+
+def features(network: nn.Module, image: torch.Tensor) -> list[np.ndarray]:
+    return [output[0].double().numpy() for output in network(image[None])]
+
+
+def mahalanobis(vector: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
+    deviation = vector - mean
+    return math.sqrt(deviation @ np.linalg.inv(covariance + 1e-6 * np.eye(len(mean))) @ deviation + 1e-12)
+
+
+class PlainMACLU:
+    def __init__(self, network, images):
+        self.network = network
+        outputs = [features(network, image) for image in images]
+        cls = np.stack([output[0] for output in outputs])
+        self.gaussian = cls.mean(0), np.cov(cls.T)
+        patches = np.concatenate([output[1] for output in outputs]).astype(np.float32)
+        kmeans = KMeans(2, random_state=42).fit(patches)
+        self.foreground = int(np.argmin(np.bincount(kmeans.labels_)))
+        self.centers = kmeans.cluster_centers_.astype(np.float64)
+
+    def __call__(self, image):
+        cls, tokens = features(self.network, image)
+        distances = np.array(
+            [[np.linalg.norm(token - center) for center in self.centers] for token in tokens]
+        )
+        to_foreground, to_background = distances[:, self.foreground], distances[:, 1 - self.foreground]
+        confidence = to_background / (to_foreground + 1e-8)
+        belt = [c for c, near in zip(confidence, distances.argmin(1), strict=True) if near != self.foreground]
+        if belt:
+            confidence = np.where(confidence > 1.14, np.mean(belt), confidence)
+        side = math.isqrt(len(tokens))
+        return mahalanobis(cls, *self.gaussian), gaussian_filter(
+            scaled(stretched(confidence.reshape(side, side), SIZES["ma_clu"])), 4
+        )
+
+
+class PlainMA2Patch:
+    def __init__(self, network, images):
+        self.network = network
+        means = np.stack([features(network, image)[1].mean(0) for image in images])
+        self.gaussian = means.mean(0), LedoitWolf().fit(means).covariance_
+
+    def __call__(self, image):
+        tokens = features(self.network, image)[1]
+        whole = mahalanobis(tokens.mean(0), *self.gaussian)
+        without = [mahalanobis(np.delete(tokens, i, 0).mean(0), *self.gaussian) for i in range(len(tokens))]
+        side = math.isqrt(len(tokens))
+        contribution = np.abs(whole - np.array(without)).reshape(side, side)
+        return whole, gaussian_filter(stretched(contribution, SIZES["ma2patch"]), 4)
+
+
+class PlainPatchCore:
+    def __init__(self, network, images, ratio):
+        self.network = network
+        patches = np.concatenate([self.patches(image) for image in images])
+        width = johnson_lindenstrauss_min_dim(len(patches), eps=0.9)
+        assert width < patches.shape[1]  # otherwise there would be no projection to test
+        projected = SparseRandomProjection(eps=0.9, random_state=22).fit_transform(patches)
+        chosen = [0]
+        nearest = np.linalg.norm(projected - projected[0], axis=1)
+        while len(chosen) < int(ratio * len(patches)):
+            chosen.append(int(nearest.argmax()))
+            nearest = np.minimum(nearest, np.linalg.norm(projected - projected[chosen[-1]], axis=1))
+        self.bank = patches[chosen]
+
+    def patches(self, image):
+        fine, coarse = features(self.network, image)
+        height, width = fine.shape[1:]
+        pooled = []
+        for layer in (fine, coarse):
+            windows = np.lib.stride_tricks.sliding_window_view(layer, (3, 3), (1, 2)).mean((3, 4))
+            rows, columns = windows.shape[1:]
+            pooled.append(
+                np.stack(
+                    [
+                        windows[
+                            :,
+                            i * rows // height : -(-(i + 1) * rows // height),
+                            j * columns // width : -(-(j + 1) * columns // width),
+                        ].mean((1, 2))
+                        for i in range(height)
+                        for j in range(width)
+                    ]
+                )
+            )
+        return np.concatenate(pooled, 1)
+
+    def __call__(self, image):
+        patches = self.patches(image)
+        distances = np.stack([np.linalg.norm(self.bank - patch, axis=1) for patch in patches])
+        nearest = distances.min(1)
+        strange = int(nearest.argmax())
+        entry = self.bank[distances[strange].argmin()]
+        neighbors = np.linalg.norm(self.bank - entry, axis=1).argsort(kind="stable")[1:3]
+        root = math.sqrt(patches.shape[1])
+        reach = sum(math.exp(np.linalg.norm(patches[strange] - self.bank[n]) / root) for n in neighbors)
+        score = (1 - math.exp(nearest[strange] / root) / reach) * nearest[strange]
+        side = math.isqrt(len(patches))
+        return score, gaussian_filter(stretched(scaled(nearest.reshape(side, side)), SIZES["pc"]), 4)
+
+
+def test_fusion_agrees_with_a_plain_loop_in_double_precision(usad, test_images):
+    networks = {branch.name: branch.backbone for branch in usad.branches}
+    plain = {
+        "ma_clu": PlainMACLU(networks["ma_clu"], random_images(90, SIZES["ma_clu"], 0)),
+        "ma2patch": PlainMA2Patch(networks["ma2patch"], random_images(90, SIZES["ma2patch"], 1)),
+        "pc": PlainPatchCore(networks["pc"], random_images(9, SIZES["pc"], 2), 0.05),
+    }
+    found = usad.predict_parts(test_images)
+    for row, image in enumerate(test_images):
+        product, fused = 1.0, 0.0
+        for name, branch in plain.items():
+            score, anomaly_map = branch(shrunk(image, SIZES[name]))
+            anomaly_map = stretched(anomaly_map, 96)
+            assert float(found[name][0][row]) == pytest.approx(score, rel=1e-4), name
+            assert close(found[name][1][row], anomaly_map, 1e-4), name
+            product = product * anomaly_map
+            fused += {"ma_clu": 0.01, "ma2patch": 0.0, "pc": 1.0}[name] * score
+        assert float(found["fusion"][0][row]) == pytest.approx(fused + product.max(), rel=1e-4)
+        assert close(found["fusion"][1][row], gaussian_filter(product, 1, mode="mirror", truncate=2), 2e-4)
+
+
+def test_batch_size_does_not_matter(usad, test_images):
+    others = USAD(fitted_branches({branch.name: branch.backbone for branch in usad.branches}, batch_size=1))
+    together = usad.predict_parts(test_images)
+    for row in range(len(test_images)):
+        alone = others.predict_parts(test_images[row : row + 1])
+        for name, (scores, maps) in together.items():
+            assert float(alone[name][0]) == pytest.approx(float(scores[row]), rel=1e-4), name
+            assert close(alone[name][1][0], maps[row], 1e-4), name
+
+
+def test_maps_are_those_of_the_largest_branch(usad, test_images):
+    scores, maps = usad.predict(test_images)
+    assert scores.shape == (5,) and maps.shape == (5, 96, 96)
+    assert scores.dtype == torch.float64 and maps.dtype == torch.float32
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_save_and_load_bit_for_bit(usad, tmp_path, index):
+    branch = usad.branches[index]
+    branch.training, before = {"images": 90, "files_digest": "abc"}, branch.calibration
+    images = random_images(4, branch.image_size, seed=5)
+    branch.calibration = calibrate(branch, FittingImages(images, 2))
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    branch.save(first)
+    loaded = type(branch).load(first)
+    loaded.save(second)
+    assert first.read_bytes() == second.read_bytes()
+    assert (loaded.calibration, loaded.training) == (branch.calibration, branch.training)
+    assert loaded.settings() == branch.settings()
+    for ours, theirs in zip(loaded.predict(images), branch.predict(images), strict=True):
+        assert torch.equal(ours, theirs)
+    branch.calibration = before
+
+
+def test_saving_twice_gives_the_same_bytes(usad, tmp_path):
+    contents = set()
+    for number in range(8):  # the order of safetensors' metadata is a toss-up where there are two keys
+        usad.branches[2].save(tmp_path / f"{number}.safetensors")
+        contents.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(contents) == 1
+
+
+def test_statistics_on_held_out_images(usad):
+    branch = usad.branches[2]
+    images = random_images(6, branch.image_size, seed=6)
+    statistics = calibrate(branch, FittingImages(images, 4))
+    assert branch.rescale_maps
+    branch.rescale_maps = False
+    scores, maps = branch.predict(images)
+    branch.rescale_maps = True
+    expected = [scores.mean(), scores.std(), maps.double().mean(), maps.double().std(correction=0)]
+    found = [statistics[key] for key in ("score_mean", "score_std", "map_mean", "map_std")]
+    assert statistics["images"] == 6
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_standardized_fusion(usad, test_images):
+    branches = usad.branches
+    for branch in branches:
+        branch.calibration = calibrate(branch, FittingImages(random_images(6, branch.image_size, seed=6), 4))
+    try:
+        parts = USAD(branches, fusion="standardized").predict_parts(test_images)
+        scores, maps = [], []
+        for branch in branches:
+            raw, statistics = parts[branch.name], branch.calibration
+            scores.append((raw[0].double() - statistics["score_mean"]) / statistics["score_std"])
+            maps.append((raw[1].double() - statistics["map_mean"]) / statistics["map_std"])
+        np.testing.assert_allclose(parts["fusion"][0], sum(scores) / 3, rtol=1e-6)
+        assert close(parts["fusion"][1], sum(maps) / 3, 1e-5)
+        branches[1].calibration = None
+        with pytest.raises(InputError, match="--holdout-ratio"):
+            USAD(branches, fusion="standardized")
+    finally:
+        for branch in branches:
+            branch.calibration, branch.rescale_maps = None, True
+
+
+# Gaussian
+
+
+def vectors(count: int, width: int, seed: int = 3) -> np.ndarray:
+    """Correlated vectors far from the origin, where one-pass formulas lose their digits."""
+    rng = np.random.default_rng(seed)
+    return 1e4 + rng.normal(size=(count, width)) @ rng.normal(size=(width, width))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 60])
+def test_running_moments(batch_size):
+    data = vectors(60, 12)
+    moments = RunningMoments()
+    for start in range(0, 60, batch_size):
+        moments.update(torch.from_numpy(data[start : start + batch_size]))
+    assert moments.count == 60
+    np.testing.assert_allclose(moments.mean, data.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(moments.covariance(), np.cov(data.T), rtol=1e-9, atol=1e-9)
+
+
+def test_merged_moments():
+    data = vectors(50, 8)
+    parts = []
+    for part in (data[:13], data[:0], data[13:]):
+        parts.append(RunningMoments())
+        if len(part):
+            parts[-1].update(torch.from_numpy(part))
+    merged = RunningMoments()
+    for part in parts:
+        merged.merge(part)
+    np.testing.assert_allclose(merged.covariance(), np.cov(data.T), rtol=1e-9, atol=1e-9)
+
+
+def test_mahalanobis_distance():
+    data, points = vectors(40, 6), vectors(5, 6, seed=4)
+    fit = GaussianFit()
+    fit.update(torch.from_numpy(data))
+    expected = [mahalanobis(point, data.mean(0), np.cov(data.T)) for point in points]
+    np.testing.assert_allclose(fit.finish().distance(torch.from_numpy(points)), expected, rtol=1e-9)
+
+
+def test_ledoit_wolf():
+    data = vectors(10, 16).astype(np.float32)
+    fit = GaussianFit("ledoit-wolf")
+    for part in torch.from_numpy(data).split(3):
+        fit.update(part)
+    expected = LedoitWolf().fit(data.astype(np.float64)).covariance_
+    np.testing.assert_allclose(fit.finish().covariance, expected, rtol=1e-9)
+
+
+def test_fewer_images_than_channels_warns_and_works():
+    data = torch.from_numpy(vectors(5, 16))
+    fit = GaussianFit()
+    fit.update(data)
+    with pytest.warns(UserWarning, match=r"5 training images for 16 channels.*--covariance ledoit-wolf"):
+        gaussian = fit.finish()
+    distances = gaussian.distance(torch.from_numpy(vectors(3, 16, seed=8)))
+    assert torch.isfinite(distances).all() and (distances > 100).all()  # 1e-6 in the null space
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("count", "estimator"), [(17, "empirical"), (5, "ledoit-wolf")])
+def test_no_warning_where_the_covariance_has_full_rank(count, estimator):
+    fit = GaussianFit(estimator)
+    fit.update(torch.from_numpy(vectors(count, 16)))
+    fit.finish()
+
+
+def test_one_image_has_no_covariance():
+    fit = GaussianFit()
+    fit.update(torch.ones(1, 4))
+    with pytest.raises(InputError, match="1 training image"):
+        fit.finish()
+
+
+def test_a_stored_inverse_is_used_as_it_is():
+    inverse = 3 * torch.eye(4)
+    gaussian = Gaussian(torch.zeros(4), torch.eye(4), inverse)
+    assert float(gaussian.distance(torch.tensor([1.0, 0, 0, 0]))) == pytest.approx(math.sqrt(3))
+
+
+# Patches
+
+
+def test_patch_store_below_its_budget_keeps_all_in_order():
+    patches = torch.randn(5, 6, 4)
+    store = PatchStore(5, budget=5 * 6 * 4 * 4.1 / 1e9)
+    for part in patches.split(2):
+        store.add(part)
+    assert torch.equal(store.rows(), patches.reshape(-1, 4))
+
+
+def test_patch_store_above_its_budget_keeps_as_many_of_each_image():
+    patches = torch.arange(7 * 10, dtype=torch.float32).view(7, 10, 1).expand(-1, -1, 4)
+    rows = []
+    for batch_size in (3, 3, 1):
+        store = PatchStore(7, budget=7 * 4 * 4 * 4.5 / 1e9)  # 4.5 patches an image
+        for part in patches.split(batch_size):
+            store.add(part)
+        rows.append(store.rows())
+    images, counts = torch.unique(rows[0][:, 0] // 10, return_counts=True)
+    assert images.tolist() == list(range(7)) and counts.tolist() == [4] * 7
+    assert len(rows[0].unique(dim=0)) == 28  # none twice
+    assert torch.equal(rows[0], rows[1])
+    assert rows[0].untyped_storage().nbytes() <= 7 * 4 * 4 * 4.5
+
+
+def patchcore_with(bank: np.ndarray, stand_in, neighbors: int = 3) -> PatchCore:
+    branch = PatchCore(stand_in(16, (2, 2), bank.shape[1]), neighbors=neighbors)
+    branch.load_state({"bank": torch.from_numpy(bank).float()})
+    return branch
+
+
+@pytest.mark.parametrize("entries", [1, 2, 3, 4])
+def test_patchcore_with_a_tiny_bank(stand_in, entries):
+    rng = np.random.default_rng(entries)
+    bank, patches = rng.normal(size=(entries, 8)), rng.normal(size=(3, 4, 8))
+    scores, maps = patchcore_with(bank, stand_in).score(torch.from_numpy(patches).float())
+    assert torch.isfinite(maps).all()
+    for score, image in zip(scores, patches, strict=True):
+        distances = np.linalg.norm(image[:, None] - bank, axis=2)
+        largest, strange = distances.min(1).max(), distances.min(1).argmax()
+        order = np.linalg.norm(bank - bank[distances[strange].argmin()], axis=1).argsort()[1:3]
+        weight = 1.0
+        if entries > 1:
+            reach = np.exp(np.linalg.norm(image[strange] - bank[order], axis=1) / math.sqrt(8)).sum()
+            weight -= math.exp(largest / math.sqrt(8)) / reach
+        assert float(score) == pytest.approx(weight * largest, rel=1e-5)
+        assert entries < 3 or 0.5 <= weight < 1
+
+
+def test_patchcore_with_copies_in_its_bank(stand_in):
+    patches = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
+    scores, _ = patchcore_with(np.zeros((3, 8)), stand_in).score(patches)
+    # All three entries are as far: the weight is 1 - 1/2.
+    np.testing.assert_allclose(scores, patches.norm(dim=2).amax(1) / 2, rtol=1e-5)
+    flat = patchcore_with(patches[0].double().numpy(), stand_in).score(patches[:1])
+    assert float(flat[0]) == 0 and float(flat[1].abs().max()) == 0  # nothing strange, and no division by zero
+
+
+def test_patchcore_refuses_an_empty_bank(stand_in, batches):
+    branch = PatchCore(stand_in(16, (2, 2), 6), coreset_ratio=0.005)
+    branch.extract = lambda images: images.flatten(2).mT
+    with pytest.raises(InputError, match=r"--coreset-ratio 0\.005 of 128 patches"):
+        branch.fit(batches([{"image": torch.randn(2, 4, 8, 8)}], 2))
+
+
+def test_training_images_all_alike_are_refused(stand_in, batches):
+    branch = MACLU(stand_in(16, (2, 2), 6))
+    branch.backbone.forward = lambda images: (torch.ones(len(images), 6), torch.ones(len(images), 4, 6))
+    with pytest.raises(InputError, match="identical"), pytest.warns(UserWarning, match="channels"):
+        branch.fit(batches([{"image": torch.zeros(4, 3, 16, 16)}], 4))
+
+
+def test_clusters_do_not_depend_on_the_number_of_threads():
+    patches = torch.randn(30_000, 32, generator=torch.Generator().manual_seed(2))
+    patches[:12_000] += 0.8
+    found = set()
+    for threads in (1, 2, 8, 8, 8):
+        with threadpool_limits(threads, user_api="openmp"):
+            found.add(_foreground_and_background(patches).numpy().tobytes())
+    assert len(found) == 1
+
+
+def test_all_coal_keeps_its_confidence(stand_in):
+    branch = MACLU(stand_in(16, (2, 2), 6))
+    confidence = torch.tensor([[1.5, 2.0, 1.2, 1.1], [1.5, 2.0, 0.4, 0.8], [1.14, 1.0, 0.2, 0.2]])
+    expected = torch.tensor([[1.5, 2.0, 1.2, 1.1], [0.6, 0.6, 0.4, 0.8], [1.14, 1.0, 0.2, 0.2]])
+    assert torch.allclose(branch.without_coal(confidence), expected)
+
+
+# Position embeddings, and a branch more
+
+
+def test_position_size_resamples_twice():
+    spec = BackboneSpec("tokens", "test_vit", 96, position_size=64, weights="random", seed=7)
+    state = random_state_dict(lambda: full_network("test_vit"), 7)
+    table = state["pos_embed"]
+    grid = table[:, 1:].unflatten(1, (10, 10)).permute(0, 3, 1, 2)
+    for side in (4, 6):  # 64 / 16, then 96 / 16
+        grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True, align_corners=False)
+    state["pos_embed"] = torch.cat([table[:, :1], grid.flatten(2).mT], 1)
+    net = timm.create_model("test_vit", num_classes=0, img_size=96).eval()
+    net.load_state_dict(state)
+    images = random_images(2, 96, seed=11)
+    with torch.no_grad():
+        expected = net.forward_features(images)
+    cls, patches = build_backbone(spec)(images)
+    assert close(torch.cat([cls[:, None], patches], 1), expected, 1e-5)
+    once = build_backbone(BackboneSpec("tokens", "test_vit", 96, weights="random", seed=7))(images)[1]
+    assert not close(patches, once, 1e-3)
+
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.mark.skipif(not README.exists(), reason="no README here")
+def test_the_fourth_branch_of_the_readme(trained, tmp_path, monkeypatch):
+    (code,) = re.findall(
+        r"```python\n(# A fourth branch.*?)```", README.read_text(encoding="utf-8"), re.DOTALL
+    )
+    shutil.copytree(trained / "data" / "belt", tmp_path / "data" / "coal_demo")
+    shutil.copytree(trained / "models" / "belt", tmp_path / "saved_models" / "coal_demo")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    usad = names["usad"]
+    assert len(usad.branches) == 4
+    fourth = usad.branches[-1]
+    assert type(fourth).__base__ is Branch
+    images = random_images(2, usad.image_size, seed=12)
+    parts = usad.predict_parts(images)
+    scores, maps = parts["fusion"]
+    branches = [parts[branch.name] for branch in usad.branches]
+    product = torch.stack([part[1] for part in branches]).prod(0)
+    expected = sum(
+        usad.score_weights[branch.name] * part[0].double()
+        for branch, part in zip(usad.branches, branches, strict=True)
+    )
+    np.testing.assert_allclose(scores, expected + product.amax((1, 2)).double(), rtol=1e-6)
+    assert maps.shape == (2, usad.image_size, usad.image_size)
+    assert usad.score_weights[fourth.name] > 0

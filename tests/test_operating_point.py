@@ -1,0 +1,302 @@
+"""Thresholds from held-out normal images: the rule against naive computation, and the files it leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+import predict
+import test_fusion
+import train_ma2patch
+import train_ma_clu
+import train_pc
+from datasets.mvtec import ImageDataset
+from models import USAD
+from models.operating_point import OperatingPoint, exceedance, quantile, rank
+from utils.cli import run
+from utils.errors import InputError
+
+HELD = 12  # of 24
+
+
+def point(**values):
+    standard = {
+        "threshold": 1.5,
+        "pixel_threshold": 0.5,
+        "false_alarm_rate": 0.1,
+        "images": 20,
+        "expected_rate": 0.09,
+        "interval": (0.01, 0.2),
+        "fusion": {"score_weights": {}, "lambda_map": 1.0, "fusion": "paper"},
+        "checkpoints": {},
+    }
+    return OperatingPoint(**standard | values)
+
+
+# The rule
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.1, 1 / 3, 0.5])
+def test_threshold_is_the_lowest_whose_expected_rate_is_small_enough(rate):
+    rng = np.random.default_rng(1)
+    for count in (1, 2, 5, 19, 20, 99, 100, 250):
+        values = rng.standard_normal(count)
+        # A new value exceeds the threshold like one of count + 1 equals: those above it, and itself.
+        allowed = [v for v in values if ((values > v).sum() + 1) / (count + 1) <= rate + 1e-12]
+        expected = min(allowed) if allowed else values.max()
+        threshold = quantile(values, rate)
+        assert expected < threshold <= np.nextafter(expected, np.inf)
+        above = (values >= threshold).sum()
+        assert exceedance(count, rate)[0] == pytest.approx((above + 1) / (count + 1))
+
+
+def test_expected_rate_and_interval_by_simulation():
+    rng = np.random.default_rng(2)
+    count, rate = 60, 0.1
+    draws = rng.random((20_000, count))  # uniform: the true rate above t is 1 - t
+    rates = 1 - np.sort(draws, axis=1)[:, rank(count, rate) - 1]
+    expected, (low, high) = exceedance(count, rate)
+    assert rates.mean() == pytest.approx(expected, abs=0.002) and expected <= rate
+    assert ((rates >= low) & (rates <= high)).mean() == pytest.approx(0.95, abs=0.01)
+    above = count - rank(count, rate)
+    assert (low, high) == pytest.approx(stats.beta(above + 1, count - above).interval(0.95))
+
+
+def test_too_few_images_are_said_so():
+    values = np.random.default_rng(3).random(30)
+    assert quantile(values, 0.01) > values.max()
+    expected, _ = exceedance(30, 0.01)
+    line = point(false_alarm_rate=0.01, images=30, expected_rate=expected).shortfall
+    assert "30 held-out images" in line and "99" in line and f"{1 / 31:.3g}" in line
+    assert exceedance(99, 0.01)[0] <= 0.01 + 1e-12 and point().shortfall is None
+
+
+def test_float32_values_stay_below_their_threshold():
+    values = np.random.default_rng(4).random(50).astype(np.float32)
+    assert (values >= np.float32(quantile(values, 0.02))).sum() == 0
+
+
+def test_figures_on_the_test_set():
+    rng = np.random.default_rng(5)
+    scores, labels = rng.normal(1.2, 1, 200), rng.integers(0, 2, 200)
+    figures = point().on_test(scores, labels)
+    hits = sum(1 for s, y in zip(scores, labels, strict=True) if y and s >= 1.5)
+    false = sum(1 for s, y in zip(scores, labels, strict=True) if not y and s >= 1.5)
+    assert figures["recall"] == hits / labels.sum() and figures["missed"] == labels.sum() - hits
+    assert figures["false_alarms"] == false
+    assert figures["measured_false_alarm_rate"] == false / (200 - labels.sum())
+    json.dumps(figures, allow_nan=False)
+    assert point().on_test(scores, np.zeros(200, int))["recall"] is None
+    assert point().on_test(scores, np.ones(200, int))["measured_false_alarm_rate"] is None
+
+
+# The file
+
+
+def test_file_round_trip(tmp_path):
+    stored = point(threshold=0.1 + 0.2, checkpoints={"pc.safetensors": "ab"})
+    stored.write(tmp_path)
+    assert OperatingPoint.read(tmp_path) == stored
+    assert OperatingPoint.read(tmp_path / "elsewhere") is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: "not json",
+        lambda content: "[" * 100_000,
+        lambda content: [1],
+        lambda content: {**content, "format": "other"},
+        lambda content: {**content, "threshold": float("nan")},
+        lambda content: {**content, "threshold": "1"},
+        lambda content: {**content, "interval": [1]},
+        lambda content: {**content, "fusion": 3},
+        lambda content: {**content, "fusion": {"lambda_map": "x"}},
+        lambda content: {**content, "more": 1},
+        lambda content: {key: content[key] for key in content if key != "images"},
+    ],
+)
+def test_other_files_are_refused(tmp_path, change):
+    point().write(tmp_path)
+    path = tmp_path / "usad.json"
+    content = change(json.loads(path.read_text()))
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(InputError, match=r"usad\.json"):
+        OperatingPoint.read(tmp_path)
+
+
+# The scripts
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A drawn category, and its three small branches trained with half of the images held out."""
+    root = tmp_path_factory.mktemp("operating_point")
+    rng = np.random.default_rng(6)
+    folder = root / "data" / "belt"
+    for name, count, red in (("train/good", 2 * HELD, 0), ("test/good", 8, 0), ("test/rod", 6, 1)):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            image = rng.integers(0, 90, (70, 100, 3), dtype=np.uint8)
+            if red:
+                image[20:50, 30:60] = (255, 40, 40)
+            Image.fromarray(image).save(folder / name / f"{index:03d}.png")
+    (folder / "ground_truth" / "rod").mkdir(parents=True)
+    mask = np.zeros((70, 100), np.uint8)
+    mask[20:50, 30:60] = 255
+    for index in range(6):
+        Image.fromarray(mask).save(folder / "ground_truth" / "rod" / f"{index:03d}_mask.png")
+    vit = ("--backbone", "vit_tiny_patch16_224", "--image-size", "64")
+    for script, flags in (
+        (train_ma_clu, vit),
+        (train_ma2patch, vit),
+        (train_pc, (*vit[2:], "--backbone", "resnet18")),
+    ):
+        flags = (*flags, "--weights", "random", "--no-eval", "--holdout-ratio", "0.5")
+        assert call(script, root, "--models-dir", root / "models", *flags) == 0
+    return root
+
+
+def call(script, root, *flags):
+    """Run a script on the drawn category in this process; returns the exit code."""
+    common = ("--category", "belt", "--device", "cpu")
+    if script is not predict:
+        common += ("--workers", "0", "--data-root", str(root / "data"))
+    before, sys.argv = sys.argv, [script.__name__, *map(str, flags), *common]
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            run(script.main)
+    finally:
+        sys.argv = before
+    return exit_.value.code
+
+
+@pytest.fixture
+def models(root, tmp_path):
+    """A copy of the trained models, for tests that change them."""
+    return shutil.copytree(root / "models", tmp_path / "models")
+
+
+def fuse(root, models, results, *flags):
+    return call(test_fusion, root, "--models-dir", models, "--results-dir", results, "--no-images", *flags)
+
+
+@pytest.mark.parametrize("fusion", ["paper", "standardized"])
+def test_thresholds_come_from_the_held_out_images_alone(root, models, tmp_path, fusion):
+    assert fuse(root, models, tmp_path, "--fusion", fusion, "--false-alarm-rate", "0.2") == 0
+    stored = OperatingPoint.read(models / "belt")
+    usad = USAD.load(models / "belt")
+    assert usad.fusion == fusion and usad.threshold == stored.threshold
+    names = sorted(path.name for path in (root / "data/belt/train/good").iterdir())
+    held = [names[i] for i in sorted(random.Random("holdout 22").sample(range(2 * HELD), HELD))]
+    results = usad([root / "data/belt/train/good" / name for name in held])
+    scores = np.array([result.score for result in results])
+    allowed = int(0.2 * (HELD + 1)) - 1  # of the held-out images above the threshold
+    assert stored.images == HELD and (scores >= stored.threshold).sum() == allowed
+    assert np.sort(scores)[-allowed - 1] == pytest.approx(stored.threshold)
+    images = torch.stack(
+        [ImageDataset.__getitem__(dataset_of(root, usad), i)["image"] for i in range(2 * HELD)]
+    )
+    peaks = usad.predict(images[[names.index(name) for name in held]])[1].amax((1, 2)).sort().values
+    assert float(peaks[-allowed - 1]) == pytest.approx(stored.pixel_threshold, rel=1e-5)
+
+
+def dataset_of(root, usad):
+    from datasets.mvtec import Category
+
+    return ImageDataset(Category(root / "data", "belt").train_items(), usad.image_size, "bicubic")
+
+
+def test_metrics_at_the_point_and_predict_agree_with_the_scores(root, models, tmp_path):
+    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 0
+    metrics = json.loads((tmp_path / "belt/fusion/metrics.json").read_text())["operating_point"]
+    with open(tmp_path / "belt/fusion/scores.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    above = [float(row["score"]) >= metrics["threshold"] for row in table]
+    labels = [row["label"] == "1" for row in table]
+    assert metrics["false_alarms"] == sum(a and not y for a, y in zip(above, labels, strict=True))
+    assert metrics["recall"] == sum(a and y for a, y in zip(above, labels, strict=True)) / 6
+    assert metrics["images"] == HELD
+
+    out = tmp_path / "predictions"
+    assert (
+        call(predict, root, root / "data/belt/test", "--models-dir", models, "--out", out, "--no-images") == 0
+    )
+    with open(out / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["source"].endswith(t["path"]) for row, t in zip(rows, table, strict=True)] == [True] * 14
+    for row, expected, alarm in zip(rows, table, above, strict=True):
+        assert float(row["score"]) == pytest.approx(float(expected["score"]), rel=1e-5)
+        assert row["anomalous"] == str(int(alarm))
+
+
+def test_a_stored_point_serves_later_tests_with_the_same_settings(root, models, tmp_path):
+    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 0
+    first = (tmp_path / "belt/fusion/metrics.json").read_text()
+    assert fuse(root, models, tmp_path) == 0
+    assert (tmp_path / "belt/fusion/metrics.json").read_text() == first
+    assert fuse(root, models, tmp_path, "--lambda-map", "2") == 0
+    assert "operating_point" not in json.loads((tmp_path / "belt/fusion/metrics.json").read_text())
+
+
+def test_other_checkpoints_are_noticed(root, models, tmp_path, capsys):
+    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 0
+    flags = (
+        "--weights",
+        "random",
+        "--no-eval",
+        "--holdout-ratio",
+        "0.5",
+        "--neighbors",
+        "2",
+        "--image-size",
+        "64",
+    )
+    assert call(train_pc, root, "--models-dir", models, "--backbone", "resnet18", *flags) == 0
+    source = root / "data/belt/test/good/000.png"
+    assert call(predict, root, source, "--models-dir", models, "--out", tmp_path / "out") == 2
+    assert "--false-alarm-rate" in capsys.readouterr().err
+    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 0
+    assert call(predict, root, source, "--models-dir", models, "--out", tmp_path / "out", "--no-images") == 0
+
+
+def test_without_held_out_images(root, models, tmp_path, capsys):
+    flags = ("--backbone", "resnet18", "--image-size", "64", "--weights", "random", "--no-eval")
+    assert call(train_pc, root, "--models-dir", models, *flags) == 0
+    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 2
+    assert "--holdout-ratio" in capsys.readouterr().err
+    assert call(train_pc, root, "--models-dir", models, *flags, "--holdout-ratio", "0.25") == 0
+    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 2
+    assert "same images" in capsys.readouterr().err
+    assert not (models / "belt/usad.json").exists()
+
+
+def test_training_images_that_changed_are_noticed(root, models, tmp_path, capsys):
+    data = shutil.copytree(root / "data", tmp_path / "data")
+    (data / "belt/train/good/005.png").rename(data / "belt/train/good/zzz.png")
+    flags = (
+        "--models-dir",
+        models,
+        "--results-dir",
+        tmp_path / "r",
+        "--no-images",
+        "--false-alarm-rate",
+        "0.1",
+    )
+    assert call(test_fusion, tmp_path, *flags) == 2
+    assert "training images" in capsys.readouterr().err
+
+
+def test_a_foreign_file_is_left_alone(root, models, tmp_path):
+    (models / "belt/usad.json").write_text('{"mine": 1}')
+    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 2
+    assert (models / "belt/usad.json").read_text() == '{"mine": 1}'

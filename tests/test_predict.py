@@ -1,0 +1,594 @@
+"""predict.py: frames from files and cameras in, rows, pictures and videos out."""
+
+from __future__ import annotations
+
+import csv
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+
+import predict
+from datasets.images import IMAGENET_MEAN, IMAGENET_STD, to_tensor
+from models import USAD
+from models.prediction import regions
+from utils import sources
+from utils.cli import run
+from utils.errors import InputError
+from utils.predictions import Alarm
+from utils.redact import redact
+from utils.sources import Camera, Images, Video, find_sources
+from utils.tables import safe_cell
+
+ROOT = Path(predict.__file__).parent
+SECRET = "Gr3n:zw@ll"
+THRESHOLDS = ("--threshold", "1.0", "--pixel-threshold", "0.5")
+
+
+class RedBranch:
+    """A branch whose map is the image's red channel in [0, 1], and whose score is its maximum."""
+
+    name, score_weight, calibration = "red", 1.0, None
+
+    def __init__(self, image_size=96, before=lambda: None):
+        self.image_size, self.before = image_size, before
+        self.device = torch.device("cpu")
+
+    def predict(self, images):
+        self.before()
+        maps = images[:, 0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]
+        return maps.amax((1, 2)), maps
+
+
+def usad_with(**options):
+    usad = USAD([RedBranch(**options)])
+    usad.threshold, usad.pixel_threshold = 1.0, 0.5
+    return usad
+
+
+@pytest.fixture
+def stand_in_model(monkeypatch):
+    """USAD.load gives the red branch; returns a function that sets what is done before each prediction."""
+    branch = RedBranch()
+    monkeypatch.setattr(USAD, "load", lambda *_, **__: USAD([branch]))
+
+    def before(function):
+        branch.before = function
+
+    return before
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run predict.py in this process -> exit code, stdout, stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            run(predict.main)
+        return exit_.value.code, *capsys.readouterr()
+
+    return call
+
+
+def frame(rng, red=True, size=(120, 300), place=(30, 60, 200, 240)):
+    """A dull frame [H, W, 3], at will with a red object at rows, columns `place`."""
+    image = rng.integers(20, 60, (*size, 3), dtype=np.uint8)
+    if red:
+        top, bottom, left, right = place
+        image[top:bottom, left:right, 0] = 250
+    return image
+
+
+def write_video(path, frames, fps=10):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), fps, frames[0].shape[1::-1])
+    for image in frames:
+        writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    writer.release()
+
+
+def video_frames(path):
+    capture = cv2.VideoCapture(str(path))
+    images = []
+    while (read := capture.read())[0]:
+        images.append(read[1])
+    return images, capture.get(cv2.CAP_PROP_FPS)
+
+
+def rows(folder):
+    with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# One call in Python
+
+
+def test_call_takes_paths_images_and_arrays(tmp_path):
+    image = frame(np.random.default_rng(1))
+    Image.fromarray(image).save(tmp_path / "a.png")
+    usad = usad_with()
+    results = usad([tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(image), image])
+    alone = usad(tmp_path / "a.png")
+    assert len(results) == 4 and len(alone) == 1
+    for result in results:
+        assert result.score == alone[0].score and result.boxes == alone[0].boxes
+        assert result.map.shape == image.shape[:2] and result.map.dtype == np.float32
+    scores, maps = usad.predict(to_tensor(Image.fromarray(image), 96, "bicubic")[None])
+    assert alone[0].score == float(scores[0])
+    assert np.array_equal(alone[0].map, cv2.resize(maps[0].numpy(), (300, 120)))
+    assert alone[0].branches["red"][1].shape == (96, 96)
+
+
+@pytest.mark.parametrize("size, place", [((120, 300), (30, 60, 200, 240)), ((400, 90), (300, 350, 10, 40))])
+def test_boxes_lie_on_the_object_in_source_pixels(size, place):
+    (result,) = usad_with()(frame(np.random.default_rng(2), True, size, place))
+    ((x, y, width, height),) = result.boxes
+    top, bottom, left, right = place
+    step = max(size) / 96 + 1
+    assert np.allclose([y, y + height, x, x + width], place, atol=step)
+    assert result.anomalous and result.area == pytest.approx((bottom - top) * (right - left), rel=0.25)
+
+
+def test_call_in_batches_gives_the_same():
+    rng = np.random.default_rng(3)
+    images = [frame(rng, red=index % 2) for index in range(5)]
+    usad = usad_with()
+    assert [r.score for r in usad(images, batch_size=2)] == [usad(image)[0].score for image in images]
+
+
+def test_no_thresholds_no_verdict():
+    usad = USAD([RedBranch()])
+    (result,) = usad(frame(np.random.default_rng(4)))
+    assert result.anomalous is None and result.boxes is None and result.area is None
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 4), np.uint8),
+        7,
+        "gone.png",
+    ],
+)
+def test_other_images_are_refused(image):
+    with pytest.raises(InputError):
+        usad_with()([image])
+
+
+def test_scores_that_are_not_finite_are_refused():
+    usad = usad_with()
+    usad.branches[0].predict = lambda images: (torch.full((1,), torch.nan), images[:, 0])
+    with pytest.raises(InputError, match="not finite"):
+        usad(frame(np.random.default_rng(5)))
+
+
+def test_regions_against_scipy():
+    rng = np.random.default_rng(6)
+    for _ in range(20):
+        values = ndimage.gaussian_filter(rng.standard_normal((40, 70)), 2).astype(np.float32)
+        threshold = float(np.quantile(values, rng.uniform(0.7, 0.99)))
+        boxes, area = regions(values, threshold)
+        labels, count = ndimage.label(values >= threshold, np.ones((3, 3)))
+        slices = ndimage.find_objects(labels)
+        expected = {(c.start, r.start, c.stop - c.start, r.stop - r.start) for r, c in slices}
+        assert set(boxes) == expected and len(boxes) == count
+        assert area == (values >= threshold).sum()
+
+
+def test_alarm_against_its_definition():
+    rng = np.random.default_rng(7)
+    for length in (1, 2, 3, 5):
+        raw = (rng.random(300) < 0.5).tolist()
+        alarm, on = Alarm(length), False
+        for index in range(len(raw)):
+            last = raw[max(0, index + 1 - length) : index + 1]
+            if len(last) == length and all(value != on for value in last):
+                on = not on
+            assert alarm.update(raw[index]) == on
+
+
+# Where frames come from
+
+
+def test_folder_gives_images_and_videos_folder_by_folder(tmp_path):
+    for name in (
+        "b.png",
+        "a.jpg",
+        "sub/z.png",
+        "c.png",
+        ".hidden.png",
+        ".trash/x.png",
+        "notes.txt",
+        "clip.mp4",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_sources([str(tmp_path)])
+    assert [[path.name for path in source.paths] for source in found] == [
+        ["a.jpg", "b.png", "c.png"],
+        ["clip.mp4"],
+        ["z.png"],
+    ]
+    assert [type(source) for source in found] == [Images, Video, Images]
+    pattern = find_sources([str(tmp_path / "**" / "*.png")])
+    assert [path.name for source in pattern for path in source.paths] == ["b.png", "c.png", "z.png"]
+
+
+@pytest.mark.parametrize(
+    "argument", ["gone", "*.png", "notes.txt", ".", "ftp://host/x", "file:///etc/passwd"]
+)
+def test_what_cannot_be_looked_at_is_refused(argument, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").touch()
+    with pytest.raises(InputError):
+        find_sources([argument])
+
+
+def test_camera_must_be_alone():
+    with pytest.raises(InputError) as error:
+        find_sources([f"rtsp://admin:{SECRET}@10.0.0.1/live", "x.png"])
+    assert SECRET not in str(error.value)
+    assert isinstance(find_sources(["0"])[0], Camera)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_video_frames(tmp_path, every):
+    rng = np.random.default_rng(8)
+    images = [np.full((48, 64, 3), 10 * index + 20, np.uint8) for index in range(10)]
+    write_video(tmp_path / "v.avi", images, fps=8)
+    video = Video(tmp_path / "v.avi")
+    frames = list(video.frames(every))
+    assert [found.number for found in frames] == list(range(0, 10, every))
+    assert [found.time for found in frames] == pytest.approx([n / 8 for n in range(0, 10, every)], abs=2e-3)
+    for found in frames:
+        assert abs(int(found.image[tuple(rng.integers(0, 48, 2))][0]) - images[found.number].item(0)) < 8
+    assert not video.problems
+
+
+# The script on files
+
+
+@pytest.mark.usefixtures("stand_in_model")
+def test_video_in_rows_and_frames_out(tmp_path, call):
+    rng = np.random.default_rng(9)
+    red = [False, False, True, True, True, False, True, False, False, False, False, True]
+    write_video(tmp_path / "belt.avi", [frame(rng, value) for value in red])
+    out = tmp_path / "out"
+    code, stdout, _ = call(tmp_path / "belt.avi", "--out", out, *THRESHOLDS)
+    assert code == 0 and "12 frames, 5 anomalous" in stdout
+    table = rows(out)
+    assert [row["anomalous"] for row in table] == [str(int(value)) for value in red]
+    assert [int(row["frame"]) for row in table] == list(range(12))
+    for row, value in zip(table, red, strict=True):
+        assert len(json.loads(row["boxes"])) == value and (int(row["area"]) > 0) == value
+    annotated, fps = video_frames(next((out / "videos").glob("belt.*")))
+    assert len(annotated) == 12 and fps == 10 and annotated[0].shape == (120, 300, 3)
+    assert len(list((out / "overlays").glob("*.jpg"))) == 5
+    assert json.loads((out / "config.json").read_text())["finished"]
+    assert (out / "report.html").stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("stand_in_model")
+def test_every_and_smooth(tmp_path, call):
+    rng = np.random.default_rng(10)
+    red = [False, True, False, True, True, True, True, True, False, True, False, False]
+    write_video(tmp_path / "belt.avi", [frame(rng, value) for value in red])
+    out = tmp_path / "out"
+    assert call(tmp_path / "belt.avi", "--out", out, "--smooth", "2", *THRESHOLDS)[0] == 0
+    assert [int(row["anomalous"]) for row in rows(out)] == [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0]
+    assert call(tmp_path / "belt.avi", "--out", out, "--every", "5", *THRESHOLDS)[0] == 0
+    assert [int(row["frame"]) for row in rows(out)] == [0, 5, 10]
+    annotated, fps = video_frames(next((out / "videos").glob("belt.*")))
+    assert len(annotated) == 3 and fps == 2
+
+
+@pytest.mark.usefixtures("stand_in_model")
+@pytest.mark.parametrize("overlays, expected", [("anomalous", 2), ("all", 4), ("none", 0)])
+def test_overlays_at_source_resolution(tmp_path, call, overlays, expected):
+    rng = np.random.default_rng(11)
+    (tmp_path / "in").mkdir()
+    for index in range(4):
+        Image.fromarray(frame(rng, index % 2)).save(tmp_path / "in" / f"{index}.png")
+    assert call(tmp_path / "in", "--out", tmp_path / "out", "--overlays", overlays, *THRESHOLDS)[0] == 0
+    written = sorted((tmp_path / "out" / "overlays").glob("*.jpg"))
+    assert len(written) == expected
+    for path in written:
+        assert Image.open(path).size == (300, 120)
+
+
+@pytest.mark.usefixtures("stand_in_model")
+def test_contour_is_drawn_around_the_object(tmp_path, call):
+    Image.fromarray(frame(np.random.default_rng(12))).save(tmp_path / "a.png")
+    assert call(tmp_path / "a.png", "--out", tmp_path / "out", *THRESHOLDS)[0] == 0
+    (path,) = (tmp_path / "out" / "overlays").glob("*.jpg")
+    picture = np.asarray(Image.open(path)).astype(int)
+    yellow = (picture[..., 0] > 180) & (picture[..., 1] > 150) & (picture[..., 2] < 110)
+    y, x = np.nonzero(yellow[24:])  # below the caption
+    assert np.allclose([y.min() + 24, y.max() + 24, x.min(), x.max()], [30, 60, 200, 240], atol=6)
+
+
+@pytest.mark.usefixtures("stand_in_model")
+def test_json_lines_are_the_rows(tmp_path, call):
+    rng = np.random.default_rng(13)
+    (tmp_path / "in").mkdir()
+    for index in range(3):
+        Image.fromarray(frame(rng, index % 2)).save(tmp_path / "in" / f"{index}.png")
+    code, stdout, _ = call(
+        tmp_path / "in", "--out", tmp_path / "out", "--json-lines", "--no-images", *THRESHOLDS
+    )
+    lines = [json.loads(line) for line in stdout.splitlines()]
+    assert code == 0 and len(lines) == 3
+    for line, row in zip(lines, rows(tmp_path / "out"), strict=True):
+        assert list(line) == list(row) and line["source"] == row["source"]
+        assert line["score"] == float(row["score"]) and line["anomalous"] is (row["anomalous"] == "1")
+        assert line["boxes"] == json.loads(row["boxes"])
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.usefixtures("stand_in_model")
+def test_without_thresholds_scores_only(tmp_path, call):
+    Image.fromarray(frame(np.random.default_rng(14))).save(tmp_path / "a.png")
+    code, _, stderr = call(tmp_path / "a.png", "--out", tmp_path / "out")
+    assert code == 0 and "--false-alarm-rate" in stderr
+    (row,) = rows(tmp_path / "out")
+    assert float(row["score"]) > 1 and row["anomalous"] == row["area"] == row["boxes"] == ""
+    assert call(tmp_path / "a.png", "--out", tmp_path / "out", "--smooth", "3")[0] == 2
+
+
+@pytest.mark.usefixtures("stand_in_model")
+def test_unreadable_files_are_listed_and_the_rest_is_done(tmp_path, call):
+    rng = np.random.default_rng(15)
+    for index in range(4):
+        Image.fromarray(frame(rng)).save(tmp_path / f"{index}.png")
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:1000])
+    (tmp_path / "2.png").write_bytes(b"")
+    (tmp_path / "9.mp4").write_bytes(b"no video")
+    code, _, stderr = call(tmp_path, "--out", tmp_path.parent / "results", *THRESHOLDS)
+    assert code == 2 and "3 file(s)" in stderr.splitlines()[-1]
+    assert all(name in stderr for name in ("1.png", "2.png", "9.mp4"))
+    assert [Path(row["source"]).name for row in rows(tmp_path.parent / "results")] == ["0.png", "3.png"]
+
+
+@pytest.mark.usefixtures("stand_in_model")
+def test_output_folder_of_others_is_left_alone(tmp_path, call):
+    Image.fromarray(frame(np.random.default_rng(16))).save(tmp_path / "a.png")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "predictions.csv").write_text("mine")
+    assert call(tmp_path / "a.png", "--out", out)[0] == 2
+    assert (out / "predictions.csv").read_text() == "mine" and len(list(out.iterdir())) == 1
+    assert call(tmp_path / "a.png", "--out", tmp_path)[0] == 2  # would hold the source
+
+
+@pytest.mark.usefixtures("stand_in_model")
+def test_a_second_run_leaves_nothing_of_the_first(tmp_path, call):
+    rng = np.random.default_rng(17)
+    Image.fromarray(frame(rng)).save(tmp_path / "a.png")
+    write_video(tmp_path / "b.avi", [frame(rng)] * 3)
+    out = tmp_path / "out"
+    assert call(tmp_path / "b.avi", "--out", out, *THRESHOLDS)[0] == 0
+    assert call(tmp_path / "a.png", "--out", out, *THRESHOLDS)[0] == 0
+    assert len(rows(out)) == 1 and len(list((out / "overlays").iterdir())) == 1
+    assert not list((out / "videos").iterdir())
+    assert (
+        call(tmp_path / "gone.png", "--out", out)[0]
+        == call(tmp_path / "a.png", "--smooth", "2", "--out", out)[0]
+        == 2
+    )
+    assert len(rows(out)) == 1  # a command that fails before it starts costs nothing
+
+
+def test_interrupted_run_keeps_its_rows(tmp_path, call, stand_in_model):
+    rng = np.random.default_rng(18)
+    write_video(tmp_path / "belt.avi", [frame(rng) for _ in range(10)])
+    stand_in_model(interrupt_at(4))
+    code, _, stderr = call(tmp_path / "belt.avi", "--out", tmp_path / "out", "--batch-size", "2", *THRESHOLDS)
+    assert code == 130 and stderr.strip().endswith("error: interrupted")
+    assert len(rows(tmp_path / "out")) == 6
+    assert len(video_frames(next((tmp_path / "out" / "videos").iterdir()))[0]) == 6
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["finished"]
+
+
+def interrupt_at(batch):
+    """A function that raises KeyboardInterrupt in its call number `batch`."""
+    calls = iter(range(1, 10**6))
+
+    def before():
+        if next(calls) == batch:
+            raise KeyboardInterrupt
+
+    return before
+
+
+def test_memory_stays_flat(tmp_path, call, stand_in_model):
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("resident memory is read from /proc")
+    rng = np.random.default_rng(19)
+    write_video(tmp_path / "belt.avi", [frame(rng, index % 7 == 0, (120, 160)) for index in range(1500)])
+    resident = []
+    stand_in_model(lambda: resident.append(int(statm.read_text().split()[1])))
+    code, *_ = call(tmp_path / "belt.avi", "--out", tmp_path / "out", "--overlays", "none", *THRESHOLDS)
+    assert code == 0 and len(rows(tmp_path / "out")) == 1500
+    assert resident[-1] < 1.05 * resident[len(resident) // 3]  # frames and maps alone would take 90 MB
+
+
+# The script on cameras
+
+
+class FakeCapture:
+    """Gives `count` frames, one every `seconds`, then ends."""
+
+    def __init__(self, count, seconds):
+        self.count, self.seconds, self.sent, self.released = count, seconds, 0, False
+
+    def grab(self):
+        time.sleep(self.seconds)
+        self.sent += 1
+        return self.sent <= self.count
+
+    def retrieve(self):
+        return True, np.full((40, 60, 3), 30, np.uint8)
+
+    def release(self):
+        self.released = True
+
+
+def test_slow_model_drops_and_counts(tmp_path, call, stand_in_model, monkeypatch):
+    capture = FakeCapture(150, 0.004)
+    monkeypatch.setattr(sources, "_open_capture", lambda _: capture)
+    stand_in_model(lambda: time.sleep(0.03))
+    code, stdout, _ = call("0", "--out", tmp_path / "out", "--no-images", *THRESHOLDS)
+    numbers = [int(row["frame"]) for row in rows(tmp_path / "out")]
+    dropped = json.loads((tmp_path / "out" / "config.json").read_text())["dropped"]
+    assert code == 0 and f"{dropped} dropped" in stdout and capture.released
+    assert numbers == sorted(set(numbers)) and numbers[-1] == 149
+    assert numbers[-1] - numbers[0] + 1 == len(numbers) + dropped  # each frame has a row or is counted
+    assert dropped > 2 * len(numbers)
+
+
+def test_fast_model_drops_nothing(tmp_path, call, stand_in_model, monkeypatch):
+    monkeypatch.setattr(sources, "_open_capture", lambda _: FakeCapture(20, 0.05))
+    code, *_ = call("0", "--out", tmp_path / "out", "--no-images", "--every", "2", *THRESHOLDS)
+    assert code == 0 and [int(row["frame"]) for row in rows(tmp_path / "out")] == list(range(0, 20, 2))
+
+
+def test_interrupt_is_a_cameras_normal_end(tmp_path, call, stand_in_model, monkeypatch):
+    monkeypatch.setattr(sources, "_open_capture", lambda _: FakeCapture(10**6, 0.01))
+    stand_in_model(interrupt_at(5))
+    code, stdout, _ = call("0", "--out", tmp_path / "out", *THRESHOLDS)
+    assert code == 0 and stdout.startswith("4 frames") and len(rows(tmp_path / "out")) == 4
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["finished"]
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.usefixtures("stand_in_model")
+@pytest.mark.parametrize("scheme", ["rtsp", "http"])
+def test_camera_that_does_not_answer(tmp_path, call, monkeypatch, scheme):
+    monkeypatch.setattr(sources, "ANSWER_SECONDS", 1.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection, never says a word
+        address = f"{scheme}://admin:{SECRET}@127.0.0.1:{server.getsockname()[1]}/live?token={SECRET}"
+        start = time.perf_counter()
+        code, stdout, stderr = call(address, "--out", tmp_path / "out")
+        assert code == 2 and time.perf_counter() - start < 6
+    assert len(stderr.splitlines()) == 1 and "no picture" in stderr
+    assert SECRET not in stdout + stderr and "zw" not in stderr
+
+
+def test_camera_that_refuses_in_a_process_of_its_own(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [
+        sys.executable,
+        "predict.py",
+        f"rtsp://admin:{SECRET}@127.0.0.1:{port}/live",
+        "--out",
+        tmp_path / "o",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: rtsp://***@127.0.0.1") and len(done.stderr.splitlines()) == 1
+
+
+class MotionJpeg(http.server.BaseHTTPRequestHandler):
+    """A network camera: a picture every 30 ms for those who know the password."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        if "Authorization" not in self.headers:
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Basic realm="camera"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+        self.end_headers()
+        rng = np.random.default_rng(20)
+        for index in range(60):
+            data = cv2.imencode(".jpg", frame(rng, index > 20)[..., ::-1])[1].tobytes()
+            head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
+            self.wfile.write(head.encode() + data + b"\r\n")
+            time.sleep(0.03)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.usefixtures("stand_in_model")
+def test_network_camera_and_its_password(tmp_path, call):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), MotionJpeg)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://admin:Gr3nzwall@127.0.0.1:{server.server_port}/video?pass=Gr3nzwall"
+    code, stdout, stderr = call(address, "--out", tmp_path / "out", "--json-lines", *THRESHOLDS)
+    server.shutdown()
+    server.server_close()
+    assert code == 0, stderr
+    table = rows(tmp_path / "out")
+    assert len(table) > 5 and {row["anomalous"] for row in table} == {"0", "1"}
+    assert table[0]["source"].startswith("http://***@127.0.0.1") and table[0]["time"].endswith("+00:00")
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    names = " ".join(str(path) for path in (tmp_path / "out").rglob("*"))
+    for text in (stdout, stderr, names, written.decode("utf-8", "replace")):
+        assert "Gr3nzwall" not in text and "admin" not in text
+
+
+# What is written about sources
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("rtsp://u:p@host/live", "rtsp://***@host/live"),
+        ("rtsp://u:p@ss/w@rd@host:554/a?b=c", "rtsp://***@host:554/a?***"),
+        ("http://host/x.cgi?user=a&pwd=b", "http://host/x.cgi?***"),
+        ("rtsp://host/user=a&password=b&channel=1", "rtsp://host/user=***&password=***&channel=***"),
+        ("cannot reach http://u:my pass@host now", "cannot reach http://***@host now"),
+        ("rtsp://host:554/live", "rtsp://host:554/live"),
+        ("mail a@b about 1=1", "mail a@b about 1=1"),
+    ],
+)
+def test_redact(text, expected):
+    assert redact(text) == expected
+
+
+def test_an_address_in_the_wrong_place_is_not_printed(call):
+    code, _, stderr = call("a.png", "--every", "2", f"rtsp://admin:{SECRET}@10.0.0.1/live")
+    assert code == 2 and "zw" not in stderr
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "  =HYPERLINK(1)", "＝1"])
+def test_formulas_are_disarmed(text):
+    assert safe_cell(text) == "'" + text
+
+
+def test_plain_text_stays(tmp_path):
+    assert safe_cell("test/good/000.png") == "test/good/000.png"
+    assert safe_cell(b"a\xff.png".decode("utf-8", "surrogateescape")) == "a\\udcff.png"
+
+
+@pytest.mark.usefixtures("stand_in_model")
+def test_odd_file_names(tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["=cmd|' .png", "-x\n<script>.png", 'a "b",c.png', "http:a.png"]
+    for name in names:
+        Image.fromarray(frame(np.random.default_rng(21))).save(tmp_path / name)
+    assert call("--out", "out", *THRESHOLDS, "--", *names)[0] == 0
+    assert [row["source"].lstrip("'") for row in rows(tmp_path / "out")] == names
+    assert rows(tmp_path / "out")[0]["source"].startswith("'=")
+    assert len(list((tmp_path / "out" / "overlays").iterdir())) == 4

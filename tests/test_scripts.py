@@ -1,0 +1,385 @@
+"""The scripts through their command lines on tiny drawn data: what is on disk when they have ended."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+from sklearn.metrics import average_precision_score, roc_auc_score
+from tiny import SMALL_NETWORKS, draw_category, run_in_process, small_flags
+
+ROOT = Path(__file__).parents[1]
+FIGURES = [
+    *("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max"),
+    *("aupro", "pro_as_published", "n_images", "n_anomalous"),
+]
+BRANCH_OF = {"train_ma_clu": "ma_clu", "train_ma2patch": "ma2patch", "train_pc": "pc"}
+IMAGE_SIZE = {"ma_clu": 64, "ma2patch": 96, "pc": 64, "fusion": 96}
+NAMES = [*(f"good/{index:03d}" for index in range(3)), *(f"rope/{index:03d}" for index in range(4))]
+
+
+def fuse(root: Path, *flags, category: str = "belt"):
+    """Run test_fusion.py on `root`'s models."""
+    return run_in_process("test_fusion", *small_fusion_flags(root, category), *flags)
+
+
+def small_fusion_flags(root: Path, *categories: str) -> list:
+    flags = small_flags(root, "test_fusion", *categories)
+    place = flags.index("--weights")
+    return flags[:place] + flags[place + 2 :]
+
+
+@pytest.fixture(scope="module")
+def fused(trained, tmp_path_factory) -> Path:
+    """A copy of the trained folder after test_fusion.py --save-maps."""
+    root = shutil.copytree(trained, tmp_path_factory.mktemp("fused") / "belt of coal 煤")
+    finished = fuse(root, "--save-maps")
+    assert finished.code == 0, finished.err
+    return root
+
+
+def read_scores(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "scores.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def figures_of(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+# What a run leaves behind
+
+
+@pytest.mark.parametrize("part", ["ma_clu", "ma2patch", "pc", "fusion"])
+def test_files(fused, part):
+    folder = fused / "result" / "belt" / part
+    expected = {"metrics.json", "scores.csv", "config.json"}
+    expected |= {f"anomaly_maps/{name}.tiff" for name in NAMES} | {f"heatmaps/{name}.png" for name in NAMES}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found - {"report.html"} == expected
+
+
+@pytest.mark.parametrize("part", ["ma_clu", "ma2patch", "pc", "fusion"])
+def test_metrics(fused, part):
+    folder = fused / "result" / "belt" / part
+    metrics = figures_of(folder)
+    assert list(metrics) == FIGURES + ["branches"] * (part == "fusion")
+    assert (metrics["n_images"], metrics["n_anomalous"]) == (7, 4)
+    for columns, figures in [("score", metrics), *metrics.get("branches", {}).items()]:
+        rows = read_scores(folder)
+        labels, scores = [int(row["label"]) for row in rows], [float(row[columns]) for row in rows]
+        assert figures["image_auroc"] == pytest.approx(roc_auc_score(labels, scores))
+        assert figures["image_ap"] == pytest.approx(average_precision_score(labels, scores))
+        assert list(figures)[: len(FIGURES)] == FIGURES and all(
+            0 <= figures[key] <= 1 for key in FIGURES[:-2]
+        )
+    if part == "fusion":
+        assert list(metrics["branches"]) == ["ma_clu", "ma2patch", "pc"]
+
+
+@pytest.mark.parametrize("part", ["ma_clu", "ma2patch", "pc", "fusion"])
+def test_saved_maps_are_those_that_were_measured(fused, part):
+    folder, data = fused / "result" / "belt" / part, fused / "data" / "belt"
+    maps, masks = [], []
+    for name in NAMES:
+        anomaly_map = np.asarray(Image.open(folder / "anomaly_maps" / f"{name}.tiff"))
+        assert anomaly_map.dtype == np.float32 and anomaly_map.shape == (IMAGE_SIZE[part],) * 2
+        maps.append(anomaly_map)
+        mask = data / "ground_truth" / f"{name}_mask.png"
+        mask = Image.open(mask) if mask.exists() else Image.new("L", (72, 56))
+        masks.append(np.asarray(mask.resize(anomaly_map.shape, Image.Resampling.NEAREST)) >= 128)
+    maps, masks = np.ravel(maps), np.ravel(masks)
+    metrics = figures_of(folder)
+    assert metrics["pixel_auroc"] == pytest.approx(roc_auc_score(masks, maps), abs=1e-6)
+    assert metrics["pixel_ap"] == pytest.approx(average_precision_score(masks, maps), abs=1e-6)
+
+
+@pytest.mark.parametrize("part", ["ma_clu", "ma2patch", "pc", "fusion"])
+def test_scores(fused, part):
+    rows = read_scores(fused / "result" / "belt" / part)
+    branches = ["ma_clu", "ma2patch", "pc"] if part == "fusion" else []
+    assert list(rows[0]) == ["path", "label", "score", *branches]
+    assert [row["path"] for row in rows] == [f"test/{name}.png" for name in NAMES]
+    assert [row["label"] for row in rows] == ["0"] * 3 + ["1"] * 4
+    for row in rows:
+        for column in ("score", *branches):
+            assert repr(float(row[column])) == row[column]  # all digits of a double
+
+
+def test_fused_score_is_made_of_the_columns_and_the_maps(fused):
+    folder = fused / "result" / "belt" / "fusion"
+    for row in read_scores(folder):
+        rest = float(row["score"]) - 0.01 * float(row["ma_clu"]) - float(row["pc"])
+        name = row["path"].removeprefix("test/").removesuffix(".png")
+        highest = np.asarray(Image.open(folder / "anomaly_maps" / f"{name}.tiff")).max()
+        assert highest <= rest + 1e-9 < 2 * highest  # the maximum is taken before the last blur
+
+
+def test_heat_maps(fused):
+    for part in ("ma_clu", "fusion"):
+        with Image.open(fused / "result" / "belt" / part / "heatmaps" / "rope" / "000.png") as strip:
+            assert strip.mode == "RGB" and strip.width > 4 * strip.height * 72 / 56 * 0.8
+            pixels = np.asarray(strip)
+        assert (pixels == 255).all(2).sum() > 100  # the region in the panel of the ground truth
+
+
+def test_config(fused):
+    for part in ("ma_clu", "ma2patch", "pc"):
+        config = json.loads((fused / "result" / "belt" / part / "config.json").read_text(encoding="utf-8"))
+        settings = config["settings"]
+        assert settings["seed"] == 22 and settings["image_size"] == IMAGE_SIZE[part]
+        assert settings["batch_size"] == 8 and settings["workers"] == 0 and settings["device"] == "cpu"
+        assert settings["holdout_ratio"] == 0.25 and settings["category"] == "belt"
+        assert settings["train_ratio"] == (0.5 if part == "pc" else 1)
+        assert config["backbone"]["precision"] == "fp32" and len(config["backbone"]["fingerprint"]) == 64
+        assert {"python", "torch", "torchvision", "timm", "numpy"} <= set(config["versions"])
+        assert config["device"].startswith("cpu") and config["peak_memory_mb"]["host"] > 50
+        assert all(config["seconds"][stage] > 0 for stage in ("load", "extract", "score", "total"))
+    config = json.loads((fused / "result/belt/fusion/config.json").read_text(encoding="utf-8"))
+    assert config["settings"]["lambda_obj"] == 0.01 and config["settings"]["fusion"] == "paper"
+    assert set(config["branches"]) == {"ma_clu", "ma2patch", "pc"}
+    assert config["branches"]["ma_clu"]["training"]["images"] == 6
+    assert config["branches"]["pc"]["training"]["images"] == 3
+    assert set(config["seconds"]["branches"]) == {"fusion", "ma_clu", "ma2patch", "pc"}
+
+
+def test_checkpoints_hold_tensors_and_json(trained):
+    for script, branch in BRANCH_OF.items():
+        path = trained / "models" / "belt" / f"{branch}.safetensors"
+        with safe_open(path, "pt") as file:
+            (content,) = map(json.loads, file.metadata().values())
+        assert content["branch"] == branch and content["training"]["images"] == (3 if branch == "pc" else 6)
+        assert content["calibration"]["images"] == 2
+        assert content["backbone"]["image_size"] == SMALL_NETWORKS[script][3]
+        assert content["backbone"]["mean"] == [0.485, 0.456, 0.406]
+        if os.name == "posix":
+            mask = os.umask(0)
+            os.umask(mask)
+            assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_same_seed_same_files(trained, fused, tmp_path):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    for script in SMALL_NETWORKS:
+        finished = run_in_process(
+            script, *small_flags(tmp_path, script), "--holdout-ratio", 0.25, "--batch-size", 8
+        )
+        assert finished.code == 0, finished.err
+    assert fuse(tmp_path, "--save-maps").code == 0
+    for script, branch in BRANCH_OF.items():
+        name = f"models/belt/{branch}.safetensors"
+        assert (tmp_path / name).read_bytes() == (trained / name).read_bytes(), script
+    for part in (*BRANCH_OF.values(), "fusion"):
+        for name in ("metrics.json", "scores.csv", "heatmaps/rope/001.png"):
+            first, second = (root / "result" / "belt" / part / name for root in (fused, tmp_path))
+            assert first.read_bytes() == second.read_bytes(), first
+    name = "result/belt/fusion/anomaly_maps/rope/002.tiff"
+    assert (tmp_path / name).read_bytes() == (fused / name).read_bytes()
+
+
+def test_another_seed_another_bank(workplace):
+    path = workplace / "models" / "belt" / "pc.safetensors"
+    before = path.read_bytes()
+    assert (
+        run_in_process("train_pc", *small_flags(workplace, "train_pc"), "--seed", 23, "--no-eval").code == 0
+    )
+    assert path.read_bytes() != before
+
+
+def test_what_is_printed(workplace):
+    finished = run_in_process("train_pc", *small_flags(workplace, "train_pc"))
+    assert finished.code == 0
+    for line in (
+        "wrote",
+        "image AUROC",
+        "pixel AUROC",
+        "AUPRO",
+        "authors' protocol",
+        "7 images, 4 anomalous",
+    ):
+        assert line in finished.out
+    assert str(workplace / "result" / "belt" / "pc") in finished.out
+
+
+def test_standardized_fusion_and_factors(workplace):
+    paper = read_scores(workplace / "result" / "belt" / "ma_clu")
+    assert fuse(workplace, "--fusion", "standardized", "--no-images").code == 0
+    folder = workplace / "result" / "belt" / "fusion"
+    assert not (folder / "heatmaps").exists() and not (folder / "report.html").exists()
+    calibrations = {}
+    for branch in BRANCH_OF.values():
+        with safe_open(workplace / "models" / "belt" / f"{branch}.safetensors", "pt") as file:
+            calibrations[branch] = json.loads(next(iter(file.metadata().values())))["calibration"]
+    for row in read_scores(folder):
+        parts = [(float(row[b]) - c["score_mean"]) / c["score_std"] for b, c in calibrations.items()]
+        assert float(row["score"]) == pytest.approx(sum(parts) / 3, rel=1e-9)
+    assert fuse(workplace, "--lambda-obj", 0, "--lambda-map", 0, "--no-images").code == 0
+    for row in read_scores(folder):
+        assert float(row["score"]) == pytest.approx(float(row["pc"]), rel=1e-12)
+    assert len(paper) == 7
+
+
+def test_several_categories_and_their_average(workplace):
+    draw_category(workplace / "data" / "second", seed=5, size=(40, 64))
+    draw_category(workplace / "data" / "third", seed=6, anomalous=0)
+    for script in SMALL_NETWORKS:
+        finished = run_in_process(script, *small_flags(workplace, script, "all"), "--no-images")
+        assert finished.code == 0 and "average of 3 categories" in finished.out
+    finished = run_in_process("test_fusion", *small_fusion_flags(workplace, "belt", "second", "third"))
+    assert finished.code == 0 and "average of 3 categories" in finished.out
+    for part in (*BRANCH_OF.values(), "fusion"):
+        average = json.loads((workplace / "result" / f"average_{part}.json").read_text(encoding="utf-8"))
+        metrics = [figures_of(workplace / "result" / name / part) for name in ("belt", "second", "third")]
+        for key in FIGURES[:-2]:
+            values = [figures[key] for figures in metrics if figures[key] is not None]
+            assert len(values) == 2 and average[key] == pytest.approx(np.mean(values))
+        assert average["n_images"] == 17 and list(average["categories"]) == ["belt", "second", "third"]
+
+
+def test_without_anomalous_images_figures_are_null(workplace):
+    for folder in ("test/rope", "ground_truth"):
+        shutil.rmtree(workplace / "data" / "belt" / folder)
+    finished = fuse(workplace)
+    assert finished.code == 0, finished.err
+    metrics = figures_of(workplace / "result" / "belt" / "fusion")
+    for figures in (metrics, *metrics["branches"].values()):
+        assert [figures[key] for key in FIGURES] == [None] * 8 + [3, 0]
+    assert len(read_scores(workplace / "result" / "belt" / "fusion")) == 3
+
+
+def test_only_anomalous_images(workplace):
+    shutil.rmtree(workplace / "data" / "belt" / "test" / "good")
+    assert fuse(workplace).code == 0
+    metrics = figures_of(workplace / "result" / "belt" / "fusion")
+    assert metrics["image_auroc"] is None and metrics["pixel_auroc"] is not None
+    assert (metrics["n_images"], metrics["n_anomalous"]) == (4, 4)
+
+
+def test_different_training_files_are_noticed(workplace):
+    assert "different" not in fuse(workplace, "--no-images").err
+    (workplace / "data/belt/train/good/000.png").unlink()
+    flags = small_flags(workplace, "train_pc")
+    assert run_in_process("train_pc", *flags, "--holdout-ratio", 0.25, "--no-eval").code == 0
+    finished = fuse(workplace, "--no-images")
+    assert finished.code == 0
+    (line,) = finished.err.splitlines()
+    assert line.startswith("warning:") and "different lists of files" in line
+
+
+def test_fewer_images_than_channels_is_one_line_of_warning(workplace):
+    finished = run_in_process("train_ma_clu", *small_flags(workplace, "train_ma_clu"), "--no-eval")
+    assert finished.code == 0
+    (line,) = finished.err.splitlines()
+    assert line.startswith("warning: 8 training images for 64 channels") and "ledoit-wolf" in line
+    finished = run_in_process(
+        "train_ma_clu", *small_flags(workplace, "train_ma_clu"), "--no-eval", "--covariance", "ledoit-wolf"
+    )
+    assert (finished.code, finished.err) == (0, "")
+
+
+def test_no_eval_writes_the_checkpoint_only(workplace):
+    shutil.rmtree(workplace / "result")
+    shutil.rmtree(workplace / "data" / "belt" / "test")
+    assert run_in_process("train_pc", *small_flags(workplace, "train_pc"), "--no-eval").code == 0
+    assert not (workplace / "result").exists()
+
+
+def test_a_second_run_replaces_the_first_ones_results_only(workplace):
+    folder = workplace / "result" / "belt" / "pc"
+    note = folder / "heatmaps" / "good" / "my notes.png"
+    note.write_bytes(b"mine")
+    before = (folder / "config.json").read_bytes()
+    assert run_in_process("train_pc", *small_flags(workplace, "train_pc")).code == 0
+    assert note.read_bytes() == b"mine" and (folder / "config.json").read_bytes() != before
+
+
+def test_names_of_any_kind(tmp_path):
+    root = tmp_path / "a folder, of coal 煤"
+    folder = draw_category(root / "data" / "皮带 no. 1")
+    long = "长" * 80 + ".png"
+    (folder / "test/good/000.png").rename(folder / "test/good" / long)
+    finished = run_in_process("train_pc", *small_flags(root, "train_pc", "皮带 no. 1"), "--save-maps")
+    assert finished.code == 0, finished.err
+    result = root / "result" / "皮带 no. 1" / "pc"
+    assert f"test/good/{long}" in [row["path"] for row in read_scores(result)]
+    assert (result / "anomaly_maps" / "good" / long).with_suffix(".tiff").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text here")
+def test_file_names_that_are_not_text(tmp_path):
+    folder = draw_category(tmp_path / "data" / "belt")
+    source = folder / "test/good/000.png"
+    try:
+        source.rename(os.fsdecode(os.fsencode(folder) + b"/test/good/\xff\xfe.png"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    finished = run_in_process("train_pc", *small_flags(tmp_path, "train_pc"))
+    assert finished.code == 0, finished.err
+    assert len(read_scores(tmp_path / "result" / "belt" / "pc")) == 7
+
+
+# Each script as a process of its own
+
+
+@pytest.mark.parametrize("script", [*BRANCH_OF, "test_fusion"])
+def test_as_a_process(workplace, tmp_path, script):
+    """With a terminal's environment, workers, and defaults below the current folder."""
+    flags = ["--category", "belt", "--device", "cpu", "--batch-size", "3", "--workers", "1", "--no-images"]
+    shutil.copytree(workplace / "models", tmp_path / "trained_models")
+    shutil.copytree(workplace / "models", tmp_path / "saved_models")
+    shutil.copytree(workplace / "data", tmp_path / "data")
+    if script in BRANCH_OF:
+        flags += ["--weights", "random", "--holdout-ratio", "0.25", *map(str, SMALL_NETWORKS[script])]
+    run = subprocess.run(
+        [sys.executable, ROOT / f"{script}.py", *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr and len(run.stderr.splitlines()) <= 1  # a warning at most
+    part = BRANCH_OF.get(script, "fusion")
+    assert set(figures_of(tmp_path / "result" / "belt" / part)) >= set(FIGURES)
+    if script in BRANCH_OF:
+        name = f"belt/{part}.safetensors"
+        saved = (root / name for root in (tmp_path / "trained_models", tmp_path / "saved_models"))
+        assert len({path.stat().st_size for path in saved}) == 1
+
+
+@pytest.mark.parametrize("script", [*BRANCH_OF, "test_fusion", "convert_published", "make_demo_data"])
+def test_help(script):
+    finished = run_in_process(script, "--help")
+    assert finished.code == 0 and "--category" in finished.out and finished.err == ""
+
+
+def test_nothing_unpickles():
+    """torch.load only with weights_only=True; no pickle, no eval, nothing of the kind."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / "models").glob("*.py"), *(ROOT / "utils").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            if called == "torch.load":
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert keywords.get("weights_only") == "True", path
+            assert called not in (
+                "eval",
+                "exec",
+                "pickle.load",
+                "pickle.loads",
+                "joblib.load",
+                "dill.load",
+            ), path
+            if called in ("np.load", "numpy.load"):
+                assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}, path

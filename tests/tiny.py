@@ -1,0 +1,87 @@
+"""Tiny drawn data, and the scripts' command lines on it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import signal
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.cli import run
+
+
+class Finished(NamedTuple):
+    """How a script ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_in_process(script: str, *arguments) -> Finished:
+    """Run a script's command line in this process, which saves the seconds that importing torch takes."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = [f"{script}.py", *map(str, arguments)]
+    try:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as end,
+        ):
+            run(importlib.import_module(script).main)
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, handler)
+    return Finished(end.value.code, out.getvalue(), err.getvalue())
+
+
+def draw_frame(rng, width: int, height: int) -> np.ndarray:
+    """A grey belt with dark lumps, RGB uint8 [height, width, 3]."""
+    frame = rng.normal(95, 9, (height, width))
+    for _ in range(5):
+        x, y = rng.integers(0, width - 12), rng.integers(0, height - 12)
+        frame[y : y + 12, x : x + 12] = rng.normal(30, 6, (12, 12))
+    return np.repeat(frame.clip(0, 255).astype(np.uint8)[..., None], 3, 2)
+
+
+def draw_category(folder: Path, train=8, good=3, anomalous=4, size=(72, 56), seed=0) -> Path:
+    """Write a tiny data set in MVTec layout; anomalous frames, `rope`, hold a bright patch."""
+    rng = np.random.default_rng(seed)
+    for part, count in (("train/good", train), ("test/good", good), ("test/rope", anomalous)):
+        (folder / part).mkdir(parents=True)
+        for index in range(count):
+            frame = draw_frame(rng, *size)
+            if part == "test/rope":
+                mask = np.zeros(frame.shape[:2], np.uint8)
+                x, y = rng.integers(0, size[0] - 10), rng.integers(0, size[1] - 10)
+                mask[y : y + 10, x : x + 10] = 255
+                frame[mask > 0] = 220, 130, 40
+                truth = folder / "ground_truth" / "rope"
+                truth.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(mask).save(truth / f"{index:03d}_mask.png")
+            Image.fromarray(frame).save(folder / part / f"{index:03d}.png")
+    return folder
+
+
+SMALL_NETWORKS = {
+    "train_ma_clu": ("--backbone", "test_vit", "--image-size", 64),
+    "train_ma2patch": ("--backbone", "test_vit", "--image-size", 96),
+    "train_pc": ("--backbone", "test_resnet", "--image-size", 64, "--coreset-ratio", 0.1),
+}
+
+
+def small_flags(root: Path, script: str, *categories: str) -> list:
+    """Flags of a training script that takes a second; everything is read and written below `root`."""
+    return [
+        *("--data-root", root / "data", "--models-dir", root / "models", "--results-dir", root / "result"),
+        *("--category", *(categories or ("belt",)), "--weights", "random", "--device", "cpu", "--workers", 0),
+        *SMALL_NETWORKS.get(script, ()),
+    ]
