@@ -58,15 +58,11 @@ def weights_of(args: Any, branch_class: type[Branch]) -> str:
     return getattr(args, branch_class.weights_flag.removeprefix("--").replace("-", "_"))
 
 
-def convert(
-    branch_class: type[Branch], published: PublishedCheckpoints, weights: str, source: Path
-) -> Branch:
+def convert(branch_class: type[Branch], published: PublishedCheckpoints, weights: str, source: Path) -> Branch:
     """The branch with its network and the authors' numbers. Raises InputError where the two do not fit."""
     kind, name, size = NETWORKS[branch_class]
     settings: dict[str, Any] = {}
-    tensors = {MACLU: published.ma_clu, MA2Patch: published.ma2patch, PatchCore: published.patchcore}[
-        branch_class
-    ]
+    tensors = {MACLU: published.ma_clu, MA2Patch: published.ma2patch, PatchCore: published.patchcore}[branch_class]
     if branch_class is PatchCore:
         size = published.image_size or size
         settings["neighbors"] = published.neighbors

@@ -64,9 +64,7 @@ def frames(settings: Settings) -> Iterator[Frame]:
     kinds = list(DEFECTS)
     for index in range(settings.anomalous):
         kind, name = kinds[index % len(kinds)], f"{index // len(kinds):03d}"
-        yield Frame(
-            (settings.seed, 2, index), f"test/{kind}/{name}.png", kind, f"ground_truth/{kind}/{name}_mask.png"
-        )
+        yield Frame((settings.seed, 2, index), f"test/{kind}/{name}.png", kind, f"ground_truth/{kind}/{name}_mask.png")
 
 
 def file_names(settings: Settings) -> set[str]:
@@ -97,15 +95,11 @@ def previous_settings(folder: Path) -> Settings | None:
     try:
         settings = Settings(**json.loads((folder / MARKER).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        raise InputError(
-            f"{folder} exists and was not drawn by this program; choose another --category"
-        ) from None
+        raise InputError(f"{folder} exists and was not drawn by this program; choose another --category") from None
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     foreign = sorted(present - file_names(settings) - {MARKER})
     if foreign:
-        raise InputError(
-            f"{folder / foreign[0]} was not drawn by this program; move it, or choose another --category"
-        )
+        raise InputError(f"{folder / foreign[0]} was not drawn by this program; move it, or choose another --category")
     return settings
 
 
@@ -156,15 +150,11 @@ def main() -> None:
     parser.add_argument(
         "--size", type=number(int, 64, 2048), default=512, help="side of a frame in pixels (default: 512)"
     )
-    parser.add_argument(
-        "--train", type=number(int, 1, 99_999), default=160, help="training frames (default: 160)"
-    )
+    parser.add_argument("--train", type=number(int, 1, 99_999), default=160, help="training frames (default: 160)")
     parser.add_argument("--good", type=count, default=60, help="test frames without a defect (default: 60)")
     parser.add_argument("--anomalous", type=count, default=90, help="test frames with a defect (default: 90)")
     parser.add_argument("--seed", type=number(int, 0, 2**63), default=22, help="default: 22")
-    parser.add_argument(
-        "--workers", type=number(int, 1, 256), help="processes (default: one per core, at most 16)"
-    )
+    parser.add_argument("--workers", type=number(int, 1, 256), help="processes (default: one per core, at most 16)")
     args = parser.parse_args()
     if args.data_root.exists() and not args.data_root.is_dir():
         raise InputError(f"--data-root {args.data_root} is a file; give a folder")

@@ -32,10 +32,11 @@ from utils.cli import (
     weights_by_branch,
 )
 from utils.errors import InputError
-from utils.evaluate import PROGRAM, environment
+from utils.evaluate import environment
 from utils.files import write_json
 from utils.predictions import SCRIPT, Recorder, check_output, clear_output
 from utils.redact import redact
+from utils.result_files import PROGRAM
 from utils.sources import Camera, Frame, Source, find_sources
 
 
@@ -63,9 +64,7 @@ def look(args: argparse.Namespace, device: str, sources: list[Source], batch_siz
     write_json(args.out / "config.json", config)
     clear_output(args.out)
     start = time.perf_counter()
-    with Recorder(
-        args.out, usad, args.smooth, args.overlays, sys.stdout if args.json_lines else None
-    ) as recorder:
+    with Recorder(args.out, usad, args.smooth, args.overlays, sys.stdout if args.json_lines else None) as recorder:
         try:
             for source in sources:
                 recorder.start(source, args.every)
@@ -73,9 +72,7 @@ def look(args: argparse.Namespace, device: str, sources: list[Source], batch_siz
         except KeyboardInterrupt:
             if not isinstance(sources[0], Camera):
                 raise
-        except (
-            BrokenPipeError
-        ):  # who read the JSON lines has gone; Python would complain once more at its end
+        except BrokenPipeError:  # who read the JSON lines has gone; Python would complain once more at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise
     problems = [problem for source in sources for problem in source.problems]
@@ -107,21 +104,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--category", type=category_name, default="coal_ad", help="default: coal_ad")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="default: predictions")
     group = parser.add_argument_group("frames and alarms")
-    group.add_argument(
-        "--every", type=number(int, 1), default=1, help="look at every so many-th frame (default: 1)"
-    )
+    group.add_argument("--every", type=number(int, 1), default=1, help="look at every so many-th frame (default: 1)")
     group.add_argument(
         "--smooth",
         type=number(int, 1),
         default=1,
         help="frames in a row that turn the alarm on, or off again (default: 1)",
     )
-    group.add_argument(
-        "--threshold", type=number(float, float("-inf")), help="of the score (default: usad.json's)"
-    )
-    group.add_argument(
-        "--pixel-threshold", type=number(float, float("-inf")), help="of the map (default: usad.json's)"
-    )
+    group.add_argument("--threshold", type=number(float, float("-inf")), help="of the score (default: usad.json's)")
+    group.add_argument("--pixel-threshold", type=number(float, float("-inf")), help="of the map (default: usad.json's)")
     group = parser.add_argument_group("output")
     group.add_argument(
         "--overlays",
@@ -129,9 +120,7 @@ def parse_args() -> argparse.Namespace:
         help="frames drawn with contours and boxes (default: anomalous)",
     )
     group.add_argument("--json-lines", action="store_true", help="each row on stdout as JSON as well")
-    group.add_argument(
-        "--no-images", action="store_true", help="the table alone: no overlays, video or report"
-    )
+    group.add_argument("--no-images", action="store_true", help="the table alone: no overlays, video or report")
     add_weights_flags(parser, BRANCHES)
     add_device_flags(parser)
     args = parser.parse_args()
@@ -194,9 +183,7 @@ def summarize(args: argparse.Namespace, config: dict[str, Any]) -> None:
     for problem in problems:
         print(f"unreadable: {problem}", file=sys.stderr)
     if problems:
-        raise InputError(
-            f"{len(problems)} file(s), listed above, could not be read; the others are in {args.out}"
-        )
+        raise InputError(f"{len(problems)} file(s), listed above, could not be read; the others are in {args.out}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from utils.cli import (
     warn,
     weights_by_branch,
 )
-from utils.evaluate import average_path, claim_folder, evaluate, print_metrics, write_average
+from utils.evaluate import evaluate, print_metrics
+from utils.result_files import average_path, claim_folder, write_average
 from utils.training import held_out_items, make_loader, open_category, settings_in_force
 
 
@@ -56,9 +57,7 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("fusion")
     group.add_argument("--fusion", choices=FUSIONS, default="paper", help="default: paper")
     group.add_argument("--lambda-obj", type=number(float, 0), help="factor of MACLU's score (default: 0.01)")
-    group.add_argument(
-        "--lambda-map", type=number(float, 0), help="factor of the fused map's maximum (default: 1)"
-    )
+    group.add_argument("--lambda-map", type=number(float, 0), help="factor of the fused map's maximum (default: 1)")
     group.add_argument(
         "--false-alarm-rate",
         type=number(float, 0, 0.5, above=True),
@@ -116,9 +115,7 @@ def test(args: argparse.Namespace, category: Category, device: str) -> dict[str,
     return metrics
 
 
-def calibrate_fusion(
-    args: argparse.Namespace, category: Category, usad: USAD, checkpoints: Path
-) -> OperatingPoint:
+def calibrate_fusion(args: argparse.Namespace, category: Category, usad: USAD, checkpoints: Path) -> OperatingPoint:
     """Find the operating point on the held-out normal images and store it beside the checkpoints."""
     dataset = ImageDataset(held_out_items(category, usad.branches), usad.image_size, "bicubic")
     loader = make_loader(args, dataset, "fusion held out", usad)

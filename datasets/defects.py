@@ -62,9 +62,7 @@ def stick(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) 
     grain = canvas.texture("rough", rng, 0.1 * arc, 1.3 * across)
 
     taper = 1 - rng.uniform(0, 0.6) * np.linspace(0, 1, length)
-    widths = (
-        width * taper * (1 + 0.08 * wave(rng, length, 0.15 * length) + 0.04 * wave(rng, length, 8 * unit))
-    )
+    widths = width * taper * (1 + 0.08 * wave(rng, length, 0.15 * length) + 0.04 * wave(rng, length, 8 * unit))
     widths = widths[np.clip(arc, 0, length - 1).astype(int)]
     broken = rng.uniform(0.3, 1.5) * width * canvas.texture("rough", rng, 2 * across, 0 * across)
     shape = (np.abs(across) < widths) & (arc > broken) & (arc < length - 1 - broken)

@@ -111,9 +111,7 @@ def lump(rng: Random, canvas: Canvas, centre: Point, radius: float, tone: float,
     height = np.full_like(x, np.inf)
     for side in range(sides):
         angle = 2 * np.pi * (side + rng.uniform(-0.35, 0.35)) / sides
-        height = np.minimum(
-            height, rng.uniform(0.4, 1.7) * (radius * rng.uniform(0.78, 1.05) - turned(u, v, angle)[0])
-        )
+        height = np.minimum(height, rng.uniform(0.4, 1.7) * (radius * rng.uniform(0.78, 1.05) - turned(u, v, angle)[0]))
     peak = radius * rng.uniform(0.25, 0.5)
     for _ in range(int(rng.integers(2, 5))):
         height = np.minimum(height, peak + rng.uniform(0.1, 0.7) * turned(u, v, rng.uniform(0, 2 * np.pi))[0])

@@ -76,12 +76,8 @@ class _open:
                     image.load()
                     return ImageOps.exif_transpose(image)
         except _UNREADABLE as error:
-            raise InputError(
-                f"{self.path} cannot be read as an image ({error}); repair or remove it"
-            ) from None
+            raise InputError(f"{self.path} cannot be read as an image ({error}); repair or remove it") from None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, _UNREADABLE):
-            raise InputError(
-                f"{self.path} cannot be converted to RGB ({error}); repair or remove it"
-            ) from None
+            raise InputError(f"{self.path} cannot be converted to RGB ({error}); repair or remove it") from None

@@ -46,9 +46,7 @@ class Category:
         """Normal training images in sorted path order; raises InputError if there are none."""
         items = self._items(self.folder / "train" / "good")
         if not items:
-            raise InputError(
-                f"{self.folder / 'train' / 'good'} has no images ({_extensions()}); add normal images"
-            )
+            raise InputError(f"{self.folder / 'train' / 'good'} has no images ({_extensions()}); add normal images")
         return items
 
     def test_items(self) -> list[Item]:
@@ -95,9 +93,7 @@ class Category:
                 for suffix in (extension, extension.upper()):
                     if (folder / (stem + suffix)).is_file():
                         return folder / (stem + suffix)
-        raise InputError(
-            f"no mask {folder / image.stem}_mask.png for {image}; add it, or move the image to test/good"
-        )
+        raise InputError(f"no mask {folder / image.stem}_mask.png for {image}; add it, or move the image to test/good")
 
 
 def find_categories(root: Path, names: Sequence[str]) -> list[str]:
@@ -183,9 +179,7 @@ class ImageLoader:
     ) -> None:
         self.dataset = dataset
         self.description = description
-        self.loader = DataLoader(
-            dataset, batch_size, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory
-        )
+        self.loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         count = len(self.dataset)

@@ -69,9 +69,7 @@ def draw_belt(rng: Random, canvas: Canvas) -> Relief:
         grains = np.maximum(grains, np.clip(2.5 * speck, 0, 1) * np.sqrt(scale))
     tone += np.clip(grains, 0, 1) * (rng.uniform(0.14, 0.32) - tone)
 
-    wet = np.clip(
-        1.5 * (fractal(rng, shape, (170 * unit, 90 * unit), octaves=3) - rng.uniform(1.0, 2.4)), 0, 1
-    )
+    wet = np.clip(1.5 * (fractal(rng, shape, (170 * unit, 90 * unit), octaves=3) - rng.uniform(1.0, 2.4)), 0, 1)
     smear = np.clip(2 * (fractal(rng, shape, (9 * unit, 26 * unit), octaves=2) - 2.4), 0, 1)
     tone *= 1 - 0.28 * wet - 0.3 * smear
     height = np.float32(unit) * (0.12 * fine + 0.3 * mottle + 0.9 * grains)
@@ -178,9 +176,7 @@ def light(rng: Random, canvas: Canvas, relief: Relief) -> Array:
     ambient = np.float32(rng.uniform(0.35, 0.6))
     level = ambient * (0.5 + 0.5 * facing) * np.exp(-1.4 * hollow)
     level += (1 - ambient) * direct * (1 - 0.8 * shadow)
-    level *= 1 + np.clip(
-        0.12 / unit * (height - cv2.GaussianBlur(height, (0, 0), 2.5 * unit)), -0.35, 0.4
-    )  # wear
+    level *= 1 + np.clip(0.12 / unit * (height - cv2.GaussianBlur(height, (0, 0), 2.5 * unit)), -0.35, 0.4)  # wear
     half = lamp + np.float32([0, 0, 1])
     half /= np.linalg.norm(half)
     mirror = np.clip((half[2] - half[0] * slope_x - half[1] * slope_y) * facing, 0, 1) ** 24

@@ -49,9 +49,7 @@ class BackboneSpec:
     @property
     def source(self) -> str:
         """Where the weights come from, in words."""
-        return {"file": str(self.file), "random": f"random (seed {self.seed})"}.get(
-            self.weights, self.weights
-        )
+        return {"file": str(self.file), "random": f"random (seed {self.seed})"}.get(self.weights, self.weights)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -87,9 +85,7 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Normalised images [B, 3, S, S], S the spec's image size."""
         if images.shape[-2:] != (self.spec.image_size,) * 2:
-            raise ValueError(
-                f"images are {tuple(images.shape[-2:])}, the backbone takes {self.spec.image_size}"
-            )
+            raise ValueError(f"images are {tuple(images.shape[-2:])}, the backbone takes {self.spec.image_size}")
         with torch.no_grad(), self._autocast():
             outputs = self.extract(images.contiguous(memory_format=torch.channels_last))
             return tuple(output.float() for output in outputs)

@@ -103,30 +103,23 @@ class Branch(abc.ABC):
         """
         tensors, metadata = load_checkpoint(path)
         if metadata.get("branch") != cls.name:
-            raise InputError(
-                f"{path} is a checkpoint of branch '{metadata.get('branch')}', not of '{cls.name}'"
-            )
+            raise InputError(f"{path} is a checkpoint of branch '{metadata.get('branch')}', not of '{cls.name}'")
         try:
             spec = BackboneSpec.from_dict(metadata["backbone"])
-            settings, training, calibration = (
-                metadata[key] for key in ("settings", "training", "calibration")
-            )
+            settings, training, calibration = (metadata[key] for key in ("settings", "training", "calibration"))
             parameters = inspect.signature(cls).parameters
             settings = {name: type(parameters[name].default)(value) for name, value in settings.items()}
             if not isinstance(training, dict):
                 raise TypeError("training")
             if calibration is not None and not all(isinstance(calibration[key], float) for key in STATISTICS):
                 raise TypeError("calibration")
-            backbone = build_backbone(
-                spec, device, weights=weights, precision=precision, flag=cls.weights_flag
-            )
+            backbone = build_backbone(spec, device, weights=weights, precision=precision, flag=cls.weights_flag)
             branch = cls(backbone, **settings)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
-                f"{path}: its metadata is not what branch '{cls.name}' writes ({error!r}); "
-                "train the branch again"
+                f"{path}: its metadata is not what branch '{cls.name}' writes ({error!r}); train the branch again"
             ) from error
         try:
             branch.load_state(tensors)

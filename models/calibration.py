@@ -37,7 +37,5 @@ def calibrate(branch: Branch, loader: Iterable[dict[str, Any]]) -> dict[str, flo
         "map_std": max(math.sqrt(max(squares / pixels - mean**2, 0.0)), 1e-12),
     }
     if not all(map(math.isfinite, statistics.values())):
-        raise InputError(
-            f"branch '{branch.name}' gives scores that are not finite on held-out images; check them"
-        )
+        raise InputError(f"branch '{branch.name}' gives scores that are not finite on held-out images; check them")
     return statistics

@@ -132,9 +132,7 @@ class LazyGreedy:
             points, lower, upper = points[order[:HEAD]], lower[order[:HEAD]], upper[order[:HEAD]]
         self._take(points, lower, upper, outside, size)
 
-    def _take(
-        self, points: np.ndarray, lower: np.ndarray, upper: np.ndarray, outside: float, size: int
-    ) -> None:
+    def _take(self, points: np.ndarray, lower: np.ndarray, upper: np.ndarray, outside: float, size: int) -> None:
         """Run the plain greedy on `points` [q] for a step, and on until a point outside may be farther."""
         rows = self._rows(torch.from_numpy(points).to(self.features.device))
         squares = rows.square().sum(1)
@@ -200,8 +198,7 @@ class LazyGreedy:
             pairs = near.nonzero()
             for pair in pairs.split(self._chunk(0)):
                 difference = (
-                    self.features[part[pair[:, 0]]].double()
-                    - self.features[chosen[start + pair[:, 1]]].double()
+                    self.features[part[pair[:, 0]]].double() - self.features[chosen[start + pair[:, 1]]].double()
                 )
                 # NumPy adds every row in the same order, so that copies of a point stay at equal distances.
                 distance = np.square(difference.cpu().numpy()).sum(1)

@@ -44,9 +44,7 @@ class RunningMoments:
             return
         total = self.count + other.count
         step = other.mean - self.mean
-        self.scatter = (
-            self.scatter + other.scatter + torch.outer(step, step) * (self.count * other.count / total)
-        )
+        self.scatter = self.scatter + other.scatter + torch.outer(step, step) * (self.count * other.count / total)
         self.mean = self.mean + step * (other.count / total)
         self.count = total
 

@@ -24,11 +24,7 @@ def fold_batch_norms(net: nn.Module) -> None:
         if node.op != "call_module" or type(modules[node.target]) is not nn.BatchNorm2d:
             continue
         before = node.args[0]
-        if (
-            before.op != "call_module"
-            or type(modules[before.target]) is not nn.Conv2d
-            or len(before.users) > 1
-        ):
+        if before.op != "call_module" or type(modules[before.target]) is not nn.Conv2d or len(before.users) > 1:
             continue
         net.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))
         net.set_submodule(node.target, nn.Identity())
@@ -97,6 +93,4 @@ class OneDNNConv2d(nn.Module):
         self.geometry = conv.padding, conv.stride, conv.dilation, conv.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, *self.geometry, "none", [], ""
-        )
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.geometry, "none", [], "")

@@ -97,9 +97,7 @@ def _foreground_and_background(patches: Tensor) -> Tensor:
     from threadpoolctl import threadpool_limits
 
     if (patches == patches[0]).all():
-        raise InputError(
-            "all training patches are identical: no belt and coal to tell apart; check train/good"
-        )
+        raise InputError("all training patches are identical: no belt and coal to tell apart; check train/good")
     # More than two threads would add their sums up in an order, hence to last digits, that varies.
     with threadpool_limits(2, user_api="openmp"):
         kmeans = KMeans(n_clusters=2, random_state=KMEANS_SEED).fit(patches.numpy())

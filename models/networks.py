@@ -34,13 +34,9 @@ def check_name(name: str) -> None:
     if timm.is_model(base):
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{base}.*")]
         if tag and tag not in tags:
-            raise InputError(
-                f"--backbone {name}: {base} has no weights '{tag}'; known: {', '.join(tags) or 'none'}"
-            )
+            raise InputError(f"--backbone {name}: {base} has no weights '{tag}'; known: {', '.join(tags) or 'none'}")
     elif name not in torchvision.models.list_models(torchvision.models):
-        known = (
-            timm.list_models() + timm.list_pretrained() + torchvision.models.list_models(torchvision.models)
-        )
+        known = timm.list_models() + timm.list_pretrained() + torchvision.models.list_models(torchvision.models)
         close = difflib.get_close_matches(name, known, n=4)
         hint = f"did you mean {', '.join(dict.fromkeys(close))}?" if close else "see timm.list_models()"
         raise InputError(f"--backbone {name}: timm and torchvision know no such network; {hint}")
@@ -91,9 +87,7 @@ def check_divisible(name: str, size: int, flag: str) -> None:
     if size % patch or size < patch:
         below = size // patch * patch
         nearest = " or ".join(str(fit) for fit in (below, below + patch) if fit > 0)
-        raise InputError(
-            f"{flag} {size} is not a multiple of the patch size {patch} of {name}; nearest: {nearest}"
-        )
+        raise InputError(f"{flag} {size} is not a multiple of the patch size {patch} of {name}; nearest: {nearest}")
 
 
 def cnn(name: str, strides: Sequence[int] | None) -> nn.Module:
@@ -158,9 +152,7 @@ def _torchvision_cnn(name: str, strides: Sequence[int] | None) -> nn.Module:
     def note(module: nn.Module, inputs: tuple, output: object, path: str) -> None:
         if isinstance(output, Tensor) and output.dim() == 4 and output.shape[-1] > 1:
             found.pop(path, None)
-            found[path] = 2 ** round(
-                math.log2(size / output.shape[-1])
-            )  # without padding it is not a whole number
+            found[path] = 2 ** round(math.log2(size / output.shape[-1]))  # without padding it is not a whole number
 
     net = outline(name).eval()
     for path, module in net.named_modules():
@@ -221,9 +213,7 @@ def load_weights(net: nn.Module, name: str, state: StateDict, source: str) -> st
     ]
     if wrong:
         raise InputError(f"weights {source} do not fit {name}: {len(wrong)} of another shape: {_few(wrong)}")
-    counters = {
-        key: torch.zeros((), dtype=torch.long) for key in target.state_dict() if key.endswith(COUNTER)
-    }
+    counters = {key: torch.zeros((), dtype=torch.long) for key in target.state_dict() if key.endswith(COUNTER)}
     target.load_state_dict(placed | counters, assign=True)
     net.requires_grad_(False).eval()
     return mark

@@ -28,18 +28,14 @@ def min_max(maps: Tensor) -> Tensor:
     return torch.where(span < 1e-8, 0.0, (maps - low) / span.clamp(min=1e-8))
 
 
-def gaussian_blur(
-    maps: Tensor, sigma: float, radius: int | None = None, edge_repeated: bool = True
-) -> Tensor:
+def gaussian_blur(maps: Tensor, sigma: float, radius: int | None = None, edge_repeated: bool = True) -> Tensor:
     """Gaussian blur of maps [B, H, W], truncated at `radius` pixels (4 sigma unless given).
 
     Borders are mirrored, with the edge pixel repeated (SciPy's `gaussian_filter`) or not (OpenCV's default).
     Written as two matrix products, which any border rule fits and every device runs at full speed.
     """
     radius = int(4 * sigma + 0.5) if radius is None else radius
-    rows, columns = (
-        _blur_matrix(length, sigma, radius, edge_repeated).to(maps) for length in maps.shape[-2:]
-    )
+    rows, columns = (_blur_matrix(length, sigma, radius, edge_repeated).to(maps) for length in maps.shape[-2:])
     return rows @ maps @ columns.mT
 
 

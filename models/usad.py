@@ -89,8 +89,7 @@ class USAD:
                 )
             options = point.fusion
         branches = [
-            branch.load(path, (weights or {}).get(branch.name), device, precision)
-            for branch, path in paths.items()
+            branch.load(path, (weights or {}).get(branch.name), device, precision) for branch, path in paths.items()
         ]
         try:
             usad = cls(branches, **options)
@@ -117,9 +116,7 @@ class USAD:
         images = list(images) if isinstance(images, list | tuple) else [images]
         starts = range(0, len(images), batch_size)
         return [
-            prediction
-            for start in starts
-            for prediction in predict_images(self, images[start : start + batch_size])
+            prediction for start in starts for prediction in predict_images(self, images[start : start + batch_size])
         ]
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,9 +70,7 @@ def close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-5) -> bo
 def test_vit_tokens_are_timms(write, name, size, has_class):
     state = weights_of(name)
     timms = timm.create_model(name, num_classes=0).eval()
-    timms.load_state_dict(
-        {key: value for key, value in state.items() if not key.startswith("head")}, strict=True
-    )
+    timms.load_state_dict({key: value for key, value in state.items() if not key.startswith("head")}, strict=True)
     backbone = build_backbone(spec("tokens", name, size), weights=write(state))
     tokens = timms.forward_features(images(size))
     cls, patches = backbone(images(size))
@@ -93,9 +91,7 @@ def test_position_embeddings_are_resampled_as_timm_does(write, position_size, si
         img_size=position_size or size,
         dynamic_img_size=True,
     ).eval()
-    backbone = build_backbone(
-        spec("tokens", "test_vit", size, position_size=position_size, weights="file", file=path)
-    )
+    backbone = build_backbone(spec("tokens", "test_vit", size, position_size=position_size, weights="file", file=path))
     tokens = timms.forward_features(images(size))
     cls, patches = backbone(images(size))
     assert close(cls, tokens[:, 0]) and close(patches, tokens[:, 1:])
@@ -131,9 +127,7 @@ def test_dinov2_in_its_authors_layout(write, name):
 def outputs_of(net: nn.Module, layers: list[str], batch: torch.Tensor) -> list[torch.Tensor]:
     found = {}
     for layer in layers:
-        net.get_submodule(layer).register_forward_hook(
-            lambda m, i, o, layer=layer: found.update({layer: o.clone()})
-        )
+        net.get_submodule(layer).register_forward_hook(lambda m, i, o, layer=layer: found.update({layer: o.clone()}))
     net.eval()(batch)
     return [found[layer] for layer in layers]
 
@@ -187,9 +181,7 @@ def test_nothing_after_the_last_map_is_there(write):
     cut = {key: value for key, value in state.items() if not key.startswith(("layer4", "fc"))}
     backbone = build_backbone(spec("maps", "resnet18", 64), weights=write(cut))
     assert not any("layer4." in name for name, _ in backbone.named_modules())
-    assert not any(
-        module.out_features == 1000 for module in backbone.modules() if isinstance(module, nn.Linear)
-    )
+    assert not any(module.out_features == 1000 for module in backbone.modules() if isinstance(module, nn.Linear))
     whole = build_backbone(spec("maps", "resnet18", 64), weights=write(state))
     assert whole.spec.fingerprint == backbone.spec.fingerprint
 
@@ -197,9 +189,7 @@ def test_nothing_after_the_last_map_is_there(write):
 # ---- what a backbone promises
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [("tokens", "test_vit"), ("tokens", "resnet18"), ("maps", "resnet18")]
-)
+@pytest.mark.parametrize(("kind", "name"), [("tokens", "test_vit"), ("tokens", "resnet18"), ("maps", "resnet18")])
 def test_batch_size_does_not_matter_and_outputs_are_plain(kind, name):
     backbone = build_backbone(spec(kind, name, 64))
     batch = images(64, 5)
@@ -210,9 +200,7 @@ def test_batch_size_does_not_matter_and_outputs_are_plain(kind, name):
     for output in together:
         assert output.dtype == torch.float32 and not output.requires_grad
         output += 1  # neither an inference tensor nor a view that autograd guards
-    assert not backbone.train().training and not any(
-        parameter.requires_grad for parameter in backbone.parameters()
-    )
+    assert not backbone.train().training and not any(parameter.requires_grad for parameter in backbone.parameters())
     with pytest.raises(ValueError, match="64"):
         backbone(images(80))
 
@@ -280,9 +268,7 @@ def test_fingerprint_is_the_weights_alone(write):
     state = weights_of("test_vit")
     headless = {key: value for key, value in state.items() if not key.startswith("head")}
     marks = {
-        build_backbone(
-            spec("tokens", "test_vit", size, position_size=position), weights=path
-        ).spec.fingerprint
+        build_backbone(spec("tokens", "test_vit", size, position_size=position), weights=path).spec.fingerprint
         for size, position, path in (
             (160, None, write(state)),
             (96, None, write(state)),
@@ -300,9 +286,7 @@ def test_fingerprint_is_the_weights_alone(write):
 def test_other_weights_than_the_checkpoints_are_refused(write):
     one = build_backbone(spec("maps", "resnet18", 64))
     with pytest.raises(InputError, match=r"fitted with weights .*resnet18.*other\.safetensors.*--pc-weights"):
-        build_backbone(
-            one.spec, weights=write(weights_of("resnet18", 9), "other.safetensors"), flag="--pc-weights"
-        )
+        build_backbone(one.spec, weights=write(weights_of("resnet18", 9), "other.safetensors"), flag="--pc-weights")
     same = random_state_dict(lambda: networks.full_network("resnet18"), 22)
     assert build_backbone(one.spec, weights=write(same)).spec.fingerprint == one.spec.fingerprint
     with pytest.raises(InputError, match="fitted with"):
@@ -337,14 +321,10 @@ def test_unsuitable_networks_and_sizes(kind, name, size, position_size, message)
 def test_files_that_do_not_fit(write):
     state = weights_of("test_vit")
     less = {key: value for key, value in state.items() if "blocks.1.attn" not in key}
-    with pytest.raises(
-        InputError, match=r"w\.pth do not fit test_vit: 4 of \d+ missing: blocks\.1\.attn\.qkv\.weight"
-    ):
+    with pytest.raises(InputError, match=r"w\.pth do not fit test_vit: 4 of \d+ missing: blocks\.1\.attn\.qkv\.weight"):
         build_backbone(spec("tokens", "test_vit", 64), weights=write(less, "w.pth"))
     bad = {**state, "norm.weight": torch.ones(5), "cls_token": torch.ones(1, 1, 65)}
-    with pytest.raises(
-        InputError, match=r"2 of another shape: cls_token \[1, 1, 65\], expected \[1, 1, 64\], norm"
-    ):
+    with pytest.raises(InputError, match=r"2 of another shape: cls_token \[1, 1, 65\], expected \[1, 1, 64\], norm"):
         build_backbone(spec("tokens", "test_vit", 64), weights=write(bad))
     for positions in (torch.ones(1, 101, 32), torch.ones(7), torch.ones(1, 4, 64)):
         with pytest.raises(InputError, match=r"w\.safetensors.*test_vit"):
@@ -354,21 +334,12 @@ def test_files_that_do_not_fit(write):
 
 
 def test_half_precision_files_are_read_as_float32(write):
-    state = {
-        key: value.half() if value.is_floating_point() else value
-        for key, value in weights_of("test_vit").items()
-    }
+    state = {key: value.half() if value.is_floating_point() else value for key, value in weights_of("test_vit").items()}
     widened = {key: value.float() for key, value in state.items()}
     half, full = (build_backbone(spec("tokens", "test_vit", 64), weights=write(w)) for w in (state, widened))
     assert torch.equal(half(images(64))[1], full(images(64))[1])
 
 
 def test_an_empty_backbone_takes_no_memory():
-    assert all(
-        parameter.is_meta for parameter in empty_backbone(spec("maps", "wide_resnet50_2", 238)).parameters()
-    )
-    assert (
-        networks.is_vit("test_vit")
-        and not networks.is_vit("resnet18")
-        and not networks.is_vit("mobilenet_v2")
-    )
+    assert all(parameter.is_meta for parameter in empty_backbone(spec("maps", "wide_resnet50_2", 238)).parameters())
+    assert networks.is_vit("test_vit") and not networks.is_vit("resnet18") and not networks.is_vit("mobilenet_v2")

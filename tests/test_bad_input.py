@@ -146,9 +146,7 @@ def test_flags(trained, script, flags, words):
 @pytest.mark.usefixtures("nothing_is_built")
 @pytest.mark.parametrize("flags", ["--image-size 20", "--weights nowhere.pth", "--backbone no_such_net"])
 def test_nothing_is_downloaded_before_flags_are_checked(trained, flags):
-    refused(
-        trained, "train_pc", [*small_flags(trained, "train_pc", "coal_ad"), *flags.split()], flags.split()[0]
-    )
+    refused(trained, "train_pc", [*small_flags(trained, "train_pc", "coal_ad"), *flags.split()], flags.split()[0])
 
 
 @pytest.mark.usefixtures("nothing_is_built")
@@ -230,9 +228,7 @@ def test_test_images(workplace, spoil, words):
 def test_one_training_image(workplace):
     for path in list((workplace / "data/belt/train/good").iterdir())[1:]:
         path.unlink()
-    refused(
-        workplace, "train_ma_clu", small_flags(workplace, "train_ma_clu"), "1 training image", "train/good"
-    )
+    refused(workplace, "train_ma_clu", small_flags(workplace, "train_ma_clu"), "1 training image", "train/good")
 
 
 # Checkpoints
@@ -469,9 +465,7 @@ def test_out_of_memory(capsys):
     with pytest.raises(SystemExit) as end:
         run(lambda: torch.empty(10**15))
     assert end.value.code == 1
-    assert capsys.readouterr().err.splitlines() == [
-        "error: out of memory; lower --batch-size or --image-size"
-    ]
+    assert capsys.readouterr().err.splitlines() == ["error: out of memory; lower --batch-size or --image-size"]
 
 
 def test_mistakes_of_the_program_keep_their_traceback():

@@ -115,9 +115,7 @@ def scaled(image: np.ndarray) -> np.ndarray:
 
 def shrunk(image: torch.Tensor, size: int) -> torch.Tensor:
     """Antialiased resize of [3, S, S] by Pillow."""
-    channels = [
-        Image.fromarray(channel).resize((size, size), Image.Resampling.BILINEAR) for channel in image.numpy()
-    ]
+    channels = [Image.fromarray(channel).resize((size, size), Image.Resampling.BILINEAR) for channel in image.numpy()]
     return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
 
 
@@ -143,9 +141,7 @@ class PlainMACLU:
 
     def __call__(self, image):
         cls, tokens = features(self.network, image)
-        distances = np.array(
-            [[np.linalg.norm(token - center) for center in self.centers] for token in tokens]
-        )
+        distances = np.array([[np.linalg.norm(token - center) for center in self.centers] for token in tokens])
         to_foreground, to_background = distances[:, self.foreground], distances[:, 1 - self.foreground]
         confidence = to_background / (to_foreground + 1e-8)
         belt = [c for c, near in zip(confidence, distances.argmin(1), strict=True) if near != self.foreground]
@@ -518,9 +514,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 @pytest.mark.skipif(not README.exists(), reason="no README here")
 def test_the_fourth_branch_of_the_readme(trained, tmp_path, monkeypatch):
-    (code,) = re.findall(
-        r"```python\n(# A fourth branch.*?)```", README.read_text(encoding="utf-8"), re.DOTALL
-    )
+    (code,) = re.findall(r"```python\n(# A fourth branch.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     shutil.copytree(trained / "data" / "belt", tmp_path / "data" / "coal_demo")
     shutil.copytree(trained / "models" / "belt", tmp_path / "saved_models" / "coal_demo")
     monkeypatch.chdir(tmp_path)
@@ -536,8 +530,7 @@ def test_the_fourth_branch_of_the_readme(trained, tmp_path, monkeypatch):
     branches = [parts[branch.name] for branch in usad.branches]
     product = torch.stack([part[1] for part in branches]).prod(0)
     expected = sum(
-        usad.score_weights[branch.name] * part[0].double()
-        for branch, part in zip(usad.branches, branches, strict=True)
+        usad.score_weights[branch.name] * part[0].double() for branch, part in zip(usad.branches, branches, strict=True)
     )
     np.testing.assert_allclose(scores, expected + product.amax((1, 2)).double(), rtol=1e-6)
     assert maps.shape == (2, usad.image_size, usad.image_size)

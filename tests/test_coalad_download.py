@@ -75,9 +75,7 @@ def content() -> dict[str, bytes]:
     """What both archives hold together: path under the data folder -> bytes."""
     rng = random.Random(22)
     files = {f"coal_ad/train/good/{i:03}.jpg": jpeg_like(rng) for i in range(8)}
-    files |= {
-        f"coal_ad/test/{defect}/{i:03}.jpg": jpeg_like(rng) for defect in ("good", "wood") for i in range(2)
-    }
+    files |= {f"coal_ad/test/{defect}/{i:03}.jpg": jpeg_like(rng) for defect in ("good", "wood") for i in range(2)}
     return files | {f"coal_ad/ground_truth/wood/{i:03}_mask.png": jpeg_like(rng) for i in range(2)}
 
 
@@ -176,9 +174,7 @@ def call(data_root: Path, endpoint: str, *arguments: str) -> tuple[str, str]:
         "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "0", "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",
     }  # fmt: skip
     command = [sys.executable, "-c", CALL, str(data_root), *arguments]
-    run = subprocess.run(
-        command, env=environment, cwd=data_root.parent, capture_output=True, text=True, timeout=120
-    )
+    run = subprocess.run(command, env=environment, cwd=data_root.parent, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "Traceback" not in run.stderr
     kind, message = json.loads(run.stdout.splitlines()[-1])
@@ -191,9 +187,7 @@ def address(server: ModelScope) -> str:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_download_puts_both_archives_in_place(tmp_path, server, content):
@@ -357,9 +351,7 @@ HOSTILE = {
         member("coal_ad/l", type=tarfile.SYMTYPE, linkname="../../.."),
         member("coal_ad/l/evil", b"x"),
     ],
-    "hard link": [
-        member("coal_ad/train/good/l", type=tarfile.LNKTYPE, linkname="coal_ad/train/good/000.jpg")
-    ],
+    "hard link": [member("coal_ad/train/good/l", type=tarfile.LNKTYPE, linkname="coal_ad/train/good/000.jpg")],
     "device": [member("coal_ad/train/good/d", type=tarfile.CHRTYPE, devmajor=1, devminor=3)],
     "block device": [member("coal_ad/train/good/d", type=tarfile.BLKTYPE, devmajor=8)],
     "pipe": [member("coal_ad/train/good/p", type=tarfile.FIFOTYPE)],
@@ -401,7 +393,7 @@ def test_hostile_archives_are_refused(tmp_path, download, kind):
     data = tmp_path / "in/data"
     download["coal_ad_train.tar"] = hostile_tar(kind, download["coal_ad_train.tar"])
     before = set(tmp_path.parent.rglob("*"))
-    with pytest.raises(InputError, match="coal_ad_t(rain|est).tar is (refused|damaged)") as refusal:
+    with pytest.raises(InputError, match=r"coal_ad_t(rain|est).tar is (refused|damaged)") as refusal:
         coalad.ensure_coalad(data)
     assert "\n" not in str(refusal.value)
     # Nothing but the hidden download folder, and the archive at fault is not kept.
@@ -436,7 +428,7 @@ def test_a_compressed_archive_is_refused(tmp_path, download):
     import gzip
 
     download["coal_ad_test.tar"] = gzip.compress(download["coal_ad_test.tar"])
-    with pytest.raises(InputError, match="coal_ad_test.tar is damaged or not an uncompressed tar"):
+    with pytest.raises(InputError, match=r"coal_ad_test.tar is damaged or not an uncompressed tar"):
         coalad.ensure_coalad(tmp_path)
 
 

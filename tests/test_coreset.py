@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -46,9 +48,7 @@ CASES = {
     "outlier first": lambda rng: (np.concatenate([np.full((1, 6), 1e5), rng.normal(size=(2000, 6))]), 100),
     "near ties": lambda rng: (1 + np.cumsum(rng.choice([0, 1e-7], size=(1500, 6)), 0), 150),
     "spheres": lambda rng: (
-        (v := rng.normal(size=(2000, 9)))
-        / np.linalg.norm(v, axis=1, keepdims=True)
-        * rng.integers(1, 3, (2000, 1)),
+        (v := rng.normal(size=(2000, 9))) / np.linalg.norm(v, axis=1, keepdims=True) * rng.integers(1, 3, (2000, 1)),
         200,
     ),
     "every point": lambda rng: (rng.normal(size=(300, 3)), 300),
@@ -69,9 +69,7 @@ def test_equals_the_plain_greedy(case, head, rng, monkeypatch):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    arrays(
-        np.float32, st.tuples(st.integers(1, 40), st.integers(1, 4)), elements=st.integers(-3, 3).map(float)
-    ),
+    arrays(np.float32, st.tuples(st.integers(1, 40), st.integers(1, 4)), elements=st.integers(-3, 3).map(float)),
     st.floats(0, 1),
 )
 def test_equals_the_plain_greedy_on_small_grids(features, share):
@@ -114,7 +112,8 @@ def test_refuses_features_that_are_not_finite():
         greedy_k_center(features, 2, progress=False)
 
 
-def test_progress_goes_to_stderr_and_reaches_the_end(capsys):
+def test_progress_goes_to_stderr_and_reaches_the_end(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)  # a log file gets no bar
     greedy_k_center(torch.randn(50, 2), 10)
     out, err = capsys.readouterr()
     assert out == "" and "10/10" in err

@@ -31,12 +31,7 @@ def test_rgb_is_read_as_it_is(tmp_path):
     for name in ("a.png", "a.bmp", "a.tif", "a.TIFF", "a.PNG"):
         np.testing.assert_array_equal(saved(Image.fromarray(RED_RAMP), tmp_path / name), RED_RAMP)
     for name in ("a.jpg", "a.JPEG"):
-        assert (
-            np.abs(
-                saved(Image.fromarray(RED_RAMP), tmp_path / name, quality=98).astype(int) - RED_RAMP
-            ).mean()
-            < 3
-        )
+        assert np.abs(saved(Image.fromarray(RED_RAMP), tmp_path / name, quality=98).astype(int) - RED_RAMP).mean() < 3
 
 
 def test_grey_is_expanded(tmp_path):
@@ -60,9 +55,7 @@ def test_palette_is_expanded_and_its_transparency_dropped(tmp_path, transparency
 def test_alpha_is_dropped_not_blended(tmp_path, mode):
     image = Image.fromarray(RED_RAMP).convert(mode)
     image.putalpha(Image.fromarray(np.arange(120, dtype=np.uint8).reshape(12, 10)))
-    expected = (
-        RED_RAMP if mode == "RGBA" else np.dstack([np.asarray(Image.fromarray(RED_RAMP).convert("L"))] * 3)
-    )
+    expected = RED_RAMP if mode == "RGBA" else np.dstack([np.asarray(Image.fromarray(RED_RAMP).convert("L"))] * 3)
     np.testing.assert_array_equal(saved(image, tmp_path / "a.png"), expected)
 
 
@@ -103,16 +96,12 @@ def test_floats_are_refused(tmp_path):
 def test_exif_orientation_is_applied(tmp_path, orientation, turn, name):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    np.testing.assert_array_equal(
-        saved(Image.fromarray(RED_RAMP), tmp_path / name, exif=exif), turn(RED_RAMP)
-    )
+    np.testing.assert_array_equal(saved(Image.fromarray(RED_RAMP), tmp_path / name, exif=exif), turn(RED_RAMP))
 
 
 def test_first_of_several_frames(tmp_path):
     first, second = Image.fromarray(RED_RAMP), Image.fromarray(255 - RED_RAMP)
-    np.testing.assert_array_equal(
-        saved(first, tmp_path / "a.tif", save_all=True, append_images=[second]), RED_RAMP
-    )
+    np.testing.assert_array_equal(saved(first, tmp_path / "a.tif", save_all=True, append_images=[second]), RED_RAMP)
 
 
 def broken_files(folder: Path) -> list[Path]:
@@ -217,9 +206,7 @@ def test_mask_follows_an_image_turned_by_exif(tmp_path):
     folder = draw_category(tmp_path / "belt", 1, 1, 1)
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.open(folder / "test/rope/000.png").rotate(90, expand=True).save(
-        folder / "test/rope/000.png", exif=exif
-    )
+    Image.open(folder / "test/rope/000.png").rotate(90, expand=True).save(folder / "test/rope/000.png", exif=exif)
     (item,) = (item for item in Category(tmp_path, "belt").test_items() if item.label)
     (sample,) = ImageDataset([item], 56, "bicubic")
     assert sample["mask"].any() and sample["image"].shape == (3, 56, 56)

@@ -122,9 +122,7 @@ def test_autocast_outside_costs_no_digits(rng):
 def test_only_doubtful_queries_are_settled_in_float64(rng, monkeypatch):
     settled = []
     settle = NearestNeighbors._settle
-    monkeypatch.setattr(
-        NearestNeighbors, "_settle", lambda self, *a: settled.append(len(a[0])) or settle(self, *a)
-    )
+    monkeypatch.setattr(NearestNeighbors, "_settle", lambda self, *a: settled.append(len(a[0])) or settle(self, *a))
     bank, queries = draw(gaussian, rng)
     NearestNeighbors(torch.from_numpy(bank)).search(torch.from_numpy(queries), 5)
     assert sum(settled) < 5

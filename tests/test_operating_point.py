@@ -203,9 +203,7 @@ def test_thresholds_come_from_the_held_out_images_alone(root, models, tmp_path, 
     allowed = int(0.2 * (HELD + 1)) - 1  # of the held-out images above the threshold
     assert stored.images == HELD and (scores >= stored.threshold).sum() == allowed
     assert np.sort(scores)[-allowed - 1] == pytest.approx(stored.threshold)
-    images = torch.stack(
-        [ImageDataset.__getitem__(dataset_of(root, usad), i)["image"] for i in range(2 * HELD)]
-    )
+    images = torch.stack([ImageDataset.__getitem__(dataset_of(root, usad), i)["image"] for i in range(2 * HELD)])
     peaks = usad.predict(images[[names.index(name) for name in held]])[1].amax((1, 2)).sort().values
     assert float(peaks[-allowed - 1]) == pytest.approx(stored.pixel_threshold, rel=1e-5)
 
@@ -228,9 +226,7 @@ def test_metrics_at_the_point_and_predict_agree_with_the_scores(root, models, tm
     assert metrics["images"] == HELD
 
     out = tmp_path / "predictions"
-    assert (
-        call(predict, root, root / "data/belt/test", "--models-dir", models, "--out", out, "--no-images") == 0
-    )
+    assert call(predict, root, root / "data/belt/test", "--models-dir", models, "--out", out, "--no-images") == 0
     with open(out / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["source"].endswith(t["path"]) for row, t in zip(rows, table, strict=True)] == [True] * 14

@@ -227,9 +227,7 @@ def test_folder_gives_images_and_videos_folder_by_folder(tmp_path):
     assert [path.name for source in pattern for path in source.paths] == ["b.png", "c.png", "z.png"]
 
 
-@pytest.mark.parametrize(
-    "argument", ["gone", "*.png", "notes.txt", ".", "ftp://host/x", "file:///etc/passwd"]
-)
+@pytest.mark.parametrize("argument", ["gone", "*.png", "notes.txt", ".", "ftp://host/x", "file:///etc/passwd"])
 def test_what_cannot_be_looked_at_is_refused(argument, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").touch()
@@ -326,9 +324,7 @@ def test_json_lines_are_the_rows(tmp_path, call):
     (tmp_path / "in").mkdir()
     for index in range(3):
         Image.fromarray(frame(rng, index % 2)).save(tmp_path / "in" / f"{index}.png")
-    code, stdout, _ = call(
-        tmp_path / "in", "--out", tmp_path / "out", "--json-lines", "--no-images", *THRESHOLDS
-    )
+    code, stdout, _ = call(tmp_path / "in", "--out", tmp_path / "out", "--json-lines", "--no-images", *THRESHOLDS)
     lines = [json.loads(line) for line in stdout.splitlines()]
     assert code == 0 and len(lines) == 3
     for line, row in zip(lines, rows(tmp_path / "out"), strict=True):
@@ -384,9 +380,7 @@ def test_a_second_run_leaves_nothing_of_the_first(tmp_path, call):
     assert len(rows(out)) == 1 and len(list((out / "overlays").iterdir())) == 1
     assert not list((out / "videos").iterdir())
     assert (
-        call(tmp_path / "gone.png", "--out", out)[0]
-        == call(tmp_path / "a.png", "--smooth", "2", "--out", out)[0]
-        == 2
+        call(tmp_path / "gone.png", "--out", out)[0] == call(tmp_path / "a.png", "--smooth", "2", "--out", out)[0] == 2
     )
     assert len(rows(out)) == 1  # a command that fails before it starts costs nothing
 

@@ -57,11 +57,7 @@ class Page(HTMLParser):
             self.words.setdefault(self.tags[-1][0], []).append(data)
 
     def all(self, tag: str, **wanted: str) -> list[dict[str, str | None]]:
-        return [
-            attrs
-            for name, attrs in self.tags
-            if name == tag and all(attrs.get(k) == v for k, v in wanted.items())
-        ]
+        return [attrs for name, attrs in self.tags if name == tag and all(attrs.get(k) == v for k, v in wanted.items())]
 
     @property
     def cards(self) -> list[dict[str, str | None]]:
@@ -169,9 +165,7 @@ def table_rows(page: Page) -> dict[str, list[float | None]]:
 def test_figures_are_those_of_metrics_json(run):
     metrics = json.loads((run / "metrics.json").read_text())
     columns = [metrics, *(metrics["branches"][part] for part in PARTS[1:])]
-    assert table_rows(Page(run / "report.html")) == {
-        key: [part[key] for part in columns] for key in PROTOCOLS
-    }
+    assert table_rows(Page(run / "report.html")) == {key: [part[key] for part in columns] for key in PROTOCOLS}
 
 
 def test_cards_follow_the_scores_and_the_threshold(run):
@@ -224,9 +218,7 @@ def test_only_normal_images_give_undefined_figures_and_no_threshold(tmp_path):
 @pytest.mark.parametrize("threshold", [None, Threshold(1.5, 0.5, "given")])
 def test_frames_without_labels(tmp_path, threshold):
     gallery = small_gallery([None] * 4)
-    gallery.add(
-        entry(4, 0.0, alarm=True), lambda: pictures(4)
-    )  # smoothing may decide otherwise than the threshold
+    gallery.add(entry(4, 0.0, alarm=True), lambda: pictures(4))  # smoothing may decide otherwise than the threshold
     write_report(tmp_path / "r.html", "belt.mp4", gallery, threshold=threshold)
     page = Page(tmp_path / "r.html")
     kinds = [attrs["data-kind"] for attrs in page.cards]
@@ -272,9 +264,7 @@ def hostile_report(path: Path) -> Path:
         gallery.add(entry(index, float(index), 1, name=name, group=name, note=name), lambda: pictures())
     config = {name: [name, "</script><script>alert(1)</script>"] for name in HOSTILE}
     threshold = Threshold(2.0, 0.5, HOSTILE[0])
-    write_report(
-        path, HOSTILE[0], gallery, threshold=threshold, config=config, facts={HOSTILE[1]: HOSTILE[0]}
-    )
+    write_report(path, HOSTILE[0], gallery, threshold=threshold, config=config, facts={HOSTILE[1]: HOSTILE[0]})
     return path
 
 
@@ -285,9 +275,7 @@ def test_names_are_text_and_nothing_else(tmp_path):
     assert [attrs["data-group"] for attrs in hostile.cards] == shown
     for index in range(len(HOSTILE)):
         tame.add(entry(index, float(index), 1, group=str(index), note="n"), lambda: pictures())
-    write_report(
-        tmp_path / "t.html", "t", tame, threshold=Threshold(2.0, 0.5, "s"), config={"k": 1}, facts={"a": "b"}
-    )
+    write_report(tmp_path / "t.html", "t", tame, threshold=Threshold(2.0, 0.5, "s"), config={"k": 1}, facts={"a": "b"})
     tags = [[tag for tag, _ in page.tags] for page in (hostile, Page(tmp_path / "t.html"))]
     assert tags[0] == tags[1]  # names add no element
     keys = [{key for _, attrs in page.tags for key in attrs} for page in (hostile, Page(tmp_path / "t.html"))]
@@ -354,10 +342,7 @@ def test_sample_of_the_rest_is_uniform_and_decided_by_the_seed():
 def test_all_images_are_shown_up_to_the_limit_and_a_sample_is_stated(tmp_path):
     gallery = small_gallery([0] * 20, limit=20, highest=8)
     write_report(tmp_path / "r.html", "t", gallery)
-    assert (
-        len(Page(tmp_path / "r.html").cards) == 20
-        and "drawn at random" not in Page(tmp_path / "r.html").source
-    )
+    assert len(Page(tmp_path / "r.html").cards) == 20 and "drawn at random" not in Page(tmp_path / "r.html").source
     gallery = small_gallery([0] * 50, limit=20, highest=8)
     write_report(tmp_path / "r.html", "t", gallery)
     page = Page(tmp_path / "r.html")
@@ -519,8 +504,7 @@ def test_filters_by_address_and_by_hand(browser, run):
     browser.run("document.querySelector('[data-filter=\"\"]').click()")
     assert visible(browser) == all_names
     browser.run(
-        "{const g = document.querySelector('#group'); g.value = '<b>stick&';"
-        "g.dispatchEvent(new Event('change'))}"
+        "{const g = document.querySelector('#group'); g.value = '<b>stick&';g.dispatchEvent(new Event('change'))}"
     )
     assert set(visible(browser, "group")) == {"<b>stick&"}
     browser.open(run / "report.html", "#query=ROPE")
@@ -537,9 +521,7 @@ def test_keys_open_turn_and_close(browser, run):
     browser.run("document.querySelector('.open').focus()")
     browser.press("ArrowRight", "ArrowRight", "ArrowLeft")
     assert browser.run(focused) == names[1]
-    columns = browser.run(
-        "getComputedStyle(document.querySelector('.cards')).gridTemplateColumns.split(' ').length"
-    )
+    columns = browser.run("getComputedStyle(document.querySelector('.cards')).gridTemplateColumns.split(' ').length")
     assert columns > 1
     browser.press("ArrowDown")
     assert browser.run(focused) == names[1 + columns]
@@ -581,6 +563,4 @@ def test_hostile_names_stay_text_in_the_browser(browser, tmp_path):
     for _ in HOSTILE:
         browser.press("ArrowRight")
     assert browser.run("document.querySelector('#viewer-title').textContent") == HOSTILE[0]
-    assert (
-        browser.messages == [] and [a for a in browser.requests if not a.startswith(("data:", "file:"))] == []
-    )
+    assert browser.messages == [] and [a for a in browser.requests if not a.startswith(("data:", "file:"))] == []

@@ -282,11 +282,7 @@ def test_without_hf_endpoint_hub_mirror_and_modelscope_follow_each_other(monkeyp
         "https://huggingface.co/timm/wide_resnet50_2.tv_in1k",
         "https://hf-mirror.com/timm/wide_resnet50_2.tv_in1k",
     ]
-    assert (
-        weights._sources("resnet18.a1_in1k")
-        .__next__()[0]
-        .startswith("https://huggingface.co/timm/resnet18.a1")
-    )
+    assert weights._sources("resnet18.a1_in1k").__next__()[0].startswith("https://huggingface.co/timm/resnet18.a1")
     (only,) = weights._sources("mobilenet_v2")
     assert only[0] == "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
 
@@ -301,8 +297,6 @@ def test_torchvision_url_is_checked_by_its_hash(hub, state, monkeypatch, tmp_pat
     other = {"timm": torch.ones(2)}
     hub.huggingface = save(other)
     real = timm.get_pretrained_cfg
-    monkeypatch.setattr(
-        timm, "get_pretrained_cfg", lambda key: dataclasses.replace(real(key), url=hub.url + name)
-    )
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda key: dataclasses.replace(real(key), url=hub.url + name))
     assert same(pretrained_state_dict("resnet18"), state if intact else other)
     assert (tmp_path / "torch" / "checkpoints" / name[1:]).exists() == intact

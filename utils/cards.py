@@ -132,9 +132,7 @@ def card(
         values = cv2.resize(small.values(), map_size, interpolation=cv2.INTER_LINEAR)
         data = _data_uri(encode(colorize(values, scales[part], COLORS)[..., ::-1], MAP_BYTES))
         score = f' data-score="{entry.scores[part]:.5g}"' if part in entry.scores else ""
-        yield (
-            f'<span class="panel"{score}>{lazy}="{data}"><span>{html_text(part_title(part))}</span></span>'
-        )
+        yield (f'<span class="panel"{score}>{lazy}="{data}"><span>{html_text(part_title(part))}</span></span>')
     note = f" <small>{html_text(entry.note)}</small>" if entry.note else ""
     yield (
         f'</span></button><h3><bdi>{name}</bdi>{note}</h3><p><span class="kind {kind.key}">'

@@ -35,9 +35,7 @@ def curve_chart(
     label: str, x_title: str, y_title: str, lines: Sequence[Line], x_limit: float = 1.0, chance: bool = False
 ) -> str:
     """Curves over x from 0 to `x_limit`, y from 0 to 1; `chance` adds the diagonal of a random ranking."""
-    parts = [
-        _frame(label, x_title, y_title, f'data-x-limit="{x_limit:g}" data-x="{x_title}" data-y="{y_title}"')
-    ]
+    parts = [_frame(label, x_title, y_title, f'data-x-limit="{x_limit:g}" data-x="{x_title}" data-y="{y_title}"')]
     parts += [_x_tick(_x(t / x_limit), f"{t:g}") for t in ticks(0, x_limit, 5)]
     parts += [_y_tick(t, f"{t:g}") for t in ticks(0, 1, 5)]
     if chance:
@@ -74,9 +72,7 @@ def histogram_chart(label: str, x_title: str, groups: Sequence[Bars], threshold:
         parts += [_x_tick(x_of(t), f"{t:.6g}") for t in ticks(edges[0], edges[-1], 5)]
     parts += [_y_tick(t / top, f"{t:g}") for t in ticks(0, top, 4) if t == int(t)]
     for group, count in zip(groups, counts, strict=True):
-        steps = "".join(
-            f"V{_y(n / top):.1f}H{x_of(right):.1f}" for n, right in zip(count, edges[1:], strict=True)
-        )
+        steps = "".join(f"V{_y(n / top):.1f}H{x_of(right):.1f}" for n, right in zip(count, edges[1:], strict=True))
         parts.append(f'<path class="bars {group.style}" d="M{LEFT} {BOTTOM}{steps}V{BOTTOM}Z"/>')
     for i, (left, right) in enumerate(itertools.pairwise(edges)):
         if any(count[i] for count in counts):

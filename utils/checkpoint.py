@@ -40,9 +40,7 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if FORMAT not in metadata:
-                raise InputError(
-                    f"{path} is a safetensors file, but not a USAD checkpoint; train the branch again"
-                )
+                raise InputError(f"{path} is a safetensors file, but not a USAD checkpoint; train the branch again")
             content = json.loads(metadata[FORMAT])
             if not isinstance(content, dict):
                 raise ValueError("its metadata is no dictionary")
@@ -54,9 +52,7 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[st
         ) from None
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(
-                f"{path}: tensor '{name}' holds values that are not finite; train the branch again"
-            )
+            raise InputError(f"{path}: tensor '{name}' holds values that are not finite; train the branch again")
     return tensors, content
 
 
@@ -74,9 +70,7 @@ def check_replaceable(path: Path) -> None:
     except (SafetensorError, OSError):
         ours = False
     if not ours:
-        raise InputError(
-            f"{path} exists and is not a USAD checkpoint; move it away or choose another --models-dir"
-        )
+        raise InputError(f"{path} exists and is not a USAD checkpoint; move it away or choose another --models-dir")
 
 
 def take(tensors: dict[str, Tensor], name: str, *shape: int | None) -> Tensor:
@@ -89,7 +83,5 @@ def take(tensors: dict[str, Tensor], name: str, *shape: int | None) -> Tensor:
     )
     if not fits or not tensor.is_floating_point() or tensor.numel() == 0:
         expected = " x ".join("n" if length is None else str(length) for length in shape)
-        raise InputError(
-            f"tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, expected floats {expected}"
-        )
+        raise InputError(f"tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, expected floats {expected}")
     return tensor

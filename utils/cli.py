@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
             description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
         )
 
-    def parse_args(self, args=None, namespace=None):  # noqa: ANN001, ANN201 (argparse's signature)
+    def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
@@ -96,9 +96,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
-def number(
-    kind: type, low: float, high: float = float("inf"), *, above: bool = False
-) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], float]:
     """An argparse type: an int or float in [low, high], or in (low, high] with `above`."""
 
     def parse(text: str) -> float:
@@ -109,9 +107,7 @@ def number(
         if not (low < value <= high if above else low <= value <= high) or value in (float("inf"),):
             bounds = f"above {low:g}" if above else f"at least {low:g}"
             bounds += f" and at most {high:g}" if high < float("inf") else ""
-            raise argparse.ArgumentTypeError(
-                f"'{text}' is not {'a whole' if kind is int else 'a'} number {bounds}"
-            )
+            raise argparse.ArgumentTypeError(f"'{text}' is not {'a whole' if kind is int else 'a'} number {bounds}")
         return value
 
     return parse
@@ -120,9 +116,7 @@ def number(
 def category_name(text: str) -> str:
     """An argparse type: a folder's plain name."""
     if not text or text.startswith(".") or re.search(r'[/\\:*?"<>|\x00-\x1f]', text):
-        raise argparse.ArgumentTypeError(
-            f"'{text}' is not a folder's plain name (no separators, no leading dot)"
-        )
+        raise argparse.ArgumentTypeError(f"'{text}' is not a folder's plain name (no separators, no leading dot)")
     return text
 
 
@@ -157,9 +151,7 @@ def add_run_flags(parser: Parser) -> None:
 def add_device_flags(parser: Parser) -> argparse._ArgumentGroup:
     """What the networks run on; returns the group, for more flags."""
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--batch-size", type=number(int, 1), help="images at a time (default: 4 on a CPU, 32 on a GPU)"
-    )
+    group.add_argument("--batch-size", type=number(int, 1), help="images at a time (default: 4 on a CPU, 32 on a GPU)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     group.add_argument(
         "--precision",
@@ -174,17 +166,12 @@ def add_weights_flags(parser: Parser, branches: Iterable[type[Branch]]) -> None:
     """Where each branch's weights given as a file are now."""
     group = parser.add_argument_group("weights")
     for branch in branches:
-        group.add_argument(
-            branch.weights_flag, metavar="FILE", help=f"where the weights of {branch.name} are now"
-        )
+        group.add_argument(branch.weights_flag, metavar="FILE", help=f"where the weights of {branch.name} are now")
 
 
 def weights_by_branch(args: argparse.Namespace, branches: Iterable[type[Branch]]) -> dict[str, str | None]:
     """The values of those flags, by branch name."""
-    return {
-        branch.name: getattr(args, branch.weights_flag.removeprefix("--").replace("-", "_"))
-        for branch in branches
-    }
+    return {branch.name: getattr(args, branch.weights_flag.removeprefix("--").replace("-", "_")) for branch in branches}
 
 
 def choose_device(name: str, precision: str) -> str:

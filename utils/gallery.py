@@ -87,9 +87,7 @@ class Gallery:
     Memory stays bounded (about 100 MB for 500 entries), but for 10 bytes an entry.
     """
 
-    def __init__(
-        self, expected: int | None = None, limit: int = LIMIT, highest: int = HIGHEST, seed: int = 22
-    ):
+    def __init__(self, expected: int | None = None, limit: int = LIMIT, highest: int = HIGHEST, seed: int = 22):
         self.limit, self.highest, self.seed = limit, highest, seed
         few = expected is not None and expected <= 200
         self.frame_side, self.frame_bytes = (720, 70_000) if few else (512, 24_000)
@@ -147,8 +145,7 @@ class Gallery:
         frame = cv2.resize(pictures.frame, size, interpolation=cv2.INTER_AREA)
         sides = itertools.chain([MAIN_MAP_SIDE], itertools.repeat(MAP_SIDE))
         maps = {
-            name: SmallMap.pack(part, side)
-            for (name, part), side in zip(pictures.maps.items(), sides, strict=False)
+            name: SmallMap.pack(part, side) for (name, part), side in zip(pictures.maps.items(), sides, strict=False)
         }
         truth = "" if pictures.truth is None else outline(pictures.truth, size)
         return Kept(entry, encode(frame, self.frame_bytes), size, maps, truth)

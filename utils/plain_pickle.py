@@ -222,7 +222,7 @@ class TorchFile:
         info = self.records.get(name)
         if info is None:
             if default is None:
-                raise ValueError(f"no record {ascii(name)}: not written by torch.save")
+                raise ValueError(f"no record {name!a}: not written by torch.save")
             return default
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
             raise ValueError("compressed, which torch.save never does")
@@ -234,9 +234,7 @@ class TorchFile:
     def tensor(self, name: str) -> Tensor:
         """Tensor `name` of the dictionary, on the CPU. Raises ValueError where it is none of floats."""
         match self.content.get(name):
-            case Call(
-                meaning="tensor", args=(Call(meaning="storage", args=stored), offset, size, stride, *_)
-            ):
+            case Call(meaning="tensor", args=(Call(meaning="storage", args=stored), offset, size, stride, *_)):
                 pass
             case _:
                 raise ValueError(f"'{name}' is missing or no tensor")

@@ -80,9 +80,7 @@ class Table:
         self._file.close()
 
 
-def draw(
-    image: np.ndarray, prediction: Prediction, alarm: bool | None, pixel_threshold: float | None
-) -> np.ndarray:
+def draw(image: np.ndarray, prediction: Prediction, alarm: bool | None, pixel_threshold: float | None) -> np.ndarray:
     """The frame (RGB [H, W, 3]) with contours, boxes and score, as BGR."""
     canvas = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     line = max(1, round(min(canvas.shape[:2]) / 320))
@@ -158,9 +156,7 @@ class VideoFile:
 class Recorder:
     """Takes frames and their predictions, writes all files; keeps no more than the report's gallery in memory."""
 
-    def __init__(
-        self, folder: Path, usad: USAD, smooth: int, overlays: str | None, json_lines: TextIO | None
-    ) -> None:
+    def __init__(self, folder: Path, usad: USAD, smooth: int, overlays: str | None, json_lines: TextIO | None) -> None:
         self.folder = folder
         self.usad = usad
         self.smooth = smooth
@@ -236,12 +232,8 @@ class Recorder:
             given = point is None or point.threshold != self.usad.threshold
             source = "--threshold" if given else point.source
             threshold = Threshold(self.usad.threshold, self.usad.pixel_threshold, source, on_test_set=False)
-        facts = {
-            key: str(config[key]) for key in ("frames", "anomalous", "dropped") if config.get(key) is not None
-        }
-        write_report(
-            self.folder / REPORT, "Predictions", self.gallery, threshold=threshold, config=config, facts=facts
-        )
+        facts = {key: str(config[key]) for key in ("frames", "anomalous", "dropped") if config.get(key) is not None}
+        write_report(self.folder / REPORT, "Predictions", self.gallery, threshold=threshold, config=config, facts=facts)
 
 
 def check_output(folder: Path, sources: list[Source]) -> None:

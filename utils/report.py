@@ -40,9 +40,7 @@ CHARTS = (
     Chart("image_pr", "Image precision–recall", "image_ap", "recall", "precision"),
     Chart("pixel_roc", "Pixel ROC", "pixel_auroc", "false positive rate", "true positive rate"),
     Chart("pixel_pr", "Pixel precision–recall", "pixel_ap", "recall", "precision"),
-    Chart(
-        "pixel_pro", "Region overlap (PRO)", "aupro", "false positive rate", "mean region overlap", FPR_LIMIT
-    ),
+    Chart("pixel_pro", "Region overlap (PRO)", "aupro", "false positive rate", "mean region overlap", FPR_LIMIT),
 )
 
 
@@ -63,14 +61,12 @@ def write_report(
     allows no script but its own.
     """
     style, script, page = (
-        Path(__file__).with_name(f"report.{kind}").read_text(encoding="utf-8")
-        for kind in ("css", "js", "html")
+        Path(__file__).with_name(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html")
     )
     kept = gallery.by_score()
     parts = list(kept[0].maps) if kept else []
     scales = {
-        part: color_scale([item.maps[part].values()[::2, ::2] for item in kept if part in item.maps])
-        for part in parts
+        part: color_scale([item.maps[part].values()[::2, ::2] for item in kept if part in item.maps]) for part in parts
     }
     shown_kinds = [kind_of(item.entry, threshold) for item in kept]
     fields = {
@@ -106,17 +102,13 @@ def _verdict(gallery: Gallery, metrics: Mapping[str, Any] | None, threshold: Thr
         best = max((pair for pair in branches if pair[0] is not None), default=None)
         note = f"best branch {best[0]:.3f}, {html_text(part_title(best[1]))}" if best else ""
         tiles.append(_tile(name[0].upper() + name[1:], _figure(metrics[key], 3), note, "main"))
-    scores, labels, alarms = (
-        np.asarray(numbers) for numbers in (gallery.scores, gallery.labels, gallery.alarms)
-    )
+    scores, labels, alarms = (np.asarray(numbers) for numbers in (gallery.scores, gallery.labels, gallery.alarms))
     if threshold is not None:
         alarms = np.where(alarms < 0, scores >= threshold.score, alarms)
     if (alarms >= 0).any():
         bad, good = labels == 1, labels == 0
         if bad.any():
-            tiles.append(
-                _count_tile("Anomalies found", int((alarms[bad] == 1).sum()), int(bad.sum()), "missed")
-            )
+            tiles.append(_count_tile("Anomalies found", int((alarms[bad] == 1).sum()), int(bad.sum()), "missed"))
         if good.any():
             tiles.append(_count_tile("False alarms", int((alarms[good] == 1).sum()), int(good.sum())))
         if (labels < 0).any():
@@ -167,9 +159,7 @@ def _figure(value: float | None, digits: int) -> str:
     return f'<data value="{value!r}">{value:.{digits}f}</data>'
 
 
-def _charts(
-    gallery: Gallery, metrics: Mapping[str, Any] | None, curves: Curves, threshold: Threshold | None
-) -> str:
+def _charts(gallery: Gallery, metrics: Mapping[str, Any] | None, curves: Curves, threshold: Threshold | None) -> str:
     figures = []
     by_part = {**(metrics or {}).get("branches", {})}
     for chart in CHARTS:
@@ -201,9 +191,7 @@ def _histogram(gallery: Gallery, threshold: Threshold | None) -> str:
     scores, labels = np.asarray(gallery.scores), np.asarray(gallery.labels)
     names = {0: "normal", 1: "anomalous", -1: "not labelled"}
     groups = [
-        Bars(name, name.split()[0], scores[labels == label])
-        for label, name in names.items()
-        if (labels == label).any()
+        Bars(name, name.split()[0], scores[labels == label]) for label, name in names.items() if (labels == label).any()
     ]
     counts = [(group.style, group.name, str(group.values.size)) for group in groups]
     label = "Histogram of image scores; " + ", ".join(f"{count} {name}" for _, name, count in counts)
@@ -236,8 +224,7 @@ def _choice(gallery: Gallery, kept: list[Kept]) -> str:
 
 def _facts(facts: Mapping[str, str]) -> str:
     return "".join(
-        f"<div><dt>{html_text(key)}</dt><dd>{html_text(str(value))}</dd></div>"
-        for key, value in facts.items()
+        f"<div><dt>{html_text(key)}</dt><dd>{html_text(str(value))}</dd></div>" for key, value in facts.items()
     )
 
 

@@ -239,9 +239,7 @@ def _files(text: str) -> list[Path]:
     elif path.exists():
         if path.suffix.lower() not in EXTENSIONS | VIDEO_EXTENSIONS:
             known = " ".join(sorted(EXTENSIONS | VIDEO_EXTENSIONS))
-            raise InputError(
-                f"{path} is neither an image nor a video by its name ({known}); rename or convert it"
-            )
+            raise InputError(f"{path} is neither an image nor a video by its name ({known}); rename or convert it")
         return [path]
     elif glob.has_magic(text):
         matches = map(Path, glob.glob(text, recursive=True))
@@ -249,9 +247,7 @@ def _files(text: str) -> list[Path]:
     else:
         raise InputError(f"{path} does not exist; give an image, a folder, a pattern, a video or a camera")
     if not found:
-        raise InputError(
-            f"{text} holds no image or video ({' '.join(sorted(EXTENSIONS | VIDEO_EXTENSIONS))})"
-        )
+        raise InputError(f"{text} holds no image or video ({' '.join(sorted(EXTENSIONS | VIDEO_EXTENSIONS))})")
     return sorted(found, key=lambda file: (file.parent, file.name))
 
 

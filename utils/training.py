@@ -23,8 +23,9 @@ from utils.cli import (
     settle_run,
 )
 from utils.errors import InputError
-from utils.evaluate import average_path, claim_folder, evaluate, print_metrics, write_average
+from utils.evaluate import evaluate, print_metrics
 from utils.files import digest_of_lines
+from utils.result_files import average_path, claim_folder, write_average
 
 share = number(float, 0, 1, above=True)
 side = number(int, 1, 4096)  # of a square input in pixels
@@ -45,8 +46,7 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
     group.add_argument(
         "--weights",
         default="pretrained",
-        help="pretrained, demo (ships with the project), random, or a .safetensors/.pth file "
-        "(default: pretrained)",
+        help="pretrained, demo (ships with the project), random, or a .safetensors/.pth file (default: pretrained)",
     )
     group.add_argument("--image-size", type=side, default=image_size, help=f"default: {image_size}")
     group = parser.add_argument_group("fit")
@@ -123,9 +123,7 @@ def fit_branch(args: argparse.Namespace, category: Category, branch: Branch) -> 
     """Fit on the training share, then take statistics on the images held out, if any."""
     items = category.train_items()
     fitted, held = split_training(items, args.train_ratio, args.holdout_ratio, args.seed)
-    branch.fit(
-        make_loader(args, ImageDataset(fitted, branch.image_size, "bilinear"), f"{branch.name} fit", branch)
-    )
+    branch.fit(make_loader(args, ImageDataset(fitted, branch.image_size, "bilinear"), f"{branch.name} fit", branch))
     if held:
         dataset = ImageDataset(held, branch.image_size, "bicubic")
         branch.calibration = calibrate(branch, make_loader(args, dataset, f"{branch.name} held out", branch))
@@ -212,7 +210,5 @@ def make_loader(args: argparse.Namespace, dataset: ImageDataset, description: st
 
 def settings_in_force(args: argparse.Namespace, category: Category) -> dict[str, Any]:
     """The flags as JSON values, for config.json."""
-    values = {
-        key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())
-    }
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())}
     return {**values, "category": category.name}

@@ -30,9 +30,7 @@ def color_scale(maps: list[np.ndarray]) -> tuple[float, float]:
     return low, max(high, low + 1e-12)
 
 
-def colorize(
-    anomaly_map: np.ndarray, scale: tuple[float, float], colors: int = cv2.COLORMAP_TURBO
-) -> np.ndarray:
+def colorize(anomaly_map: np.ndarray, scale: tuple[float, float], colors: int = cv2.COLORMAP_TURBO) -> np.ndarray:
     """Map [H, W] -> BGR uint8 [H, W, 3]."""
     low, high = scale
     levels = ((anomaly_map.astype(np.float64) - low) / (high - low)).clip(0, 1) * 255
