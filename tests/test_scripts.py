@@ -380,3 +380,8 @@ def test_nothing_unpickles():
             ), path
             if called in ("np.load", "numpy.load"):
                 assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}, path
+
+
+def test_the_report_says_that_the_networks_are_untrained(fused):
+    page = (fused / "result" / "belt" / "fusion" / "report.html").read_text(encoding="utf-8")
+    assert "untrained" in page

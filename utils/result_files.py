@@ -96,10 +96,12 @@ def write_test_report(
 ) -> None:
     """report.html of a fusion's test; without a threshold, that of the highest F1 is shown and said to be so."""
     settings = config.get("settings", {})
+    weights = sorted({branch["backbone"]["weights"] for branch in config.get("branches", {}).values()})
     facts = {
         "images": str(metrics["n_images"]),
         "anomalous": str(metrics["n_anomalous"]),
         **{key: str(settings[key]) for key in ("fusion",) if key in settings},
+        **({"networks": ", ".join(weights).replace("random", "untrained")} if weights else {}),
         "device": config["device"],
     }
     title = str(settings.get("category", folder.parent.name))
