@@ -192,7 +192,7 @@ def build_backbone(
     elif spec.weights == "random":
         state = random_state_dict(lambda: networks.full_network(spec.name), spec.seed)
     else:
-        raise InputError(f"{flag} demo: no demo network ships yet")
+        raise InputError(f"{flag} demo: no demo network ships yet; use pretrained, random, or a file")
     mark = networks.load_weights(backbone.net, spec.name, state, spec.source)
     if spec.fingerprint not in (None, mark):
         raise InputError(

@@ -46,7 +46,7 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
     group.add_argument(
         "--weights",
         default="pretrained",
-        help="pretrained, demo (ships with the project), random, or a .safetensors/.pth file (default: pretrained)",
+        help="pretrained, random (untrained), or a .safetensors/.pth file (default: pretrained)",
     )
     group.add_argument("--image-size", type=side, default=image_size, help=f"default: {image_size}")
     group = parser.add_argument_group("fit")
