@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,14 @@ class ImageLoader:
     ) -> None:
         self.dataset = dataset
         self.description = description
-        self.loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory)
+        self.loader = DataLoader(
+            dataset,
+            batch_size,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            worker_init_fn=_end_silently,
+        )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         count = len(self.dataset)
@@ -189,6 +197,11 @@ class ImageLoader:
                     raise InputError(batch["error"])
                 yield batch
                 progress.update(len(batch["label"]))
+
+
+def _end_silently(worker: int) -> None:
+    """A worker ends at the loader's SIGTERM; the script's own handler, which it inherits, would print a traceback."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.neighbors import NearestNeighbors, exact_matmul
+from models.neighbors import exact_matmul
 
 HEAD = 256  # points whose mutual distances are computed in one pass, to take many centres from it
 UNIT = 2.0**-53  # relative rounding error of one float64 operation
@@ -48,11 +48,6 @@ def greedy_k_center(features: Tensor, size: int, progress: bool = True) -> Tenso
     if `size` is not in [1, n] or a feature is not finite.
     """
     return LazyGreedy(features).select(size, progress)
-
-
-def k_center_radius(features: Tensor, centers: Tensor) -> float:
-    """Largest distance of a row of `features` [n, d] to the nearest row of `centers` [m, d]."""
-    return NearestNeighbors(centers).search(features, 1)[0].max().item()
 
 
 class LazyGreedy:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import models.coreset
-from models.coreset import LazyGreedy, greedy_k_center, k_center_radius, sparse_projection
+from models.coreset import LazyGreedy, greedy_k_center, sparse_projection
 
 
 @pytest.fixture
@@ -134,11 +134,3 @@ def test_projection_equals_scikit_learn(count, rng):
 def test_projection_never_widens(count, width):
     features = torch.randn(count, width)
     torch.testing.assert_close(sparse_projection(features), features, rtol=0, atol=0)
-
-
-def test_radius(rng):
-    features = rng.normal(size=(500, 12)).astype(np.float32)
-    centers = features[plain_greedy(features, 20)]
-    expected = np.linalg.norm(features[:, None].astype(float) - centers, axis=2).min(1).max()
-    radius = k_center_radius(torch.from_numpy(features), torch.from_numpy(centers))
-    assert radius == pytest.approx(expected, rel=1e-5)

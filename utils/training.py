@@ -14,6 +14,7 @@ from datasets.mvtec import Category, ImageDataset, ImageLoader, Item, find_categ
 from models.backbones import BackboneSpec, build_backbone, empty_backbone
 from models.branch import Branch
 from models.calibration import calibrate
+from models.gaussian import COVARIANCES
 from utils.checkpoint import check_replaceable
 from utils.cli import (
     Parser,
@@ -73,7 +74,7 @@ def add_token_flags(parser: Parser) -> None:
     )
     parser.add_argument(
         "--covariance",
-        choices=("empirical", "ledoit-wolf"),
+        choices=COVARIANCES,
         default="empirical",
         help="ledoit-wolf (shrinkage) suits fewer images than the network has channels",
     )
