@@ -11,6 +11,7 @@ import dataclasses
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -200,8 +201,18 @@ class ImageLoader:
 
 
 def _end_silently(worker: int) -> None:
-    """A worker ends at the loader's SIGTERM; the script's own handler, which it inherits, would print a traceback."""
+    """A worker ends without a word when the script does; left alone it prints a traceback in two places.
+
+    At the loader's SIGTERM, through the script's handler, which it inherits; and in the thread that hands tensors
+    over, when the script goes away in the middle of taking one.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.excepthook = _unless_connection_lost
+
+
+def _unless_connection_lost(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
