@@ -24,7 +24,9 @@ class Branch(abc.ABC):
     """A way of looking at a frame.
 
     A subclass needs a `name`, `fit` and `predict`; with a backbone, `state` and `load_state` it can be saved.
-    `predict` is by default `score(extract(images))`, which lets a run tell the two stages' times apart.
+    `predict` is by default `score(extract(images))`, which lets a run tell the two stages' times apart; `score` is
+    by default `render(measure(features))`, which lets reproduce_tables.py keep what a network pass found in little
+    space.
     """
 
     name: ClassVar[str]
@@ -58,6 +60,15 @@ class Branch(abc.ABC):
 
     def score(self, features: Any) -> tuple[Tensor, Tensor]:
         """What `extract` gave -> scores [B], anomaly maps [B, S, S]."""
+        scores, patches = self.measure(features)
+        return scores, self.render(patches)
+
+    def measure(self, features: Any) -> tuple[Tensor, Tensor]:
+        """What `extract` gave -> scores [B], and a value for each patch [B, h, w]."""
+        raise NotImplementedError
+
+    def render(self, patches: Tensor) -> Tensor:
+        """The patches' values [B, h, w] -> anomaly maps [B, S, S]."""
         raise NotImplementedError
 
     def predict_parts(self, images: Tensor) -> Parts:

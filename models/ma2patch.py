@@ -39,10 +39,12 @@ class MA2Patch(Branch):
         """Patch tokens [B, N, D]."""
         return self.backbone(images)[1]
 
-    def score(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        maps = self.contribution(features).float().unflatten(1, self.backbone.grid)
-        maps = gaussian_blur(resize_maps(maps, self.image_size), BLUR_SIGMA)
-        return self.gaussian.distance(features.double().mean(1)), maps
+    def measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        contribution = self.contribution(features).float().unflatten(1, self.backbone.grid)
+        return self.gaussian.distance(features.double().mean(1)), contribution
+
+    def render(self, patches: Tensor) -> Tensor:
+        return gaussian_blur(resize_maps(patches, self.image_size), BLUR_SIGMA)
 
     def contribution(self, tokens: Tensor) -> Tensor:
         """Patch tokens [B, N, D] -> |D_M(g) - D_M(g without patch i)| [B, N], float64.

@@ -60,13 +60,16 @@ class MACLU(Branch):
         """CLS token [B, D] and patch tokens [B, N, D]."""
         return self.backbone(images)
 
-    def score(self, features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def measure(self, features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         cls, tokens = features
-        confidence = self.without_coal(self.confidence(tokens))
-        maps = resize_maps(confidence.unflatten(1, self.backbone.grid), self.image_size)
+        return self.gaussian.distance(cls), self.confidence(tokens).unflatten(1, self.backbone.grid)
+
+    def render(self, patches: Tensor) -> Tensor:
+        confidence = self.without_coal(patches.flatten(1)).view_as(patches)
+        maps = resize_maps(confidence, self.image_size)
         if self.rescale_maps:
             maps = min_max(maps)
-        return self.gaussian.distance(cls), gaussian_blur(maps, BLUR_SIGMA)
+        return gaussian_blur(maps, BLUR_SIGMA)
 
     def confidence(self, tokens: Tensor) -> Tensor:
         """Patch tokens [B, N, D] -> d_bg / d_fg [B, N]: above 1 nearer to the coal than to the belt."""

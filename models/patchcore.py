@@ -64,16 +64,16 @@ class PatchCore(Branch):
         """Patch features [B, h*w, D] on the grid of the stride-8 map."""
         return patch_features(*self.backbone(images))
 
-    def score(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
         batch, count, width = features.shape
         distances, nearest = self.bank.search(features.reshape(-1, width), 1)
         distances, nearest = distances.view(batch, count), nearest.view(batch, count)
-        grid = self.backbone.grid
-        maps = distances.unflatten(1, grid)
+        return self.image_scores(features, distances, nearest), distances.unflatten(1, self.backbone.grid)
+
+    def render(self, patches: Tensor) -> Tensor:
         if self.rescale_maps:
-            maps = min_max(maps)
-        maps = gaussian_blur(resize_maps(maps, self.image_size), BLUR_SIGMA)
-        return self.image_scores(features, distances, nearest), maps
+            patches = min_max(patches)
+        return gaussian_blur(resize_maps(patches, self.image_size), BLUR_SIGMA)
 
     def image_scores(self, features: Tensor, distances: Tensor, nearest: Tensor) -> Tensor:
         """Patch features [B, N, D], distances to and indices of their nearest entries [B, N] -> scores [B].
