@@ -14,14 +14,16 @@ from typing import Any
 from datasets.mvtec import Category, ImageDataset, find_categories
 from models import BRANCHES, USAD
 from models.operating_point import OperatingPoint, find_operating_point
-from models.usad import FUSIONS, checkpoint_paths
+from models.usad import checkpoint_paths
 from utils.cli import (
     Parser,
     add_data_flags,
+    add_fusion_flags,
     add_run_flags,
     add_weights_flags,
     number,
     run,
+    settle_fusion,
     settle_run,
     warn,
     weights_by_branch,
@@ -54,11 +56,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--models-dir", type=Path, default=Path("saved_models"), help="holds <category>/<branch>.safetensors"
     )
-    group = parser.add_argument_group("fusion")
-    group.add_argument("--fusion", choices=FUSIONS, default="paper", help="default: paper")
-    group.add_argument("--lambda-obj", type=number(float, 0), help="factor of MACLU's score (default: 0.01)")
-    group.add_argument("--lambda-map", type=number(float, 0), help="factor of the fused map's maximum (default: 1)")
-    group.add_argument(
+    add_fusion_flags(parser)
+    parser.add_argument(
         "--false-alarm-rate",
         type=number(float, 0, 0.5, above=True),
         help="find the thresholds for this rate on the held-out normal images; they go to <models-dir>/<category>/"
@@ -67,11 +66,7 @@ def parse_args() -> argparse.Namespace:
     add_weights_flags(parser, BRANCHES)
     add_run_flags(parser)
     args = parser.parse_args()
-    for flag, default in (("lambda_obj", 0.01), ("lambda_map", 1.0)):
-        if getattr(args, flag) is None:
-            setattr(args, flag, default)
-        elif args.fusion == "standardized":
-            parser.error(f"--{flag.replace('_', '-')} has no effect with --fusion standardized; leave it out")
+    settle_fusion(parser, args)
     return args
 
 

@@ -113,6 +113,19 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
     return parse
 
 
+def some_of(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """An argparse type: some of `names`, separated by commas, in their own order."""
+
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        unknown = [name for name in chosen if name not in names]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"'{unknown[0]}' is not one of {', '.join(names)}")
+        return [name for name in names if name in chosen]
+
+    return parse
+
+
 def category_name(text: str) -> str:
     """An argparse type: a folder's plain name."""
     if not text or text.startswith(".") or re.search(r'[/\\:*?"<>|\x00-\x1f]', text):
@@ -136,16 +149,41 @@ def add_data_flags(parser: Parser) -> None:
     group.add_argument("--results-dir", type=Path, default=Path("result"), help="default: result")
 
 
+def add_fusion_flags(parser: Parser) -> None:
+    """How the branches are fused; `settle_fusion` fills in the defaults."""
+    from models.usad import FUSIONS
+
+    group = parser.add_argument_group("fusion")
+    group.add_argument("--fusion", choices=FUSIONS, default="paper", help="default: paper")
+    group.add_argument("--lambda-obj", type=number(float, 0), help="factor of MACLU's score (default: 0.01)")
+    group.add_argument("--lambda-map", type=number(float, 0), help="factor of the fused map's maximum (default: 1)")
+
+
+def settle_fusion(parser: Parser, args: argparse.Namespace) -> None:
+    """Fill in the factors that were not given; an error where they are given and have no effect."""
+    for flag, default in (("lambda_obj", 0.01), ("lambda_map", 1.0)):
+        if getattr(args, flag) is None:
+            setattr(args, flag, default)
+        elif args.fusion == "standardized":
+            parser.error(f"--{flag.replace('_', '-')} has no effect with --fusion standardized; leave it out")
+
+
 def add_run_flags(parser: Parser) -> None:
     """How to run, and what to write."""
+    group = add_loading_flags(parser)
+    group.add_argument("--no-images", action="store_true", help="write no heat maps")
+    group.add_argument("--save-maps", action="store_true", help="write the raw float32 maps as TIFF")
+
+
+def add_loading_flags(parser: Parser) -> argparse._ArgumentGroup:
+    """What the networks run on, and who reads the images; returns the group, for more flags."""
     group = add_device_flags(parser)
     group.add_argument(
         "--workers",
         type=number(int, 0, 256),
         help="processes that read images (default: 1 on a CPU, up to 8 on a GPU)",
     )
-    group.add_argument("--no-images", action="store_true", help="write no heat maps")
-    group.add_argument("--save-maps", action="store_true", help="write the raw float32 maps as TIFF")
+    return group
 
 
 def add_device_flags(parser: Parser) -> argparse._ArgumentGroup:

@@ -31,16 +31,23 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def _peak_resident_kib() -> float:
+    # On Linux getrusage counts what the parent process held when it started this one, too.
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return float(line.split()[1])
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1024 if sys.platform == "darwin" else peak
+
+
 def peak_memory_mb() -> dict[str, float]:
     """Peak memory of this process and, with CUDA in use, of PyTorch on the GPU, in MB (10^6 bytes)."""
     peak = {}
-    try:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak["host"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
-    except ImportError:  # Windows has no resource module
-        pass
+    with contextlib.suppress(ImportError):  # Windows has no resource module
+        peak["host"] = round(_peak_resident_kib() * 1024 / 1e6, 1)
     if torch.cuda.is_initialized():
         peak["gpu"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
     return peak

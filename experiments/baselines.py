@@ -1,0 +1,182 @@
+"""The comparison: USAD beside anomalib's models on the same images, and beside the paper's figures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from datasets.mvtec import Category, split_training
+from experiments.cells import Cell, CellStore, Row, Section, Table, Unavailable
+from experiments.fusions import FIGURES, Bench, Fusion
+from models import PatchCore
+from models.postprocess import resize_maps
+from utils.errors import InputError
+from utils.files import sha256_of_file
+from utils.results import Results
+
+ROOT = Path(__file__).parents[1]
+BASELINES = {
+    "padim": "PaDiM",
+    "patchcore": "PatchCore",
+    "stfpm": "STFPM",
+    "reverse_distillation": "Reverse Distillation",
+    "efficient_ad": "EfficientAD",
+    "dinomaly": "Dinomaly",
+    "anomaly_dino": "AnomalyDINO",
+}
+ENVIRONMENT = Path(".venv-baselines")
+INSTALL = f"python3 -m venv {ENVIRONMENT} && {ENVIRONMENT}/bin/pip install -r requirements-baselines.txt"
+NO_ANOMALIB = f"not run, there is no anomalib: {INSTALL}, or --baselines-python PATH"
+NOT_PRETRAINED = "not run: it takes the pretrained weights that anomalib downloads, --baselines-weights pretrained"
+UNTRAINED = ("padim", "patchcore")  # the models that run without pretrained weights
+KINDS = ("pretrained", "random")  # of weights, beside files
+REPORTED = {"image_auroc": 0.973, "pixel_auroc": 0.958, "pro_as_published": 0.811}  # arXiv 2602.07694, on CoalAD
+REPORTED_ON = "coal_ad"
+
+
+class Baselines(NamedTuple):
+    """How anomalib is run: interpreter, its anomalib's version (None: it has none), models, weights."""
+
+    python: Path
+    version: str | None
+    names: list[str]
+    weights: list[str]  # ["pretrained"], ["random"], or files
+
+
+def find_baselines(python: Path | None, names: list[str], weights: list[str]) -> Baselines:
+    """Look for anomalib; raises InputError where an interpreter that was asked for does not have it."""
+    folder = "Scripts/python.exe" if (ROOT / ENVIRONMENT / "Scripts").is_dir() else "bin/python"
+    path = python or ROOT / ENVIRONMENT / folder
+    for file in weights:
+        if file not in KINDS and not Path(file).is_file():
+            raise InputError(f"--baselines-weights {file}: no such file; give pretrained, random, or files of weights")
+    version = None
+    if path.exists():
+        command = [path, "-c", "import importlib.metadata as m; print(m.version('anomalib'))"]
+        asked = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+        version = asked.stdout.strip() if asked.returncode == 0 else None
+    if python and version is None:
+        raise InputError(f"--baselines-python {python} is no Python that has anomalib; make one: {INSTALL}")
+    return Baselines(path.absolute(), version, names, weights)
+
+
+def comparison(bench: Bench, fusions: list[Fusion], category: Category, baselines: Baselines) -> Table:
+    """USAD, what the paper reports where it is about this category, and the baselines."""
+    broken: dict[str, str] = {}
+    rows = [Row({"method": "USAD"}, [(bench.cell(fusion),) for fusion in fusions], note=_networks(fusions[0]))]
+    if category.name == REPORTED_ON:
+        rows.append(Row({"method": "USAD, as reported"}, figures=REPORTED, note="arXiv 2602.07694"))
+    if baselines.version is None:
+        broken = dict.fromkeys(baselines.names, NO_ANOMALIB)
+    elif baselines.weights != ["pretrained"]:
+        broken = {name: NOT_PRETRAINED for name in baselines.names if name not in UNTRAINED}
+    for name in baselines.names:
+        cells = [(_cell(name, baselines, bench, fusion, category, broken),) for fusion in fusions]
+        rows.append(Row({"method": f"{BASELINES[name]} (anomalib)"}, cells))
+    remarks = [
+        f"All methods see the same training and test images, and all maps are evaluated at {fusions[0].size} x "
+        f"{fusions[0].size} pixels by the same code. anomalib's own preprocessing and settings are kept; its "
+        "post-processing, which rescales and clamps, is left out."
+    ]
+    return Table("comparison", "Comparison", FIGURES, [Section("Methods", rows)], remarks)
+
+
+def add_difference(table: Table, store: CellStore) -> None:
+    """Put the difference to the reported figures below them, if they stand in the table."""
+    rows = table.sections[0].rows
+    if rows[1:] and rows[1].figures is REPORTED:
+        ours = store.row(rows[0])["figures"]
+        means = {key: ours[key]["mean"] for key in REPORTED if ours.get(key, {}).get("mean") is not None}
+        difference = {key: mean - REPORTED[key] for key, mean in means.items()}
+        rows.insert(2, Row({"method": "difference to the report"}, figures=difference))
+
+
+def _networks(fusion: Fusion) -> str:
+    """The networks in words; says where they are untrained."""
+    networks = [variant.network for variant in fusion.variants.values()]
+    kinds = {"random": "untrained", "file": "weights from a file"}
+    words = [f"{net.name} ({kinds.get(net.weights, net.weights)}), {net.image_size} px" for net in networks]
+    return "; ".join(words)
+
+
+def _cell(
+    name: str, baselines: Baselines, bench: Bench, fusion: Fusion, category: Category, broken: dict[str, str]
+) -> Cell:
+    """The figures of one baseline, fitted on the images that USAD had; `broken` gathers why some cannot run."""
+    pc, run = fusion.variants[PatchCore.name], bench.measurements.run
+    settings = {}
+    if name == "patchcore":  # its default, a tenth, takes hours on a large set; both PatchCores keep the same share
+        settings["coreset_sampling_ratio"] = pc.settings["coreset_ratio"]
+    work = {"model": name, "seed": pc.seed, "settings": settings}
+    needs = {
+        **work,
+        "anomalib": baselines.version,
+        "weights": [file if file in KINDS else sha256_of_file(file) for file in baselines.weights],
+        "training": [bench.measurements.training_digest(), pc.holdout_ratio],
+        "images": bench.images.digest,
+        "size": fusion.size,
+    }
+
+    def compute() -> dict[str, Any]:
+        if name in broken:
+            raise Unavailable(broken[name])
+        training, _ = split_training(category.train_items(), 1.0, pc.holdout_ratio, pc.seed)
+        job = {
+            **work,
+            "weights": [file if file in KINDS else str(Path(file).absolute()) for file in baselines.weights],
+            "train": [str(item.path.absolute()) for item in training],
+            "test": [str(item.path.absolute()) for item in bench.images.items],
+            "device": run.device,
+            "batch_size": run.batch_size,
+            "workers": run.workers,
+        }
+        # Raw maps are as large as the images: they lie beside the measurements, and are gone once evaluated.
+        with tempfile.TemporaryDirectory(prefix=".baseline_", dir=bench.measurements.folder) as folder:
+            try:
+                setting = run_baseline(baselines.python, job, Path(folder))
+            except Unavailable as reason:
+                broken[name] = str(reason)  # the other seeds need not wait for the same download to fail
+                raise
+            figures = evaluate(Path(folder), bench, fusion.size)
+        said = [*settings.values()] and [f"coreset ratio {settings['coreset_sampling_ratio']:g}"]
+        return {**figures, "note": ", ".join([setting, *said, f"anomalib {baselines.version}"])}
+
+    return Cell(needs, compute)
+
+
+def run_baseline(python: Path, job: dict[str, Any], folder: Path) -> str:
+    """Run one model in a process of its own, which leaves scores.npy and maps.npy in `folder`.
+
+    Returns its settings in words; raises Unavailable with the reason where it does not get there.
+    """
+    job_file = folder / "job.json"
+    job_file.write_text(json.dumps({**job, "out": str(folder.absolute())}), encoding="utf-8")
+    command = [python, "-m", "tools.anomalib_baseline", job_file.absolute()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        last = (done.stderr.strip() or "nothing was said").splitlines()[-1]
+        raise Unavailable(f"its process ended with code {done.returncode}: {last}") from None
+    if "error" in result:
+        raise Unavailable(" ".join(result["error"].split())[:300])
+    return result["setting"]
+
+
+def evaluate(folder: Path, bench: Bench, size: int) -> dict[str, Any]:
+    """Our metrics on a baseline's raw scores, and on its raw maps resized to `size`."""
+    scores, maps = np.load(folder / "scores.npy"), np.load(folder / "maps.npy", mmap_mode="r")
+    results = Results(bench.images.items)
+    for start in range(0, len(scores), bench.batch_size):
+        rows = range(start, min(start + bench.batch_size, len(scores)))
+        resized = resize_maps(torch.from_numpy(np.array(maps[rows.start : rows.stop])), size)
+        results.add(
+            {"baseline": (torch.from_numpy(scores[rows.start : rows.stop]), resized)}, bench.images.batch(rows, size)
+        )
+    return results.metrics()["baseline"]

@@ -1,0 +1,125 @@
+"""The cells of the tables: each computed once and kept, keyed by all it depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.files import write_json
+
+VERSION = 1  # rises when a figure is computed in another way: no cell of an earlier version is used again
+
+
+class Unavailable(Exception):
+    """Why a cell has no figures; not kept, so that the next run tries again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Figures that follow from `needs`, JSON values, alone."""
+
+    needs: dict[str, Any]
+    compute: Callable[[], dict[str, Any]]
+
+    @property
+    def key(self) -> str:
+        return digest(self.needs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a table: for each seed the cells whose figures stand in it, or else figures from elsewhere."""
+
+    labels: dict[str, Any]
+    seeds: list[tuple[Cell, ...]] = dataclasses.field(default_factory=list)
+    figures: dict[str, float] | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Rows of one kind; `plot` names the file of their line plot, if they have one."""
+
+    title: str
+    rows: list[Row]
+    plot: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Sections under the headings `columns`: figure -> heading."""
+
+    name: str
+    title: str
+    columns: dict[str, str]
+    sections: list[Section]
+    remarks: list[str] = dataclasses.field(default_factory=list)
+
+    def cells(self) -> Iterator[Cell]:
+        for section in self.sections:
+            for row in section.rows:
+                for cells in row.seeds:
+                    yield from cells
+
+
+class CellStore:
+    """A folder of finished cells, one JSON file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.failed: dict[str, str] = {}
+
+    def result(self, cell: Cell) -> dict[str, Any]:
+        """The cell's figures, from the folder or computed now. Raises Unavailable where there are none."""
+        path = self.folder / f"{cell.key}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["figures"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        if cell.key in self.failed:
+            raise Unavailable(self.failed[cell.key])
+        try:
+            figures = cell.compute()
+        except Unavailable as reason:
+            self.failed[cell.key] = str(reason)
+            raise
+        write_json(path, {"needs": cell.needs, "figures": figures})
+        return figures
+
+    def row(self, row: Row) -> dict[str, Any]:
+        """The row as JSON values: every figure with its mean, its standard deviation, and the value of each seed."""
+        note, by_seed = row.note, [row.figures] if row.figures else []
+        try:
+            for cells in row.seeds:
+                by_seed.append({key: value for cell in cells for key, value in self.result(cell).items()})
+        except Unavailable as reason:
+            note, by_seed = str(reason), []
+        names = dict.fromkeys(key for figures in by_seed for key in figures)
+        notes = dict.fromkeys([note, *(str(figures.get("note", "")) for figures in by_seed)])
+        return {
+            "labels": row.labels,
+            "figures": {key: spread([figures.get(key) for figures in by_seed]) for key in names if key != "note"},
+            "note": "; ".join(filter(None, notes)),
+        }
+
+
+def spread(values: list[float | None]) -> dict[str, Any]:
+    """Mean and sample standard deviation; None where a value is undefined, the deviation also for a single one."""
+    defined = None not in values
+    return {
+        "mean": float(np.mean(values)) if defined else None,
+        "sd": float(np.std(values, ddof=1)) if defined and len(values) > 1 else None,
+        "values": values,
+    }
+
+
+def digest(needs: Any) -> str:
+    """A name for JSON values."""
+    text = json.dumps([VERSION, needs], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]

@@ -1,0 +1,244 @@
+"""Points of the grid that fuse branches, and the tables made of them: ablation and sensitivity."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from experiments.cells import Cell, Row, Section, Table
+from experiments.measurements import Measurements
+from experiments.variants import Variant
+from models import MACLU, USAD, PatchCore
+from models.gaussian import COVARIANCES
+from models.networks import size_step
+from models.postprocess import resize_maps
+from utils.metrics import image_metrics
+from utils.results import Results
+
+FIGURES = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "image_f1_max": "image F1",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "pixel_f1_max": "pixel F1",
+    "aupro": "AUPRO",
+    "pro_as_published": "PRO as published",
+}
+IN_FORCE = "the value in force"
+SWEEPS: dict[str, list] = {  # name -> values; the value in force is added where it is none of them
+    "threshold": [1.0, 1.05, 1.1, 1.14, 1.2, 1.3, 1.5],
+    "lambda_obj": [0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 1.0],
+    "lambda_map": [0.0, 0.1, 0.3, 1.0, 3.0, 10.0],
+    "coreset_ratio": [0.001, 0.003, 0.01, 0.03, 0.1],
+    "covariance": list(COVARIANCES),
+    "train_ratio": [0.1, 0.25, 0.5, 0.75, 1.0],
+    "image_size": [0.6, 0.8, 1.2],  # of the branch's own size, about
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """The branches by name, which of them take part, and how they are fused (USAD's arguments)."""
+
+    variants: dict[str, Variant]
+    settings: dict[str, Any]
+    parts: tuple[str, ...]
+    scoring: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # by branch, for its maps
+
+    @property
+    def size(self) -> int:
+        """Side of the square at which test images are loaded and maps are evaluated, as in test_fusion.py."""
+        return max(variant.network.image_size for variant in self.variants.values())
+
+    def usad(self) -> USAD:
+        """The fusion of the parts, without networks; its branches have no statistics yet."""
+        branches = [self.variants[name].renderer(**self.scoring.get(name, {})) for name in self.parts]
+        for branch in branches:
+            branch.calibration = {} if self.variants[branch.name].holdout_ratio else None
+        return USAD(branches, **self.settings)
+
+    def with_variants(self, **changes: Any) -> Fusion:
+        """The same with these changes to every variant that has such a setting."""
+        variants = {name: variant.changed(**changes) for name, variant in self.variants.items()}
+        return dataclasses.replace(self, variants=variants)
+
+    def with_variant(self, name: str, **changes: Any) -> Fusion:
+        return dataclasses.replace(self, variants={**self.variants, name: self.variants[name].changed(**changes)})
+
+    def with_settings(self, **settings: Any) -> Fusion:
+        return dataclasses.replace(self, settings={**self.settings, **settings})
+
+
+class Bench:
+    """Turns fusions into cells."""
+
+    def __init__(self, measurements: Measurements, batch_size: int) -> None:
+        self.measurements, self.images, self.batch_size = measurements, measurements.images, batch_size
+
+    def cell(self, fusion: Fusion, maps: bool = True) -> Cell:
+        """Image and pixel figures of a fusion, of a single branch its own; without `maps` the image figures."""
+        measured = {name: self.measurements.needs(fusion.variants[name], fusion.size) for name in fusion.parts}
+        needs = {
+            "measured": measured,
+            "rendered": {name: fusion.variants[name].settings | fusion.scoring.get(name, {}) for name in fusion.parts},
+            "fusion": fusion.settings,
+            "size": fusion.size,
+            "maps": maps,
+        }
+        return Cell(needs, lambda: self._figures(fusion, maps))
+
+    def _figures(self, fusion: Fusion, maps: bool) -> dict[str, Any]:
+        usad, size = fusion.usad(), fusion.size
+        measured = {name: self.measurements.of(fusion.variants[name], size) for name in fusion.parts}
+        for branch in usad.branches:
+            branch.calibration = measured[branch.name].calibration
+        results, scores = Results(self.images.items), []
+        for start in range(0, len(self.images.items), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            parts = {
+                branch.name: (
+                    measured[branch.name].scores[rows],
+                    resize_maps(branch.render(measured[branch.name].patches[rows]), size),
+                )
+                for branch in usad.branches
+            }
+            found = usad.fuse(parts) if len(parts) > 1 else parts[usad.branches[0].name]
+            scores.append(found[0])
+            if maps:
+                indices = range(start, start + len(found[0]))
+                results.add({usad.name: found}, self.images.batch(indices, size))
+        return results.metrics()[usad.name] if maps else image_metrics(torch.cat(scores).numpy(), self.images.labels)
+
+
+def ablation(bench: Bench, fusions: list[Fusion]) -> Table:
+    """Every subset of the branches, and of the terms of the paper's image score; `fusions` has one entry a seed."""
+    names = fusions[0].parts
+    subsets = [subset for count in range(1, len(names) + 1) for subset in itertools.combinations(names, count)]
+    rows = [
+        Row(
+            {"branches": " + ".join(subset)},
+            [(bench.cell(dataclasses.replace(fusion, parts=subset)),) for fusion in fusions],
+        )
+        for subset in subsets
+    ]
+    sections, remarks = [Section("Branches", rows)], ["A branch alone is measured by its own score and map."]
+    if fusions[0].settings["fusion"] == "paper":
+        sections.append(Section("Terms of the image score", _score_terms(bench, fusions)))
+        remarks.append("The pixel figures do not depend on the terms of the image score: the map is that of all.")
+    return Table("ablation", "Ablation", FIGURES, sections, remarks)
+
+
+def _score_terms(bench: Bench, fusions: list[Fusion]) -> list[Row]:
+    usad = fusions[0].usad()
+    factors = {f"score of {name}": usad.score_weights[name] for name in fusions[0].parts}
+    factors["maximum of the map"] = usad.lambda_map
+    terms = [term for term, factor in factors.items() if factor]
+    rows = []
+    for count in range(1, len(terms) + 1):
+        for subset in itertools.combinations(terms, count):
+            *weights, lambda_map = (factor if term in subset else 0.0 for term, factor in factors.items())
+            settings = {"score_weights": dict(zip(fusions[0].parts, weights, strict=True)), "lambda_map": lambda_map}
+            cells = [(bench.cell(f), bench.cell(f.with_settings(**settings), maps=False)) for f in fusions]
+            label = " + ".join(f"{factors[term]:g} · {term}" for term in subset)
+            rows.append(Row({"image score": label}, cells))
+    return rows
+
+
+class Sweep(NamedTuple):
+    """One setting at several values, all others as they are."""
+
+    title: str
+    values: list[Any]
+    current: Any  # the value in force; None where the branches differ in it
+    at: Callable[[Fusion, Any], Fusion]
+    maps: bool = True  # whether it changes the maps, not the scores alone
+
+
+def sweeps(fusion: Fusion, kinds: list[str]) -> dict[str, Sweep]:
+    """The sweeps of these `kinds` (of SWEEPS) that the fusion has, by name."""
+    ma_clu, pc = (fusion.variants[branch.name].settings for branch in (MACLU, PatchCore))
+    estimators = {variant.settings.get("covariance") for variant in fusion.variants.values()} - {None}
+    ratios = {variant.train_ratio for variant in fusion.variants.values()}
+    usad = fusion.usad()
+    found = {
+        "threshold": Sweep(
+            "Foreground threshold (MACLU)",
+            SWEEPS["threshold"],
+            ma_clu["threshold"],
+            lambda fusion, value: dataclasses.replace(fusion, scoring={MACLU.name: {"threshold": value}}),
+        ),
+        "lambda_obj": Sweep(
+            "λ_obj, the factor of MACLU's score",
+            SWEEPS["lambda_obj"],
+            usad.score_weights[MACLU.name],
+            lambda fusion, value: fusion.with_settings(score_weights={MACLU.name: value}),
+            maps=False,
+        ),
+        "lambda_map": Sweep(
+            "λ_M, the factor of the map's maximum",
+            SWEEPS["lambda_map"],
+            usad.lambda_map,
+            lambda fusion, value: fusion.with_settings(lambda_map=value),
+            maps=False,
+        ),
+        "coreset_ratio": Sweep(
+            "Coreset ratio (PatchCore)",
+            SWEEPS["coreset_ratio"],
+            pc["coreset_ratio"],
+            lambda fusion, value: fusion.with_variant(PatchCore.name, settings={"coreset_ratio": value}),
+        ),
+        "covariance": Sweep(
+            "Covariance estimator (MACLU and MA2Patch)",
+            SWEEPS["covariance"],
+            estimators.pop() if len(estimators) == 1 else None,
+            _with_covariance,
+        ),
+        "train_ratio": Sweep(
+            "Share of the training images, of all branches",
+            SWEEPS["train_ratio"],
+            ratios.pop() if len(ratios) == 1 else None,
+            lambda fusion, value: fusion.with_variants(train_ratio=value),
+        ),
+    }
+    for name, variant in fusion.variants.items():
+        size, step = variant.network.image_size, size_step(variant.network.name)
+        found[f"image_size_{name}"] = Sweep(
+            f"Input resolution of {name} in pixels",
+            [max(round(size * factor / step), 1) * step for factor in SWEEPS["image_size"]],
+            size,
+            lambda fusion, value, name=name: fusion.with_variant(name, image_size=value),
+        )
+    factors = ("lambda_obj", "lambda_map") if fusion.settings["fusion"] == "standardized" else ()
+    return {name: sweep for name, sweep in found.items() if name.startswith(tuple(kinds)) and name not in factors}
+
+
+def _with_covariance(fusion: Fusion, value: str) -> Fusion:
+    for name, variant in fusion.variants.items():
+        if "covariance" in variant.settings:
+            fusion = fusion.with_variant(name, settings={"covariance": value})
+    return fusion
+
+
+def sensitivity(bench: Bench, fusions: list[Fusion], kinds: list[str]) -> Table:
+    """The fusion's figures along each of the sweeps of these `kinds`."""
+    sections = []
+    for name, sweep in sweeps(fusions[0], kinds).items():
+        rows = []
+        added = [] if sweep.current is None else [sweep.current]
+        for value in sorted({*sweep.values, *added}):
+            cells = [bench.cell(sweep.at(fusion, value), sweep.maps) for fusion in fusions]
+            seeds = [(cell,) if sweep.maps else (bench.cell(f), cell) for f, cell in zip(fusions, cells, strict=True)]
+            label = value if isinstance(value, str) else f"{value:g}"
+            rows.append(Row({"value": label}, seeds, note=IN_FORCE if value == sweep.current else ""))
+        sections.append(Section(sweep.title, rows, plot=f"sensitivity_{name}.png"))
+    remarks = [
+        "Each sweep changes one setting of the fusion and leaves the others as the checkpoints have them; branches are "
+        "fitted again where the setting takes part in the fit.",
+        "Maps are evaluated at the largest input of the three branches, as test_fusion.py does it.",
+    ]
+    return Table("sensitivity", "Sensitivity", FIGURES, sections, remarks)

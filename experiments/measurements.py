@@ -1,0 +1,148 @@
+"""What the branches measured on the test images, kept on disk: one network pass serves every cell."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.images import mask_to_tensor, read_image, read_mask
+from datasets.mvtec import Category, ImageDataset, Item
+from experiments.cells import Unavailable, digest
+from experiments.variants import Variant
+from models.branch import Branch
+from models.postprocess import resize_images
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.errors import InputError
+from utils.files import digest_of_lines, sha256_of_file
+from utils.training import make_loader
+
+
+class Measured(NamedTuple):
+    """A branch's scores [N] (float64) and patch values [N, h, w] (float32), and its held-out statistics, if any."""
+
+    scores: Tensor
+    patches: Tensor
+    calibration: dict[str, float] | None
+
+
+class Images:
+    """The test images of a category: what they are, and their masks at any size."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = list(items)
+        self.labels = np.array([item.label for item in items])
+        self.digest = digest_of_files(self.items)
+        self._size, self._masks = 0, {}
+
+    def batch(self, rows: range, size: int) -> dict[str, Tensor]:
+        """Masks bool [B, size, size], labels and indices of the images `rows`, as a loader would give them."""
+        if size != self._size:
+            self._size, self._masks = size, {}
+        masks = [np.unpackbits(self._mask(row), count=size * size).reshape(size, size) for row in rows]
+        index = torch.tensor(list(rows))
+        labels = torch.from_numpy(self.labels)[index]
+        return {"mask": torch.from_numpy(np.stack(masks)).bool(), "label": labels, "index": index}
+
+    def _mask(self, row: int) -> np.ndarray:
+        """The mask at the current size, packed: it is read once, and kept at a bit a pixel."""
+        if row not in self._masks:
+            item, mask = self.items[row], torch.zeros(self._size, self._size, dtype=torch.bool)
+            if item.mask is not None:
+                mask = mask_to_tensor(read_mask(item.mask, read_image(item.path).size), self._size)
+            self._masks[row] = np.packbits(mask.numpy())
+        return self._masks[row]
+
+
+class Measurements:
+    """Measures variants on the test images, or finds them measured in `folder`.
+
+    A measurement takes 4 bytes a patch and 8 bytes an image: about 10 KB an image for the three branches at the
+    paper's sizes. Branches fitted for it lie in `folder`/fitted until `drop_fitted`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        category: Category,
+        images: Images,
+        run: argparse.Namespace,
+        weights: dict[str, str | None],
+    ) -> None:
+        self.folder, self.category, self.images, self.run, self.weights = folder, category, images, run, weights
+        self._training_digest: str | None = None
+
+    def needs(self, variant: Variant, input_size: int) -> dict[str, Any]:
+        """What a measurement depends on, as JSON values."""
+        return {
+            "branch": variant.checkpoint_digest or self._fit_key(variant),
+            "images": self.images.digest,
+            "input_size": input_size,
+            "precision": self.run.precision,
+            "device": torch.device(self.run.device).type,
+        }
+
+    def of(self, variant: Variant, input_size: int) -> Measured:
+        """The variant's measurement on the test images, loaded at `input_size` and resized to the branch's own size.
+
+        Raises Unavailable where the variant cannot be fitted.
+        """
+        path = self.folder / f"{digest(self.needs(variant, input_size))}.safetensors"
+        try:
+            tensors, metadata = load_checkpoint(path)
+            return Measured(tensors["scores"], tensors["patches"], metadata["calibration"])
+        except (InputError, KeyError):  # not there yet, or damaged
+            path.unlink(missing_ok=True)
+        branch = self._fitted(variant)
+        dataset = ImageDataset(self.images.items, input_size, "bicubic")
+        found = []
+        for batch in make_loader(self.run, dataset, f"{branch.name} measure", branch):
+            images = resize_images(batch["image"].to(branch.device, non_blocking=True), branch.image_size)
+            scores, patches = branch.measure(branch.extract(images))
+            found.append((scores.double().cpu(), patches.float().cpu()))
+        measured = Measured(*(torch.cat(part) for part in zip(*found, strict=True)), branch.calibration)
+        tensors = {"scores": measured.scores, "patches": measured.patches}
+        save_checkpoint(path, tensors, {"branch": branch.name, "calibration": branch.calibration})
+        return measured
+
+    def _fitted(self, variant: Variant) -> Branch:
+        """The branch, from its checkpoint, or fitted once in this grid."""
+        weights = self.weights.get(variant.branch.name)
+        if variant.checkpoint:
+            return variant.branch.load(variant.checkpoint, weights, self.run.device, self.run.precision)
+        path = self.folder / "fitted" / f"{self._fit_key(variant)}.safetensors"
+        if path.is_file():
+            return variant.branch.load(path, weights, self.run.device, self.run.precision)
+        try:
+            branch = variant.fit(self.category, self.run, weights)
+        except InputError as error:
+            raise Unavailable(str(error)) from None
+        branch.save(path)
+        return branch
+
+    def drop_fitted(self) -> None:
+        """Remove the fitted branches, when all that they are for has been measured."""
+        shutil.rmtree(self.folder / "fitted", ignore_errors=True)
+
+    def training_digest(self) -> str:
+        if self._training_digest is None:
+            self._training_digest = digest_of_files(self.category.train_items())
+        return self._training_digest
+
+    def _fit_key(self, variant: Variant) -> str:
+        return digest({**variant.fit_needs(), "images": self.training_digest(), "device": self.run.device})
+
+
+def digest_of_files(items: Sequence[Item]) -> str:
+    """A mark of images and masks: their names, labels and bytes."""
+    lines = []
+    for item in items:
+        files = [sha256_of_file(path) for path in (item.path, item.mask) if path]
+        lines.append(f"{item.name} {item.label} {' '.join(files)}")
+    return digest_of_lines(lines)

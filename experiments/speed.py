@@ -1,0 +1,137 @@
+"""How fast, and in how much memory: each branch and the fusion in a process of its own.
+
+python -m experiments.speed JOB.json        # prints the figures as JSON; run by reproduce_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datasets.mvtec import ImageDataset, ImageLoader, Item
+from experiments.baselines import ROOT
+from experiments.cells import Cell, Row, Section, Table, Unavailable
+from experiments.fusions import Bench, Fusion
+from models import USAD
+from models.operating_point import checkpoint_digests
+from models.usad import checkpoint_paths
+from utils.timing import Stopwatch, peak_memory_mb
+
+IMAGES = 200  # at most so many are timed
+FIGURES = {
+    "images_per_second": "images/s",
+    "load": "load, s/image",
+    "extract": "extract, s/image",
+    "score": "score, s/image",
+    "memory": "peak memory, MB",
+    "gpu_memory": "on the GPU, MB",
+    "checkpoint": "checkpoint, MB",
+}
+
+
+def speed(bench: Bench, fusion: Fusion, folder: Path) -> Table:
+    """Each branch of the checkpoints in `folder`, and their fusion."""
+    run = bench.measurements.run
+    items = bench.images.items[:: -(-len(bench.images.items) // IMAGES)]
+    rows = []
+    for name in (*fusion.parts, USAD.name):
+        job = {
+            "part": name,
+            "folder": str(folder.absolute()),
+            "device": run.device,
+            "precision": run.precision,
+            "weights": {
+                key: value and str(Path(value).absolute()) for key, value in bench.measurements.weights.items()
+            },
+            "batch_size": run.batch_size,
+            "fusion": fusion.settings,
+            "images": [str(item.path.absolute()) for item in items],
+        }
+        needs = {**job, "checkpoints": checkpoint_digests(folder), "machine": machine(run.device), "speed": 1}
+        rows.append(Row({"model": name}, [(Cell(needs, lambda job=job: measure_apart(job)),)]))
+    remarks = [
+        f"{machine(run.device)}; batches of {run.batch_size}; {len(items)} test images after a batch to warm up. Each "
+        "row is a process of its own; loading is done in that process, one image after the other. Peak memory is the "
+        "process's, Python and PyTorch included."
+    ]
+    return Table("speed", "Speed", FIGURES, [Section("Models", rows)], remarks)
+
+
+def measure_apart(job: dict[str, Any]) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        job_file = Path(folder) / "job.json"
+        job_file.write_text(json.dumps(job), encoding="utf-8")
+        command = [sys.executable, "-m", "experiments.speed", job_file]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    if done.returncode:
+        raise Unavailable((done.stderr.strip() or f"ended with code {done.returncode}").splitlines()[-1])
+    return json.loads(done.stdout)
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Time one part, a branch or the fusion, on the job's images: seconds an image, MB."""
+    folder, name = Path(job["folder"]), job["part"]
+    paths = {branch: path for branch, path in checkpoint_paths(folder).items() if name in (branch.name, USAD.name)}
+    if name == USAD.name:
+        model = USAD.load(folder, job["device"], job["precision"], job["weights"], **job["fusion"])
+    else:
+        ((branch, path),) = paths.items()
+        model = branch.load(path, job["weights"].get(name), job["device"], job["precision"])
+    items = [Item(Path(path), path) for path in job["images"]]
+    dataset = ImageDataset(items, model.image_size, "bicubic")
+    for batch in ImageLoader(ImageDataset(items[: job["batch_size"]], model.image_size, "bicubic"), len(items), 0, ""):
+        model.predict_parts(batch["image"].to(model.device))
+    for watch in model.stopwatches().values():
+        watch.seconds.clear()
+    loading, start = Stopwatch(), time.perf_counter()
+    batches = iter(ImageLoader(dataset, job["batch_size"], 0, ""))
+    while True:
+        with loading("load"):
+            batch = next(batches, None)
+        if batch is None:
+            break
+        for scores, maps in model.predict_parts(batch["image"].to(model.device)).values():
+            scores.cpu(), maps.cpu()
+    total = time.perf_counter() - start
+    stages = {
+        stage: sum(watch.seconds[stage] for watch in model.stopwatches().values()) for stage in ("extract", "score")
+    }
+    memory = peak_memory_mb()
+    return {
+        "images_per_second": len(items) / total,
+        **{stage: seconds / len(items) for stage, seconds in ({"load": loading.seconds["load"]} | stages).items()},
+        "memory": memory.get("host"),
+        "gpu_memory": memory.get("gpu"),
+        "checkpoint": sum(path.stat().st_size for path in paths.values()) / 1e6,
+    }
+
+
+def machine(device: str) -> str:
+    """What timings depend on, in words: processor, threads, GPU, PyTorch's version."""
+    words = [processor(), f"{torch.get_num_threads()} threads"]
+    if torch.device(device).type == "cuda":
+        words.append(torch.cuda.get_device_name(device))
+    return ", ".join([*words, f"PyTorch {torch.__version__}"])
+
+
+def processor() -> str:
+    """The processor's name."""
+    if os.path.exists("/proc/cpuinfo"):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))

@@ -1,0 +1,110 @@
+"""Ways to fit a branch: as its checkpoint was, or with some settings changed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import warnings
+from pathlib import Path
+from typing import Any
+
+from datasets.mvtec import Category
+from models.backbones import BackboneSpec, build_backbone, empty_backbone
+from models.branch import Branch
+from utils.checkpoint import load_checkpoint
+from utils.errors import InputError
+from utils.files import sha256_of_file
+from utils.training import fit_branch
+
+SCORING = {"threshold"}  # settings that take part when maps are made, not before
+PUBLISHED_SHARE = {"pc": 0.5}  # of the training images, where a converted checkpoint does not say
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """All that decides what a branch has learned and how it measures; `checkpoint` where it is fitted already."""
+
+    branch: type[Branch]
+    network: BackboneSpec
+    settings: dict[str, Any]
+    train_ratio: float
+    holdout_ratio: float
+    seed: int
+    checkpoint: Path | None = None
+    checkpoint_digest: str | None = None
+
+    @classmethod
+    def of_checkpoint(cls, branch: type[Branch], path: Path) -> Variant:
+        """The checkpoint as it is; raises InputError where it cannot be read."""
+        _, metadata = load_checkpoint(path)
+        try:
+            training = metadata["training"]
+            return cls(
+                branch,
+                BackboneSpec.from_dict(metadata["backbone"]),
+                metadata["settings"],
+                training.get("train_ratio", PUBLISHED_SHARE.get(branch.name, 1.0)),
+                training.get("holdout_ratio", 0.0),
+                training.get("seed", 22),
+                path,
+                sha256_of_file(path),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is no checkpoint of {branch.name} ({error!r}); train the branch again") from None
+
+    def changed(self, **changes: Any) -> Variant:
+        """This variant with other fields, `settings` or `image_size`; itself where nothing would come out otherwise."""
+        if "image_size" in changes:
+            changes["network"] = dataclasses.replace(self.network, image_size=changes.pop("image_size"))
+        if "settings" in changes:
+            changes["settings"] = {**self.settings, **changes["settings"]}
+        if "seed" in changes:
+            changes |= self._reseeded(changes["seed"])
+        other = dataclasses.replace(self, **changes, checkpoint=None, checkpoint_digest=None)
+        return self if other.fit_needs() == self.fit_needs() else other
+
+    def _reseeded(self, seed: int) -> dict[str, Any]:
+        """What the training script's --seed decides beside the choice of images."""
+        changes: dict[str, Any] = {}
+        if "seed" in self.settings:
+            changes["settings"] = {**self.settings, "seed": seed}
+        if self.network.weights == "random":
+            changes["network"] = dataclasses.replace(self.network, seed=seed, fingerprint=None)
+        return changes
+
+    def fit_needs(self) -> dict[str, Any]:
+        """What the fit depends on beside the training images, as JSON values; the seed only where it matters."""
+        network = self.network.to_dict()
+        if network["weights"] != "random":
+            del network["seed"]
+        del network["file"]  # the fingerprint tells weights apart
+        chosen = self.train_ratio < 1 or self.holdout_ratio > 0
+        return {
+            "branch": self.branch.name,
+            "network": network,
+            "settings": {name: value for name, value in self.settings.items() if name not in SCORING},
+            "train_ratio": self.train_ratio,
+            "holdout_ratio": self.holdout_ratio,
+            "seed": self.seed if chosen else None,
+        }
+
+    def fit(self, category: Category, run: argparse.Namespace, weights: str | None) -> Branch:
+        """Fit it, as the training scripts do."""
+        backbone = build_backbone(
+            self.network, run.device, weights=weights, precision=run.precision, flag=self.branch.weights_flag
+        )
+        given = {"train_ratio": self.train_ratio, "holdout_ratio": self.holdout_ratio, "seed": self.seed}
+        arguments = argparse.Namespace(**{**vars(run), **given})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # too few images for the covariance: known since the first training
+            return fit_branch(arguments, category, self.branch(backbone, **self.settings))
+
+    def renderer(self, **scoring: Any) -> Branch:
+        """A branch without weights that makes maps of what was measured, perhaps with other `SCORING` settings."""
+        return self.branch(_outline(self.network), **self.settings | scoring)
+
+
+@functools.lru_cache(maxsize=16)
+def _outline(network: BackboneSpec):
+    return empty_backbone(network)

@@ -1,0 +1,190 @@
+"""The paper's tables on your data: comparison with other methods, ablation, sensitivity, speed.
+
+python reproduce_tables.py                                           # all four for saved_models/coal_ad
+python reproduce_tables.py --category coal_demo --tables ablation,speed
+python reproduce_tables.py --tables sensitivity --sweeps lambda_obj,lambda_map --seeds 1 2 3
+
+Writes Markdown, CSV, JSON and plots to <results-dir>/<category>/tables/. Every finished cell is kept there: started
+again, the script goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datasets.mvtec import Category, find_categories
+from experiments.baselines import BASELINES, Baselines, add_difference, comparison, find_baselines
+from experiments.cells import CellStore, Table, Unavailable
+from experiments.fusions import SWEEPS, Bench, Fusion, ablation, sensitivity
+from experiments.measurements import Images, Measurements
+from experiments.speed import speed
+from experiments.variants import Variant
+from experiments.writing import write_table
+from models import BRANCHES
+from models.usad import checkpoint_paths
+from utils.cli import (
+    Parser,
+    add_data_flags,
+    add_fusion_flags,
+    add_loading_flags,
+    add_weights_flags,
+    number,
+    run,
+    settle_fusion,
+    settle_run,
+    some_of,
+    weights_by_branch,
+)
+from utils.evaluate import environment
+from utils.files import write_json
+from utils.result_files import claim_folder, mark_folder
+from utils.training import open_category, settings_in_force
+
+TABLES = ("comparison", "ablation", "sensitivity", "speed")
+
+
+def main() -> None:
+    args = parse_args()
+    settle_run(args)
+    names = find_categories(args.data_root, args.category)
+    fusions = {name: fusions_by_seed(args, args.models_dir / name) for name in names}
+    for name in names:
+        claim_folder(args.results_dir / name / "tables")
+    baselines = None
+    if "comparison" in args.tables:
+        weights = args.baselines_weights or like_patchcore(fusions[names[0]][0])
+        baselines = find_baselines(args.baselines_python, args.baselines, weights)
+    categories = [open_category(args.data_root, name) for name in names]
+    for category in categories:
+        category.test_items()
+    for category in categories:
+        reproduce(args, category, fusions[category.name], baselines)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add_data_flags(parser)
+    parser.add_argument(
+        "--models-dir", type=Path, default=Path("saved_models"), help="holds <category>/<branch>.safetensors"
+    )
+    group = parser.add_argument_group("tables")
+    group.add_argument("--tables", type=some_of(TABLES), default=list(TABLES), help=f"default: {','.join(TABLES)}")
+    group.add_argument(
+        "--seeds",
+        type=number(int, 0, 2**32 - 1),
+        nargs="+",
+        help="mean ± standard deviation over these; branches that depend on the seed are fitted again (default: the "
+        "checkpoints' own)",
+    )
+    group.add_argument("--sweeps", type=some_of(SWEEPS), help=f"of the sensitivity table (default: {','.join(SWEEPS)})")
+    group = parser.add_argument_group("baselines (anomalib)")
+    group.add_argument("--baselines", type=some_of(BASELINES), help=f"default: {','.join(BASELINES)}")
+    group.add_argument(
+        "--baselines-python", type=Path, metavar="PATH", help="a Python that has anomalib (default: .venv-baselines)"
+    )
+    group.add_argument(
+        "--baselines-weights",
+        nargs="+",
+        metavar="W",
+        help="pretrained (anomalib downloads them), random (untrained), or files of weights for PaDiM's resnet18 and "
+        "PatchCore's wide_resnet50_2 (default: as PatchCore's checkpoint: random if that is, else pretrained)",
+    )
+    add_fusion_flags(parser)
+    add_weights_flags(parser, BRANCHES)
+    add_loading_flags(parser)
+    args = parser.parse_args()
+    settle_fusion(parser, args)
+    for flag, table in (
+        ("sweeps", "sensitivity"),
+        ("baselines", "comparison"),
+        ("baselines_python", "comparison"),
+        ("baselines_weights", "comparison"),
+    ):
+        if getattr(args, flag) is not None and table not in args.tables:
+            parser.error(f"--{flag.replace('_', '-')} has no effect without the table {table}; leave it out")
+    if args.seeds and args.tables == ["speed"]:
+        parser.error("--seeds has no effect on the table speed alone; leave it out")
+    args.sweeps = args.sweeps or list(SWEEPS)
+    args.baselines = args.baselines or list(BASELINES)
+    return args
+
+
+def fusions_by_seed(args: argparse.Namespace, folder: Path) -> list[Fusion]:
+    """The fusion of the checkpoints in `folder`, once for each seed; raises InputError where it cannot be."""
+    variants = {branch.name: Variant.of_checkpoint(branch, path) for branch, path in checkpoint_paths(folder).items()}
+    settings = {
+        "score_weights": {"ma_clu": args.lambda_obj},
+        "lambda_map": args.lambda_map,
+        "fusion": args.fusion,
+    }
+    fusion = Fusion(variants, settings, tuple(variants))
+    fusion.usad()
+    return [fusion.with_variants(seed=seed) for seed in args.seeds] if args.seeds else [fusion]
+
+
+def like_patchcore(fusion: Fusion) -> list[str]:
+    """The baselines' weights: untrained ones beside an untrained PatchCore, else pretrained ones."""
+    return ["random" if fusion.variants["pc"].network.weights == "random" else "pretrained"]
+
+
+def reproduce(args: argparse.Namespace, category: Category, fusions: list[Fusion], baselines: Baselines | None) -> None:
+    """Compute the cells of one category's tables and write each table as soon as its own are there."""
+    folder = args.results_dir / category.name / "tables"
+    mark_folder(folder)
+    images = Images(category.test_items())
+    measurements = Measurements(folder / "measured", category, images, args, weights_by_branch(args, BRANCHES))
+    bench, store = Bench(measurements, args.batch_size), CellStore(folder / "cells")
+    tables = list(plan(args, category, bench, fusions, baselines))
+    cells = {cell.key: cell for table in tables for cell in table.cells()}
+    facts = {
+        "category": category.name,
+        "images": len(images.items),
+        "anomalous": int(images.labels.sum()),
+        "seeds": args.seeds,
+        "seeds_in_words": in_words(args.seeds),
+    }
+    with tqdm(total=len(cells), desc=category.name, unit="cell", disable=None) as progress:
+        for table in tables:
+            for key in dict.fromkeys(cell.key for cell in table.cells()):
+                if key not in cells:
+                    continue
+                progress.set_postfix_str(table.name)
+                with contextlib.suppress(Unavailable):  # the reason goes into the row
+                    store.result(cells.pop(key))
+                progress.update()
+            if table.name == "comparison":
+                add_difference(table, store)
+            write_table(folder, table, store, facts)
+            tqdm.write(f"{category.name}: {folder / table.name}.md")
+    measurements.drop_fitted()
+    write_json(folder / "config.json", {"settings": settings_in_force(args, category), **environment(args)})
+
+
+def plan(
+    args: argparse.Namespace, category: Category, bench: Bench, fusions: list[Fusion], baselines: Baselines | None
+) -> Iterator[Table]:
+    """The tables that were asked for; nothing is computed yet."""
+    for name in args.tables:
+        if name == "comparison":
+            yield comparison(bench, fusions, category, baselines)
+        elif name == "ablation":
+            yield ablation(bench, fusions)
+        elif name == "sensitivity":
+            yield sensitivity(bench, fusions, args.sweeps)
+        else:
+            yield speed(bench, fusions[0], args.models_dir / category.name)
+
+
+def in_words(seeds: list[int] | None) -> str:
+    if not seeds:
+        return "The checkpoints as they are."
+    return f"Mean{' ± standard deviation' if len(seeds) > 1 else ''} over the seeds {', '.join(map(str, seeds))}."
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,477 @@
+"""reproduce_tables.py: every cell against direct computation, what is kept, and the baselines' processes."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+from tiny import SMALL_NETWORKS, run_in_process, small_flags
+
+from datasets.mvtec import Category, ImageDataset
+from experiments import baselines, fusions, measurements, speed
+from models import BRANCHES, MACLU, USAD
+from models.postprocess import resize_images, resize_maps
+
+ROOT = Path(__file__).parents[1]
+NAMES = ("ma_clu", "ma2patch", "pc")
+FIGURES = [
+    *("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max"),
+    *("aupro", "pro_as_published"),
+]
+
+
+def flags_of(root: Path, category: str = "belt") -> list:
+    """small_flags without what only trainings take."""
+    flags = small_flags(root, "reproduce_tables", category)
+    place = flags.index("--weights")
+    return flags[:place] + flags[place + 2 :]
+
+
+def reproduce(root: Path, *flags, category: str = "belt", code: int = 0):
+    finished = run_in_process("reproduce_tables", *flags_of(root, category), *flags)
+    assert finished.code == code, finished.err
+    return finished
+
+
+def rows_of(root: Path, table: str, section: int = 0, category: str = "belt") -> dict[str, dict]:
+    """A table's rows by their label."""
+    content = json.loads((root / "result" / category / "tables" / f"{table}.json").read_text(encoding="utf-8"))
+    return {" ".join(row["labels"].values()): row for row in content["sections"][section]["rows"]}
+
+
+def means(row: dict) -> dict[str, float]:
+    return {name: figure["mean"] for name, figure in row["figures"].items()}
+
+
+def fused(root: Path, *flags, models: str = "models") -> dict[str, float]:
+    """The figures that test_fusion.py gives."""
+    arguments = [*flags_of(root), "--models-dir", root / models, *flags, "--no-images"]
+    finished = run_in_process("test_fusion", *arguments)
+    assert finished.code == 0, finished.err
+    metrics = json.loads((root / "result/belt/fusion/metrics.json").read_text(encoding="utf-8"))
+    return {name: metrics[name] for name in FIGURES}
+
+
+def train(root: Path, models: str, script: str, *flags) -> None:
+    arguments = [*small_flags(root, script), "--models-dir", root / models, "--holdout-ratio", 0.25, "--no-eval"]
+    assert run_in_process(script, *arguments, *flags).code == 0
+
+
+@pytest.fixture(scope="module")
+def ablated(trained, tmp_path_factory) -> Path:
+    """A copy of the trained folder with its ablation table."""
+    root = shutil.copytree(trained, tmp_path_factory.mktemp("ablated") / "root")
+    reproduce(root, "--tables", "ablation")
+    return root
+
+
+@pytest.fixture
+def place(ablated, tmp_path) -> Path:
+    return shutil.copytree(ablated, tmp_path / "place")
+
+
+@pytest.fixture(scope="module")
+def direct(trained):
+    """Labels, masks, and every branch's scores and maps at 96 px, one image at a time."""
+    category = Category(trained / "data", "belt")
+    branches = [branch.load(trained / f"models/belt/{branch.name}.safetensors") for branch in BRANCHES]
+    found = {name: ([], []) for name in NAMES}
+    samples = list(ImageDataset(category.test_items(), 96, "bicubic"))
+    for sample in samples:
+        for branch in branches:
+            scores, maps = branch.predict(resize_images(sample["image"][None], branch.image_size))
+            found[branch.name][0].append(float(scores[0]))
+            found[branch.name][1].append(resize_maps(maps, 96)[0].numpy())
+    labels, masks = [sample["label"] for sample in samples], np.stack([sample["mask"].numpy() for sample in samples])
+    return labels, masks, {name: (np.array(s), np.stack(m)) for name, (s, m) in found.items()}
+
+
+# Cells against direct computation
+
+
+@pytest.mark.parametrize("subset", [c for n in (1, 2, 3) for c in itertools.combinations(NAMES, n)])
+def test_ablation_of_branches(ablated, direct, subset):
+    labels, masks, parts = direct
+    weights = {"ma_clu": 0.01, "ma2patch": 0.0, "pc": 1.0}
+    scores, maps = parts[subset[0]]
+    if len(subset) > 1:
+        product = np.prod([parts[name][1] for name in subset], axis=0)
+        scores = sum(weights[name] * parts[name][0] for name in subset) + product.max((1, 2))
+        maps = np.stack([cv2.GaussianBlur(image, (5, 5), 1) for image in product])
+    row = means(rows_of(ablated, "ablation")[" + ".join(subset)])
+    assert list(row)[:8] == FIGURES
+    assert row["image_auroc"] == pytest.approx(roc_auc_score(labels, scores))
+    assert row["image_ap"] == pytest.approx(average_precision_score(labels, scores))
+    assert row["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-5)
+    assert row["pixel_ap"] == pytest.approx(average_precision_score(masks.ravel(), maps.ravel()), abs=1e-4)
+
+
+def test_ablation_agrees_with_the_fusions_own_run(ablated):
+    figures = fused(ablated)
+    whole = means(rows_of(ablated, "ablation")["ma_clu + ma2patch + pc"])
+    assert {name: whole[name] for name in FIGURES} == pytest.approx(figures, abs=1e-6)
+    metrics = json.loads((ablated / "result/belt/fusion/metrics.json").read_text(encoding="utf-8"))
+    for name, own in metrics["branches"].items():
+        alone = means(rows_of(ablated, "ablation")[name])
+        assert {key: alone[key] for key in FIGURES} == pytest.approx({key: own[key] for key in FIGURES}, abs=1e-6)
+
+
+def test_ablation_of_score_terms(ablated, direct):
+    labels, _, parts = direct
+    peak = np.prod([maps for _, maps in parts.values()], axis=0).max((1, 2))
+    terms = {
+        "0.01 · score of ma_clu": 0.01 * parts["ma_clu"][0],
+        "1 · score of pc": parts["pc"][0],
+        "1 · maximum of the map": peak,
+    }
+    rows = rows_of(ablated, "ablation", section=1)
+    subsets = [subset for count in (1, 2, 3) for subset in itertools.combinations(terms, count)]
+    assert list(rows) == [" + ".join(subset) for subset in subsets]
+    for subset in subsets:
+        row = means(rows[" + ".join(subset)])
+        assert row["image_auroc"] == pytest.approx(roc_auc_score(labels, sum(terms[term] for term in subset)))
+    pixel = {means(row)["pixel_auroc"] for row in rows.values()}
+    assert pixel == {means(rows_of(ablated, "ablation")["ma_clu + ma2patch + pc"])["pixel_auroc"]}
+
+
+def test_markdown_and_csv_hold_the_same(ablated):
+    folder = ablated / "result/belt/tables"
+    with open(folder / "ablation.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    rows = [*rows_of(ablated, "ablation").values(), *rows_of(ablated, "ablation", 1).values()]
+    text = (folder / "ablation.md").read_text(encoding="utf-8")
+    assert len(lines) == len(rows) == 14
+    for line, row in zip(lines, rows, strict=True):
+        for name in FIGURES:
+            assert float(line[name]) == row["figures"][name]["mean"] and line[f"{name}_sd"] == ""
+        cells = " | ".join(f"{means(row)[name]:.4f}" for name in FIGURES)
+        assert f"| {line['row']} | {cells} |" in text
+
+
+def test_sweeps_without_a_fit(place, direct, monkeypatch):
+    """Thresholds and factors cost no network pass: the networks cannot even be built."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(measurements, "make_loader", None)
+    monkeypatch.setattr("models.branch.build_backbone", None)
+    reproduce(place, "--tables", "sensitivity", "--sweeps", "threshold,lambda_obj,lambda_map")
+    labels, masks, parts = direct
+    peak = np.prod([maps for _, maps in parts.values()], axis=0).max((1, 2))
+    for value, row in rows_of(place, "sensitivity", section=1).items():
+        scores = float(value) * parts["ma_clu"][0] + parts["pc"][0] + peak
+        assert means(row)["image_auroc"] == pytest.approx(roc_auc_score(labels, scores))
+    for value, row in rows_of(place, "sensitivity", section=2).items():
+        scores = 0.01 * parts["ma_clu"][0] + parts["pc"][0] + float(value) * peak
+        assert means(row)["image_auroc"] == pytest.approx(roc_auc_score(labels, scores))
+    monkeypatch.undo()
+    branch = MACLU.load(place / "models/belt/ma_clu.safetensors")
+    dataset = ImageDataset(Category(place / "data", "belt").test_items(), 96, "bicubic")
+    images = torch.stack([sample["image"] for sample in dataset])
+    distinct = set()
+    for value, row in rows_of(place, "sensitivity").items():
+        branch.threshold = float(value)
+        maps = resize_maps(branch.predict(resize_images(images, 64))[1], 96).numpy()
+        product = maps * parts["ma2patch"][1] * parts["pc"][1]
+        blurred = np.stack([cv2.GaussianBlur(image, (5, 5), 1) for image in product])
+        assert means(row)["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), blurred.ravel()), abs=1e-5)
+        distinct.add(means(row)["pixel_auroc"])
+    assert len(distinct) > 2
+    for name in ("threshold", "lambda_obj", "lambda_map"):
+        with Image.open(place / f"result/belt/tables/sensitivity_{name}.png") as plot:
+            assert plot.format == "PNG" and len(plot.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_refitted_rows_are_what_the_scripts_give(place, monkeypatch):
+    pytest.importorskip("matplotlib")
+    values = {"coreset_ratio": [0.03], "train_ratio": [0.1, 0.5], "image_size": [1.2]}
+    monkeypatch.setattr(fusions, "SWEEPS", fusions.SWEEPS | values)
+    before = {path: path.read_bytes() for path in (place / "models").rglob("*.safetensors")}
+    reproduce(place, "--tables", "sensitivity", "--sweeps", "coreset_ratio,covariance,train_ratio,image_size")
+    changes = [
+        (0, "0.03", {"train_pc": ("--coreset-ratio", 0.03)}),
+        (1, "ledoit-wolf", dict.fromkeys(("train_ma_clu", "train_ma2patch"), ("--covariance", "ledoit-wolf"))),
+        (2, "0.5", dict.fromkeys(SMALL_NETWORKS, ("--train-ratio", 0.5))),
+        (4, "112", {"train_ma2patch": ("--image-size", 112)}),
+    ]
+    for index, (section, value, flags) in enumerate(changes):
+        shutil.copytree(place / "models", place / f"models_{index}")
+        for script, more in flags.items():
+            train(place, f"models_{index}", script, *more)
+        row = means(rows_of(place, "sensitivity", section)[value])
+        assert {name: row[name] for name in FIGURES} == pytest.approx(fused(place, models=f"models_{index}"), abs=1e-5)
+    too_few = rows_of(place, "sensitivity", 2)["0.1"]
+    assert too_few["figures"] == {} and "train" in too_few["note"]
+    assert rows_of(place, "sensitivity", 0)["0.1"]["note"] == "the value in force"
+    assert {path: path.read_bytes() for path in (place / "models").rglob("*.safetensors")} == before
+    assert not (place / "result/belt/tables/measured/fitted").exists()
+
+
+def test_seeds(place):
+    reproduce(place, "--tables", "ablation", "--seeds", 7, 22)
+    shutil.copytree(place / "models", place / "models_7")
+    for script in SMALL_NETWORKS:
+        train(place, "models_7", script, "--seed", 7)
+    expected = [fused(place, models="models_7"), fused(place)]
+    figures = rows_of(place, "ablation")["ma_clu + ma2patch + pc"]["figures"]
+    for name in FIGURES:
+        values = [part[name] for part in expected]
+        assert figures[name]["values"] == pytest.approx(values, abs=1e-5)
+        assert figures[name]["mean"] == pytest.approx(np.mean(values), abs=1e-5)
+        assert figures[name]["sd"] == pytest.approx(np.std(values, ddof=1), abs=1e-5)
+    assert " ± " in (place / "result/belt/tables/ablation.md").read_text(encoding="utf-8")
+
+
+def test_standardized(place):
+    reproduce(place, "--tables", "ablation", "--fusion", "standardized")
+    content = json.loads((place / "result/belt/tables/ablation.json").read_text(encoding="utf-8"))
+    assert [section["title"] for section in content["sections"]] == ["Branches"]
+    whole = means(rows_of(place, "ablation")["ma_clu + ma2patch + pc"])
+    figures = fused(place, "--fusion", "standardized")
+    assert {name: whole[name] for name in FIGURES} == pytest.approx(figures, abs=1e-6)
+
+
+# What is kept
+
+
+def kept(root: Path) -> dict[str, int]:
+    folder = root / "result/belt/tables"
+    return {path.name: path.stat().st_mtime_ns for path in [*folder.glob("cells/*"), *folder.glob("measured/*")]}
+
+
+def test_goes_on_after_a_kill(trained, ablated, tmp_path):
+    root = shutil.copytree(trained, tmp_path / "root")
+    command = [sys.executable, ROOT / "reproduce_tables.py", *flags_of(root), "--tables", "ablation"]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(root.glob("result/belt/tables/cells/*.json"))) < 3 and process.poll() is None:
+        pass
+    process.kill()
+    process.wait()
+    before = kept(root)
+    assert 3 <= len([name for name in before if name.endswith(".json")]) < 14
+    reproduce(root, "--tables", "ablation")
+    after = kept(root)
+    assert before.items() <= {name: after.get(name) for name in before}.items()  # none was written again
+    for section in (0, 1):
+        assert rows_of(root, "ablation", section) == rows_of(ablated, "ablation", section)
+
+
+def test_a_second_run_computes_nothing(place):
+    before = kept(place)
+    reproduce(place, "--tables", "ablation")
+    assert kept(place) == before
+
+
+def test_other_images_or_checkpoints_are_other_cells(place):
+    before = kept(place)
+    image = place / "data/belt/test/rope/000.png"
+    Image.open(place / "data/belt/test/rope/001.png").rotate(180).save(image)
+    reproduce(place, "--tables", "ablation")
+    changed = kept(place)
+    assert len(changed) == 2 * len(before)
+    train(place, "models", "train_pc", "--coreset-ratio", 0.02)
+    reproduce(place, "--tables", "ablation")
+    whole = means(rows_of(place, "ablation")["ma_clu + ma2patch + pc"])
+    assert {name: whole[name] for name in FIGURES} == pytest.approx(fused(place), abs=1e-6)
+    assert len([name for name in kept(place) if name.endswith(".safetensors")]) == 7
+
+
+def test_damaged_cells_and_measurements_are_made_again(place):
+    expected = rows_of(place, "ablation")
+    folder = place / "result/belt/tables"
+    for path in [*folder.glob("cells/*"), *folder.glob("measured/*")]:
+        path.write_bytes(path.read_bytes()[:20])
+    reproduce(place, "--tables", "ablation")
+    assert rows_of(place, "ablation") == expected
+
+
+def test_a_strangers_folder_is_left_alone(workplace):
+    stranger = workplace / "result/belt/tables/ablation.md"
+    stranger.parent.mkdir()
+    stranger.write_text("mine", encoding="utf-8")
+    finished = reproduce(workplace, code=2)
+    assert "tables" in finished.err and stranger.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--tables", "ablation,figures"), "figures"),
+        (("--tables", "ablation", "--sweeps", "threshold"), "--sweeps has no effect"),
+        (("--tables", "speed", "--seeds", 1), "--seeds has no effect"),
+        (("--tables", "ablation", "--baselines", "padim"), "--baselines has no effect"),
+        (("--sweeps", "size"), "size"),
+        (("--fusion", "standardized", "--lambda-map", 2), "--lambda-map has no effect"),
+        (("--baselines-weights", "gone.pth"), "gone.pth"),
+        (("--baselines-python", "/no/python"), "anomalib"),
+        (("--save-maps",), "--save-maps"),
+    ],
+)
+def test_bad_flags(workplace, flags, said):
+    finished = reproduce(workplace, *flags, code=2)
+    assert said in finished.err and len(finished.err.splitlines()) == 1
+    assert not (workplace / "result/belt/tables").exists()
+
+
+def test_standardized_without_statistics_is_refused_first(workplace):
+    assert run_in_process("train_pc", *small_flags(workplace, "train_pc"), "--no-eval").code == 0
+    finished = reproduce(workplace, "--tables", "ablation", "--fusion", "standardized", code=2)
+    assert "--holdout-ratio" in finished.err and not (workplace / "result/belt/tables").exists()
+
+
+# Baselines
+
+STUB = """#!{python}
+import json, sys, pathlib
+import numpy as np
+if sys.argv[1] == "-c":
+    print("9.9.9")
+    sys.exit()
+assert sys.argv[1:3] == ["-m", "tools.anomalib_baseline"], sys.argv
+job = json.loads(pathlib.Path(sys.argv[3]).read_text())
+out = pathlib.Path(job["out"])
+if job["model"] == "stfpm":
+    (out / "result.json").write_text(json.dumps({{"error": "URLError: no route"}}))
+elif job["model"] == "dinomaly":
+    sys.exit("something broke")
+else:
+    rng = np.random.default_rng(job["seed"])
+    np.save(out / "scores.npy", 100 * rng.standard_normal(len(job["test"])))
+    np.save(out / "maps.npy", 50 * rng.standard_normal((len(job["test"]), 24, 24)).astype(np.float32))
+    setting = "stub of %d and %d" % (len(job["train"]), len(job["test"]))
+    (out / "result.json").write_text(json.dumps({{"setting": setting}}))
+"""
+
+
+@pytest.fixture
+def stub(tmp_path) -> Path:
+    """An "interpreter with anomalib" whose models are random numbers."""
+    path = tmp_path / "python"
+    path.write_text(STUB.format(python=sys.executable), encoding="utf-8")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in is a script with a shebang")
+def test_baselines_are_measured_by_our_metrics(place, stub, direct):
+    labels, masks, _ = direct
+    (place / "data/belt").rename(place / "data/coal_ad")
+    (place / "models/belt").rename(place / "models/coal_ad")
+    reproduce(
+        *(place, "--tables", "comparison", "--baselines-python", stub, "--baselines-weights", "pretrained"),
+        *("--baselines", "padim,stfpm,dinomaly"),
+        category="coal_ad",
+    )
+    rows = rows_of(place, "comparison", category="coal_ad")
+    rng = np.random.default_rng(22)
+    scores, maps = rng.standard_normal(7), rng.standard_normal((7, 24, 24)).astype(np.float32)
+    maps = resize_maps(torch.from_numpy(maps), 96).numpy()
+    row = rows["PaDiM (anomalib)"]
+    assert means(row)["image_auroc"] == pytest.approx(roc_auc_score(labels, scores))
+    assert means(row)["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-5)
+    assert row["note"] == "stub of 6 and 7, anomalib 9.9.9"  # the two held-out images took no part
+    assert rows["STFPM (anomalib)"] | {"labels": 0} == {"labels": 0, "figures": {}, "note": "URLError: no route"}
+    assert "something broke" in rows["Dinomaly (anomalib)"]["note"]
+    assert "untrained" in rows["USAD"]["note"]
+    reported = {"image_auroc": 0.973, "pixel_auroc": 0.958, "pro_as_published": 0.811}
+    assert means(rows["USAD, as reported"]) == reported
+    for name, value in means(rows["difference to the report"]).items():
+        assert value == pytest.approx(means(rows["USAD"])[name] - reported[name])
+    folder = place / "result/coal_ad/tables"
+    assert len(list((folder / "cells").iterdir())) == 2  # what failed is tried again
+    assert sorted(path.suffix for path in (folder / "measured").iterdir()) == [".safetensors"] * 3
+
+
+def test_without_anomalib_the_rows_say_how_to_get_it(place, monkeypatch):
+    monkeypatch.setattr(baselines, "ENVIRONMENT", Path("no such environment"))
+    reproduce(place, "--tables", "comparison")
+    rows = rows_of(place, "comparison")
+    assert list(rows) == ["USAD", *(f"{name} (anomalib)" for name in baselines.BASELINES.values())]
+    assert all("requirements-baselines.txt" in row["note"] for row in list(rows.values())[1:])
+
+
+@pytest.fixture
+def anomalib() -> Path:
+    path = os.environ.get("USAD_BASELINES_PYTHON")
+    if not path:
+        pytest.skip("USAD_BASELINES_PYTHON names no Python that has anomalib")
+    return Path(path)
+
+
+@pytest.mark.parametrize("name", ["padim", "patchcore"])
+def test_anomalib_for_real(trained, anomalib, tmp_path, name):
+    """Raw maps and scores, of the right images: a permuted list gives permuted results."""
+    found = baselines.find_baselines(anomalib, [name], ["random"])
+    category = Category(trained / "data", "belt")
+    job = {
+        "model": name,
+        "seed": 3,
+        "settings": {"coreset_sampling_ratio": 0.01} if name == "patchcore" else {},
+        "weights": ["random"],
+        "train": [str(item.path) for item in category.train_items()],
+        "device": "cpu",
+        "batch_size": 4,
+        "workers": 0,
+    }
+    paths = [str(item.path) for item in category.test_items()]
+    results = []
+    for order in (paths, paths[::-1]):
+        folder = tmp_path / str(len(results))
+        folder.mkdir()
+        setting = baselines.run_baseline(found.python, {**job, "test": order}, folder)
+        assert "(untrained), 256 x 256 px" in setting
+        results.append((np.load(folder / "scores.npy"), np.load(folder / "maps.npy")))
+    (scores, maps), (scores_back, maps_back) = results
+    assert maps.dtype == np.float32 and maps.shape == (7, 256, 256)
+    assert np.allclose(maps, maps_back[::-1], rtol=1e-3, atol=1e-5)
+    assert np.allclose(scores, scores_back[::-1], rtol=1e-3)
+    if name == "padim":
+        assert np.allclose(scores, maps.max((1, 2))) and scores.max() > 1  # neither rescaled nor clamped
+
+
+# Speed
+
+
+def test_speed_is_measured_apart(trained):
+    images = [str(item.path) for item in Category(trained / "data", "belt").test_items()]
+    job = {
+        "part": "pc",
+        "folder": str(trained / "models/belt"),
+        "device": "cpu",
+        "precision": "auto",
+        "weights": {},
+        "batch_size": 3,
+        "fusion": {"fusion": "paper"},
+        "images": images,
+    }
+    ballast = np.ones(1 << 27)  # 1 GB, none of which the other process holds
+    figures = speed.measure_apart(job)
+    assert 100 < figures["memory"] < ballast.nbytes / 1e6
+    fusion = speed.measure({**job, "part": USAD.name})
+    files = [trained / f"models/belt/{name}.safetensors" for name in NAMES]
+    assert figures["checkpoint"] == files[2].stat().st_size / 1e6
+    assert fusion["checkpoint"] == pytest.approx(sum(file.stat().st_size for file in files) / 1e6)
+    for part in (figures, fusion):
+        stages = sum(part[stage] for stage in ("load", "extract", "score"))
+        assert min(part[stage] for stage in ("load", "extract", "score")) > 0
+        assert 0.5 / part["images_per_second"] < stages <= 1 / part["images_per_second"]
+
+
+def test_speed_table(place, monkeypatch):
+    monkeypatch.setattr(speed, "measure_apart", lambda job: {"images_per_second": len(job["part"]) + 0.5})
+    reproduce(place, "--tables", "speed")
+    rows = rows_of(place, "speed")
+    assert {name: means(row)["images_per_second"] for name, row in rows.items()} == {
+        name: len(name) + 0.5 for name in (*NAMES, "fusion")
+    }
