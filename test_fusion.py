@@ -15,6 +15,7 @@ from datasets.mvtec import Category, ImageDataset, find_categories
 from models import BRANCHES, USAD
 from models.operating_point import OperatingPoint, find_operating_point
 from models.usad import checkpoint_paths
+from utils import distributed
 from utils.cli import (
     Parser,
     add_data_flags,
@@ -41,11 +42,12 @@ def main() -> None:
         checkpoint_paths(args.models_dir / name)
         claim_folder(args.results_dir / name / USAD.name)
     average = average_path(args.results_dir, USAD.name)
-    categories = [open_category(args.data_root, name) for name in names]
+    with distributed.one_per_machine_first():
+        categories = [open_category(args.data_root, name) for name in names]
     for category in categories:
         category.test_items()
     metrics = {category.name: test(args, category, device) for category in categories}
-    if len(metrics) > 1:
+    if len(metrics) > 1 and distributed.is_first():
         print(f"average of {len(metrics)} categories")
         print_metrics(USAD.name, write_average(average, metrics))
 
@@ -73,15 +75,16 @@ def parse_args() -> argparse.Namespace:
 def test(args: argparse.Namespace, category: Category, device: str) -> dict[str, Any]:
     """Load the category's three checkpoints, test their fusion and write its results."""
     checkpoints = args.models_dir / category.name
-    usad = USAD.load(
-        checkpoints,
-        device,
-        args.precision,
-        weights=weights_by_branch(args, BRANCHES),
-        score_weights={"ma_clu": args.lambda_obj},
-        lambda_map=args.lambda_map,
-        fusion=args.fusion,
-    )
+    with distributed.one_per_machine_first():
+        usad = USAD.load(
+            checkpoints,
+            device,
+            args.precision,
+            weights=weights_by_branch(args, BRANCHES),
+            score_weights={"ma_clu": args.lambda_obj},
+            lambda_map=args.lambda_map,
+            fusion=args.fusion,
+        )
     if len({branch.training.get("files_digest") for branch in usad.branches} - {None}) > 1:
         warn(f"the branches of {category.name} were trained on different lists of files")
     if args.false_alarm_rate:
@@ -105,8 +108,9 @@ def test(args: argparse.Namespace, category: Category, device: str) -> dict[str,
         save_maps=args.save_maps,
         operating_point=usad.operating_point,
     )
-    print_metrics(usad.name, metrics)
-    print(f"{category.name}: results in {folder}", flush=True)
+    if distributed.is_first():
+        print_metrics(usad.name, metrics)
+        print(f"{category.name}: results in {folder}", flush=True)
     return metrics
 
 
@@ -115,7 +119,8 @@ def calibrate_fusion(args: argparse.Namespace, category: Category, usad: USAD, c
     dataset = ImageDataset(held_out_items(category, usad.branches), usad.image_size, "bicubic")
     loader = make_loader(args, dataset, "fusion held out", usad)
     point = find_operating_point(usad, checkpoints, loader, args.false_alarm_rate)
-    point.write(checkpoints)
+    if distributed.is_first():
+        point.write(checkpoints)
     print(f"{category.name}: thresholds from {point.source}; in {checkpoints / 'usad.json'}")
     if point.shortfall:
         warn(point.shortfall)
@@ -123,4 +128,4 @@ def calibrate_fusion(args: argparse.Namespace, category: Category, usad: USAD, c
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, torchrun=True)

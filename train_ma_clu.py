@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from models.ma_clu import MACLU
 from utils.cli import number, run
-from utils.training import add_token_flags, run_training, training_parser
+from utils.training import add_budget_flag, add_token_flags, run_training, training_parser
 
 
 def main() -> None:
@@ -20,9 +20,10 @@ def main() -> None:
         default=1.14,
         help="foreground confidence above which a patch is surely coal (default: 1.14)",
     )
+    add_budget_flag(parser, default=1.0)
     args = parser.parse_args()
-    run_training(args, MACLU, threshold=args.threshold, covariance=args.covariance)
+    run_training(args, MACLU, threshold=args.threshold, covariance=args.covariance, patch_budget=args.patch_budget)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, torchrun=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from models.patchcore import PatchCore
 from utils.cli import number, run
-from utils.training import run_training, share, training_parser
+from utils.training import add_budget_flag, run_training, share, training_parser
 
 
 def main() -> None:
@@ -25,9 +25,17 @@ def main() -> None:
         default=3,
         help="bank entries around the nearest one, itself included, that weight the score (default: 3)",
     )
+    add_budget_flag(parser, default=8.0)
     args = parser.parse_args()
-    run_training(args, PatchCore, coreset_ratio=args.coreset_ratio, neighbors=args.neighbors, seed=args.seed)
+    run_training(
+        args,
+        PatchCore,
+        coreset_ratio=args.coreset_ratio,
+        neighbors=args.neighbors,
+        patch_budget=args.patch_budget,
+        seed=args.seed,
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, torchrun=True)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from datasets.coalad import CATEGORY as COALAD
 from datasets.images import EXTENSIONS, mask_to_tensor, read_image, read_mask, to_tensor
+from utils import distributed
 from utils.errors import InputError
 
 
@@ -174,16 +175,21 @@ class ImageDataset(Dataset):
 
 
 class ImageLoader:
-    """Batches of an ImageDataset in order, with a progress bar; raises InputError at an unreadable file."""
+    """Batches of this process's share of an ImageDataset, in order, with a progress bar.
+
+    Raises InputError at an unreadable file.
+    """
 
     def __init__(
         self, dataset: ImageDataset, batch_size: int, workers: int, description: str, pin_memory: bool = False
     ) -> None:
         self.dataset = dataset
         self.description = description
+        self.shard = distributed.shard(len(dataset), batch_size)
         self.loader = DataLoader(
             dataset,
             batch_size,
+            sampler=self.shard,
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pin_memory,
@@ -191,9 +197,9 @@ class ImageLoader:
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        count = len(self.dataset)
-        with tqdm(total=count, desc=self.description, unit="image", leave=False, disable=None) as progress:
+        with tqdm(total=len(self.shard), desc=self.description, unit="image", leave=False, disable=None) as progress:
             for batch in self.loader:
+                distributed.check()
                 if "error" in batch:
                     raise InputError(batch["error"])
                 yield batch

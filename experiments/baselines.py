@@ -172,7 +172,7 @@ def run_baseline(python: Path, job: dict[str, Any], folder: Path) -> str:
 def evaluate(folder: Path, bench: Bench, size: int) -> dict[str, Any]:
     """Our metrics on a baseline's raw scores, and on its raw maps resized to `size`."""
     scores, maps = np.load(folder / "scores.npy"), np.load(folder / "maps.npy", mmap_mode="r")
-    results = Results(bench.images.items)
+    results = Results(bench.images.items, ["baseline"])
     for start in range(0, len(scores), bench.batch_size):
         rows = range(start, min(start + bench.batch_size, len(scores)))
         resized = resize_maps(torch.from_numpy(np.array(maps[rows.start : rows.stop])), size)

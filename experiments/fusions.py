@@ -97,7 +97,7 @@ class Bench:
         measured = {name: self.measurements.of(fusion.variants[name], size) for name in fusion.parts}
         for branch in usad.branches:
             branch.calibration = measured[branch.name].calibration
-        results, scores = Results(self.images.items), []
+        results, scores = Results(self.images.items, [usad.name]), []
         for start in range(0, len(self.images.items), self.batch_size):
             rows = slice(start, start + self.batch_size)
             parts = {

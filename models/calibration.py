@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from models.branch import Branch
+from utils.distributed import all_rows
 from utils.errors import InputError
 
 
@@ -18,16 +19,15 @@ def calibrate(branch: Branch, loader: Iterable[dict[str, Any]]) -> dict[str, flo
     The maps are those before any per-image min-max. The loader gives two images or more.
     """
     branch.rescale_maps = False
-    scores, pixels, total, squares = [], 0, 0.0, 0.0
+    scores, sums = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, 3, dtype=torch.float64)]
     for batch in loader:
         batch_scores, maps = branch.predict(batch["image"].to(branch.device, non_blocking=True))
         scores.append(batch_scores.double().cpu())
         maps = maps.double()
-        pixels += maps.numel()
-        total += float(maps.sum())
-        squares += float(maps.square().sum())
+        sums.append(torch.tensor([[maps.numel(), maps.sum(), maps.square().sum()]], dtype=torch.float64))
     branch.rescale_maps = True
-    scores = torch.cat(scores)
+    scores = all_rows(torch.cat(scores))
+    pixels, total, squares = all_rows(torch.cat(sums)).sum(0).tolist()
     mean = total / pixels
     statistics = {
         "images": len(scores),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -28,24 +29,29 @@ class RunningMoments:
     def update(self, vectors: Tensor) -> None:
         """Add vectors [n, D]."""
         vectors = vectors.double()
-        batch = RunningMoments()
-        batch.count = len(vectors)
-        batch.mean = vectors.mean(0)
-        deviations = vectors - batch.mean
-        batch.scatter = deviations.T @ deviations
-        self.merge(batch)
+        mean = vectors.mean(0)
+        deviations = vectors - mean
+        self._add(len(vectors), mean, deviations.T @ deviations)
 
-    def merge(self, other: RunningMoments) -> None:
-        """Add what `other` has seen."""
-        if other.count == 0:
-            return
+    def state(self) -> dict[str, Tensor]:
+        """What was added so far; empty if nothing was."""
         if self.count == 0:
-            self.count, self.mean, self.scatter = other.count, other.mean, other.scatter
+            return {}
+        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add what another has seen, given its `state()`."""
+        if state:
+            self._add(int(state["count"]), state["mean"], state["scatter"])
+
+    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        if self.count == 0:
+            self.count, self.mean, self.scatter = count, mean, scatter
             return
-        total = self.count + other.count
-        step = other.mean - self.mean
-        self.scatter = self.scatter + other.scatter + torch.outer(step, step) * (self.count * other.count / total)
-        self.mean = self.mean + step * (other.count / total)
+        total = self.count + count
+        step = mean - self.mean
+        self.scatter = self.scatter + scatter + torch.outer(step, step) * (self.count * count / total)
+        self.mean = self.mean + step * (count / total)
         self.count = total
 
     def covariance(self) -> Tensor:
@@ -105,6 +111,16 @@ class GaussianFit:
         self.moments.update(vectors)
         if self.estimator == "ledoit-wolf":
             self.vectors.append(vectors.float().cpu())
+
+    def state(self) -> dict[str, Tensor]:
+        """What was added so far."""
+        return {**self.moments.state(), **({"vectors": torch.cat(self.vectors)} if self.vectors else {})}
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add what another has collected, given its `state()`."""
+        self.moments.merge(state)
+        if "vectors" in state:
+            self.vectors.append(state["vectors"])
 
     def finish(self) -> Gaussian:
         """The Gaussian; warns where there are too few images for the number of channels.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models.branch import Branch
 from models.gaussian import Gaussian, GaussianFit
 from models.postprocess import gaussian_blur, resize_maps
+from utils.distributed import collect
 
 BLUR_SIGMA = 4.0  # pixels of the input
 
@@ -33,7 +34,8 @@ class MA2Patch(Branch):
         fit = GaussianFit(self.covariance)
         for batch in loader:
             fit.update(self.extract(batch["image"].to(self.device, non_blocking=True)).mean(1))
-        self.gaussian = fit.finish()
+        if collect(fit):
+            self.gaussian = fit.finish()
 
     def extract(self, images: Tensor) -> Tensor:
         """Patch tokens [B, N, D]."""

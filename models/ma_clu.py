@@ -13,6 +13,7 @@ from models.gaussian import Gaussian, GaussianFit
 from models.patch_store import PatchStore
 from models.postprocess import gaussian_blur, min_max, resize_maps
 from utils.checkpoint import take
+from utils.distributed import collect
 from utils.errors import InputError
 
 BLUR_SIGMA = 4.0  # pixels of the input
@@ -52,9 +53,10 @@ class MACLU(Branch):
         for batch in loader:
             cls, tokens = self.backbone(batch["image"].to(self.device, non_blocking=True))
             fit.update(cls)
-            patches.add(tokens)
-        self.gaussian = fit.finish()
-        self.centers = _foreground_and_background(patches.rows()).to(self.device)
+            patches.add(tokens, batch["index"])
+        if collect(fit, patches):
+            self.gaussian = fit.finish()
+            self.centers = _foreground_and_background(patches.rows()).to(self.device)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """CLS token [B, D] and patch tokens [B, N, D]."""
@@ -95,14 +97,17 @@ class MACLU(Branch):
 
 
 def _foreground_and_background(patches: Tensor) -> Tensor:
-    """Two k-means centres [2, D] of patches [n, D], that of the smaller cluster first."""
+    """Two k-means centres [2, D] of patches [n, D], that of the smaller cluster first.
+
+    The patches are shifted in place, and back, which leaves them rounded: a copy would double the memory.
+    """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
-    if (patches == patches[0]).all():
+    if torch.equal(patches.amin(0), patches.amax(0)):
         raise InputError("all training patches are identical: no belt and coal to tell apart; check train/good")
     # More than two threads would add their sums up in an order, hence to last digits, that varies.
     with threadpool_limits(2, user_api="openmp"):
-        kmeans = KMeans(n_clusters=2, random_state=KMEANS_SEED).fit(patches.numpy())
+        kmeans = KMeans(n_clusters=2, random_state=KMEANS_SEED, copy_x=False).fit(patches.numpy())
     sizes = torch.from_numpy(kmeans.labels_).bincount(minlength=2)
     return torch.from_numpy(kmeans.cluster_centers_)[sizes.argsort(stable=True)].float()

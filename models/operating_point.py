@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from utils.distributed import all_rows
 from utils.errors import InputError
 from utils.files import sha256_of_file, write_json
 
@@ -120,12 +121,12 @@ def find_operating_point(
     usad: USAD, folder: Path, batches: Iterable[dict[str, Any]], false_alarm_rate: float
 ) -> OperatingPoint:
     """The operating point of `usad`, whose checkpoints lie in `folder`, from batches of held-out normal images."""
-    scores, peaks = [], []
+    scores, peaks = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0)]
     for batch in batches:
         batch_scores, maps = usad.predict(batch["image"].to(usad.device, non_blocking=True))
         scores.append(batch_scores.double().cpu())
         peaks.append(maps.amax((1, 2)).float().cpu())
-    scores, peaks = torch.cat(scores).numpy(), torch.cat(peaks).numpy()
+    scores, peaks = (all_rows(torch.cat(values)).numpy() for values in (scores, peaks))
     if not (np.isfinite(scores).all() and np.isfinite(peaks).all()):
         raise InputError("the fused score or map of a held-out image is not finite; check the weights")
     expected, interval = exceedance(len(scores), false_alarm_rate)

@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 
 class PatchStore:
-    """Keeps the patches of a training pass, at most `budget` GB (10^9 bytes) of float32.
+    """Keeps the patches of `images` training images, at most `budget` GB (10^9 bytes) of float32.
 
-    Below the budget every patch stays, in order. Above it each image keeps the same number of patches, drawn with
-    a fixed seed, so that the memory does not grow with the number of images.
+    Below the budget every patch stays, in order. Above it every image keeps the same number of patches, give or take
+    one, drawn with a seed of its own: which ones depends neither on the batches nor on the other processes.
     """
 
     def __init__(self, images: int, budget: float, seed: int = 0) -> None:
         self.images = images
         self.budget = budget * 1e9
-        self.generator = torch.Generator().manual_seed(seed)
-        self.kept: Tensor | None = None  # [images * per_image, D]
-        self.per_image = 0
+        self.seed = seed
+        self.kept: Tensor | None = None  # [n, D]; memory that no patch was written to is not taken yet
         self.filled = 0
 
-    def add(self, patches: Tensor) -> None:
-        """Add the patches [B, N, D] of a batch of images."""
-        batch, count, width = patches.shape
+    def add(self, patches: Tensor, index: Tensor) -> None:
+        """Add the patches [B, N, D] of the images that have the numbers `index` [B] among all."""
+        count, width = patches.shape[1:]
+        total = self.images * count
+        affordable = min(total, max(int(self.budget / (4 * width)), 1))
+        if affordable < total:
+            chosen = [self._draw(int(image), count, affordable) for image in index]
+            rows = torch.cat([image[own.to(image.device)] for image, own in zip(patches, chosen, strict=True)])
+        else:
+            rows = patches.reshape(-1, width)
+        self._append(rows, affordable)
+
+    def _draw(self, image: int, count: int, affordable: int) -> Tensor:
+        """Which of an image's `count` patches stay, in rising order."""
+        share = (image + 1) * affordable // self.images - image * affordable // self.images
+        generator = torch.Generator().manual_seed(self.seed + image)
+        return torch.randperm(count, generator=generator)[:share].sort().values
+
+    def _append(self, rows: Tensor, capacity: int) -> None:
         if self.kept is None:
-            affordable = int(self.budget / (4 * width * self.images))
-            self.per_image = max(min(count, affordable), 1)
-            self.kept = torch.empty(self.images * self.per_image, width)
-        if self.per_image < count:
-            order = torch.rand(batch, count, generator=self.generator).argsort(1)
-            chosen = order[:, : self.per_image].sort(1).values.to(patches.device)
-            patches = patches.gather(1, chosen[..., None].expand(-1, -1, width))
-        rows = patches.reshape(-1, width).cpu()
+            self.kept = torch.empty(capacity, rows.shape[1])
         self.kept[self.filled : self.filled + len(rows)] = rows
         self.filled += len(rows)
 
     def rows(self) -> Tensor:
         """All patches kept [n, D], on the CPU."""
         return self.kept[: self.filled]
+
+    def state(self) -> dict[str, Tensor]:
+        """What was added so far; empty if nothing was."""
+        return {} if self.kept is None else {"rows": self.rows()}
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add the patches of the images that follow, given another store's `state()`."""
+        if state:
+            self._append(state["rows"], len(self.kept))

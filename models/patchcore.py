@@ -15,6 +15,7 @@ from models.neighbors import NearestNeighbors
 from models.patch_store import PatchStore
 from models.postprocess import gaussian_blur, min_max, resize_maps
 from utils.checkpoint import take
+from utils.distributed import collect
 from utils.errors import InputError
 
 BLUR_SIGMA = 4.0  # pixels of the input
@@ -49,8 +50,12 @@ class PatchCore(Branch):
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:
         store = PatchStore(len(loader.dataset), self.patch_budget)
         for batch in loader:
-            store.add(self.extract(batch["image"].to(self.device, non_blocking=True)))
-        patches = store.rows()
+            store.add(self.extract(batch["image"].to(self.device, non_blocking=True)), batch["index"])
+        if collect(store):
+            self._select(store.rows())
+
+    def _select(self, patches: Tensor) -> None:
+        """Make the bank a coreset of the training patches [n, D]."""
         size = int(self.coreset_ratio * len(patches))
         if size < 1:
             raise InputError(

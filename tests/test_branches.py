@@ -37,7 +37,8 @@ class FittingImages(list):
     """A loader over normalised images [n, 3, S, S]."""
 
     def __init__(self, images: torch.Tensor, batch_size: int) -> None:
-        super().__init__({"image": part} for part in images.split(batch_size))
+        index = torch.arange(len(images)).split(batch_size)
+        super().__init__({"image": images[part], "index": part} for part in index)
         self.dataset = images
 
 
@@ -345,7 +346,7 @@ def test_merged_moments():
             parts[-1].update(torch.from_numpy(part))
     merged = RunningMoments()
     for part in parts:
-        merged.merge(part)
+        merged.merge(part.state())
     np.testing.assert_allclose(merged.covariance(), np.cov(data.T), rtol=1e-9, atol=1e-9)
 
 
@@ -400,27 +401,41 @@ def test_a_stored_inverse_is_used_as_it_is():
 # Patches
 
 
+def stored(patches: torch.Tensor, budget: float, batch_size: int) -> torch.Tensor:
+    """What a store of `budget` numbers keeps of patches [n, N, D] that arrive in batches."""
+    store = PatchStore(len(patches), budget=budget * 4 / 1e9)
+    for index in torch.arange(len(patches)).split(batch_size):
+        store.add(patches[index], index)
+    assert store.rows().untyped_storage().nbytes() <= 4 * budget
+    return store.rows()
+
+
 def test_patch_store_below_its_budget_keeps_all_in_order():
     patches = torch.randn(5, 6, 4)
-    store = PatchStore(5, budget=5 * 6 * 4 * 4.1 / 1e9)
-    for part in patches.split(2):
-        store.add(part)
-    assert torch.equal(store.rows(), patches.reshape(-1, 4))
+    assert torch.equal(stored(patches, 5 * 6 * 4.1, batch_size=2), patches.reshape(-1, 4))
 
 
-def test_patch_store_above_its_budget_keeps_as_many_of_each_image():
+@pytest.mark.parametrize("share", [4.5, 1.0, 0.6])
+def test_patch_store_above_its_budget_keeps_as_many_of_each_image(share):
     patches = torch.arange(7 * 10, dtype=torch.float32).view(7, 10, 1).expand(-1, -1, 4)
-    rows = []
-    for batch_size in (3, 3, 1):
-        store = PatchStore(7, budget=7 * 4 * 4 * 4.5 / 1e9)  # 4.5 patches an image
-        for part in patches.split(batch_size):
-            store.add(part)
-        rows.append(store.rows())
-    images, counts = torch.unique(rows[0][:, 0] // 10, return_counts=True)
-    assert images.tolist() == list(range(7)) and counts.tolist() == [4] * 7
-    assert len(rows[0].unique(dim=0)) == 28  # none twice
-    assert torch.equal(rows[0], rows[1])
-    assert rows[0].untyped_storage().nbytes() <= 7 * 4 * 4 * 4.5
+    budget = int(7 * share) * 4
+    rows = stored(patches, budget, batch_size=3)
+    counts = (rows[:, 0] // 10).long().bincount(minlength=7)
+    assert len(rows.unique(dim=0)) == len(rows) == int(7 * share)  # none twice
+    assert set(counts.tolist()) <= {math.floor(share), math.ceil(share)}
+    assert torch.equal(rows, rows.sort(dim=0).values)
+    assert torch.equal(rows, stored(patches, budget, batch_size=1))
+
+
+def test_patch_stores_of_two_processes_keep_what_one_keeps():
+    patches, index = torch.randn(7, 10, 4), torch.arange(7)
+    stores = [PatchStore(7, budget=7 * 4 * 4 * 4.5 / 1e9) for _ in range(3)]
+    for store, part in zip(stores, (index[:3], index[3:], index[:0]), strict=True):
+        if len(part):
+            store.add(patches[part], part)
+    for other in stores[1:]:
+        stores[0].merge(other.state())
+    assert torch.equal(stores[0].rows(), stored(patches, 7 * 4 * 4.5, batch_size=2))
 
 
 def patchcore_with(bank: np.ndarray, stand_in, neighbors: int = 3) -> PatchCore:
@@ -460,14 +475,14 @@ def test_patchcore_refuses_an_empty_bank(stand_in, batches):
     branch = PatchCore(stand_in(16, (2, 2), 6), coreset_ratio=0.005)
     branch.extract = lambda images: images.flatten(2).mT
     with pytest.raises(InputError, match=r"--coreset-ratio 0\.005 of 128 patches"):
-        branch.fit(batches([{"image": torch.randn(2, 4, 8, 8)}], 2))
+        branch.fit(batches([{"image": torch.randn(2, 4, 8, 8), "index": torch.arange(2)}], 2))
 
 
 def test_training_images_all_alike_are_refused(stand_in, batches):
     branch = MACLU(stand_in(16, (2, 2), 6))
     branch.backbone.forward = lambda images: (torch.ones(len(images), 6), torch.ones(len(images), 4, 6))
     with pytest.raises(InputError, match="identical"), pytest.warns(UserWarning, match="channels"):
-        branch.fit(batches([{"image": torch.zeros(4, 3, 16, 16)}], 4))
+        branch.fit(batches([{"image": torch.zeros(4, 3, 16, 16), "index": torch.arange(4)}], 4))
 
 
 def test_clusters_do_not_depend_on_the_number_of_threads():
@@ -476,7 +491,7 @@ def test_clusters_do_not_depend_on_the_number_of_threads():
     found = set()
     for threads in (1, 2, 8, 8, 8):
         with threadpool_limits(threads, user_api="openmp"):
-            found.add(_foreground_and_background(patches).numpy().tobytes())
+            found.add(_foreground_and_background(patches.clone()).numpy().tobytes())
     assert len(found) == 1
 
 

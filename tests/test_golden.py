@@ -38,8 +38,8 @@ def token_branch(branch_class, data, stand_in, batches, batch_size=7):
     size = int(data["image_size"])
     side = int((tokens.shape[1] - 1) ** 0.5)
     branch = branch_class(stand_in(size, (side, side), tokens.shape[2]))
-    parts = tokens.split(batch_size)
-    branch.fit(batches(({"image": Given(part[:, 0], part[:, 1:])} for part in parts), len(tokens)))
+    parts = zip(tokens.split(batch_size), torch.arange(len(tokens)).split(batch_size), strict=True)
+    branch.fit(batches(({"image": Given(t[:, 0], t[:, 1:]), "index": index} for t, index in parts), len(tokens)))
     test = torch.from_numpy(data["test_tokens"])
     return branch, (test[:, 0], test[:, 1:])
 
@@ -98,7 +98,7 @@ def patchcore(golden, stand_in, batches):
     branch = PatchCore(
         stand_in(int(data["image_size"]), (16, 16), dim), coreset_ratio=ratio, neighbors=int(data["k_nearest"])
     )
-    branch.fit(batches([{"image": Given(*(layer[:train] for layer in layers))}], train))
+    branch.fit(batches([{"image": Given(*(layer[:train] for layer in layers)), "index": torch.arange(train)}], train))
     return branch, patch_features(*(layer[train:] for layer in layers)), data
 
 

@@ -319,6 +319,29 @@ def test_gallery_keeps_the_highest_and_a_sample_of_the_rest():
     assert len(calls) == len(set(calls)) < 150  # pictures are asked for only where they may be shown
 
 
+def test_galleries_of_two_processes_choose_what_one_chooses():
+    rng = np.random.default_rng(8)
+    scores = rng.integers(0, 40, 90).astype(float)  # with ties
+
+    def filled(gallery, numbers):
+        for number in numbers:
+            alarm = [None, True, False][number % 3]
+            given = entry(number, scores[number], number % 2, note=HOSTILE[0], alarm=alarm)
+            gallery.add(given, lambda number=number: pictures(number, truth=True))
+        return gallery
+
+    one = filled(Gallery(limit=20, highest=8), range(90))
+    first, second, third = (Gallery(limit=20, highest=8, first=start) for start in (0, 37, 90))
+    filled(first, range(37)), filled(second, range(37, 90))
+    for other in (second, third):
+        first.merge({name: torch.from_numpy(values) for name, values in other.state().items()})
+    assert (first.scores, first.labels, first.alarms) == (one.scores, one.labels, one.alarms)
+    for ours, theirs in zip(first.by_score(), one.by_score(), strict=True):
+        assert ours.entry == theirs.entry and ours.frame == theirs.frame
+        assert (ours.size, ours.truth) == (theirs.size, theirs.truth)
+        assert all(np.array_equal(ours.maps[part].values(), theirs.maps[part].values()) for part in theirs.maps)
+
+
 def test_sample_of_the_rest_is_uniform_and_decided_by_the_seed():
     scores = np.random.default_rng(3).permutation(60).astype(float)
     picture, counts = pictures(), np.zeros(60)

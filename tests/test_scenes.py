@@ -11,6 +11,7 @@ import make_demo_data
 from datasets.defects import DEFECTS, along
 from datasets.drawing import Canvas, lump
 from datasets.scenes import LEAST_VISIBLE, Scene, draw_scene
+from utils.cli import run
 
 SMALL = ["--size", "96", "--train", "4", "--good", "2", "--anomalous", "4", "--seed", "5"]
 
@@ -212,7 +213,7 @@ def test_an_interrupted_run_leaves_no_data_set_and_the_next_one_cleans_up(monkey
 )
 def test_bad_flags_are_one_line_and_exit_code_2(monkeypatch, tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as end:
-        make(monkeypatch, tmp_path, *SMALL, *flags)
+        run(lambda: make(monkeypatch, tmp_path, *SMALL, *flags))
     assert end.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

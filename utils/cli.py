@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from utils import distributed
 from utils.errors import InputError
 from utils.redact import redact
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from models.branch import Branch
 
 OUT_OF_MEMORY = "out of memory|can't allocate memory"  # what torch says of a GPU's, and of a CPU's
+CONNECTION_LOST = "[Cc]onnection (closed|reset)"  # what gloo and NCCL say when another process is gone
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
 
@@ -43,8 +45,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        fail(f"{self.prog}: {message}")
-        sys.exit(2)
+        raise InputError(f"{self.prog}: {message}")
 
 
 class Terminated(BaseException):
@@ -52,8 +53,9 @@ class Terminated(BaseException):
 
 
 def fail(message: str) -> None:
-    """Print one line on stderr, without any camera's password."""
-    print("error: " + redact(" ".join(message.split())), file=sys.stderr)
+    """Print why the run ends, one line on stderr without any camera's password; of several processes the first does."""
+    if distributed.first_to_fail():
+        print("error: " + redact(" ".join(message.split())), file=sys.stderr)
 
 
 def warn(message: str) -> None:
@@ -61,8 +63,11 @@ def warn(message: str) -> None:
     print("warning: " + redact(" ".join(message.split())), file=sys.stderr)
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script; exit with 0 (done), 2 (bad input), 130 (interrupted), 143 (terminated) or 1 (else)."""
+def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
+    """Run a script; exit with 0 (done), 2 (bad input), 130 (interrupted), 143 (terminated) or 1 (else).
+
+    `torchrun`: the script can share its work with the other processes that torchrun started.
+    """
 
     def on_sigterm(*_: object) -> NoReturn:
         raise Terminated
@@ -75,7 +80,10 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: warn(str(message))
-            main()
+            with distributed.processes():
+                if distributed.size() > 1 and not torchrun:
+                    raise InputError(f"{Path(sys.argv[0]).name} is one process; start it with python, not torchrun")
+                main()
     except InputError as error:
         fail(str(error))
         code = 2
@@ -88,11 +96,14 @@ def run(main: Callable[[], None]) -> NoReturn:
     except OSError as error:
         fail(f"{error.filename or 'system'}: {error.strerror or error}")
         code = 1
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
-            raise
-        fail("out of memory; lower --batch-size or --image-size")
+    except Exception as error:
         code = 1
+        if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
+            fail("out of memory; lower --batch-size or --image-size")
+        elif distributed.is_launched() and re.search(CONNECTION_LOST, str(error)):
+            fail("another process of this run is gone, killed or out of memory")
+        elif distributed.first_to_fail():
+            raise
     sys.exit(code)
 
 
@@ -223,6 +234,8 @@ def choose_device(name: str, precision: str) -> str:
         raise InputError(f"--device {name} is not one of auto, cpu, cuda, cuda:0, cuda:1 and so on")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if distributed.size() > 1 and name.startswith("cuda"):
+        name = distributed.own_gpu(name)
     try:
         device = torch.device(name)
         torch.empty(1, device=device, dtype=torch.float64)  # the statistics need it; Apple's GPUs have none

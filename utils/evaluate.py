@@ -14,6 +14,7 @@ import torch
 from datasets.mvtec import ImageLoader
 from models.operating_point import OperatingPoint
 from utils.cards import Threshold
+from utils.distributed import from_first, size
 from utils.files import write_json
 from utils.metrics import PROTOCOLS
 from utils.result_files import (
@@ -27,6 +28,7 @@ from utils.result_files import (
 )
 from utils.results import Results
 from utils.timing import Stopwatch, peak_memory_mb
+from utils.visualize import Thumbnails
 
 
 def evaluate(
@@ -43,10 +45,15 @@ def evaluate(
     `model` has `predict_parts(images [B, 3, S, S]) -> {name: (scores [B], maps [B, S, S])}`, its own part first,
     and `stopwatches() -> {name: Stopwatch}`. A model of several branches gets a report, with the thresholds of
     `operating_point` or, without one, those of the highest F1. Returns the metrics.
+
+    Of several processes each tests its share of the images and writes their maps and heat maps; the first writes all
+    else, and it alone has the metrics.
     """
     start = time.perf_counter()
-    items = loader.dataset.items
-    results, watch = Results(items, report=images and hasattr(model, "branches")), Stopwatch()
+    items, shard = loader.dataset.items, loader.shard
+    thumbnails = Thumbnails(folder, len(items)) if images else None
+    report = images and hasattr(model, "branches")
+    results, watch = Results(items, model.stopwatches(), shard.start, report, thumbnails), Stopwatch()
     for batch in _timed(loader, watch):
         parts = model.predict_parts(batch["image"].to(model.device, non_blocking=True))
         with watch("collect"):
@@ -55,17 +62,22 @@ def evaluate(
                 mark_folder(folder)
                 for index, anomaly_map in zip(batch["index"], maps, strict=True):
                     write_map(folder / "anomaly_maps", items[int(index)], anomaly_map)
-    with watch("metrics"):
-        by_part = results.metrics()
+    with watch("collect"):
+        first = results.collect()
     mark_folder(folder)
     if images:
         with watch("images"):
-            write_heatmaps(folder / "heatmaps", results)
+            scale = from_first(lambda: {"scale": np.array(thumbnails.scale())})["scale"].tolist()
+            write_heatmaps(folder / "heatmaps", items[shard.start : shard.stop], thumbnails, scale)
+    if not first:
+        return {}
+    with watch("metrics"):
+        by_part = results.metrics()
     main, *others = by_part
     metrics = dict(by_part[main])
     if operating_point:
         labels = np.array([item.label for item in items])
-        metrics["operating_point"] = operating_point.on_test(np.concatenate(results.scores[main]), labels)
+        metrics["operating_point"] = operating_point.on_test(results.scores[main], labels)
     if others:
         metrics["branches"] = {name: by_part[name] for name in others}
     timings = {**watch.seconds, **_stage_seconds(model), "total": time.perf_counter() - start}
@@ -99,6 +111,7 @@ def environment(model: Any) -> dict[str, Any]:
             "numpy": np.__version__,
         },
         "device": f"{device} ({name})",
+        "processes": size(),
         "peak_memory_mb": peak_memory_mb(),
     }
 

@@ -44,12 +44,17 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def nearest_existing(folder: Path) -> Path:
+    """`folder`, or the nearest of its parents that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+
+
 def check_writable(folder: Path) -> None:
     """Find out before the work whether `folder`, which need not exist yet, can take files.
 
     Raises InputError where a file stands in its way, PermissionError where it may not be written.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    existing = nearest_existing(folder)
     if not existing.is_dir():
         raise InputError(f"{existing} is no folder; move it away, or choose another folder than {folder}")
     if not os.access(existing, os.W_OK | os.X_OK):

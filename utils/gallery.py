@@ -6,10 +6,11 @@ import dataclasses
 import heapq
 import io
 import itertools
+import json
 import math
 import random
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import cv2
 import numpy as np
@@ -83,18 +84,25 @@ class Kept:
 class Gallery:
     """Takes entries one by one; keeps the 200 highest scores, and of the rest a sample that the seed decides.
 
-    `expected` is the number of images where it is known: few of them are kept at a higher resolution.
+    `expected` is the number of images where it is known: few of them are kept at a higher resolution. `first` is the
+    number of the first entry, where another gallery has those before it: merged, they choose what one would have.
     Memory stays bounded (about 100 MB for 500 entries), but for 10 bytes an entry.
     """
 
-    def __init__(self, expected: int | None = None, limit: int = LIMIT, highest: int = HIGHEST, seed: int = 22):
-        self.limit, self.highest, self.seed = limit, highest, seed
+    def __init__(
+        self,
+        expected: int | None = None,
+        limit: int = LIMIT,
+        highest: int = HIGHEST,
+        seed: int = 22,
+        first: int = 0,
+    ) -> None:
+        self.limit, self.highest, self.seed, self.first = limit, highest, seed, first
         few = expected is not None and expected <= 200
         self.frame_side, self.frame_bytes = (720, 70_000) if few else (512, 24_000)
         self.scores, self.labels, self.alarms = array("d"), array("b"), array("b")  # -1: None
-        self._random = random.Random(seed)
-        self._top: list[tuple[float, int, Kept]] = []  # heaps, smallest first
-        self._sample: list[tuple[float, int, Kept]] = []
+        self._top: list[tuple[float, int, Kept]] = []  # heap of score, -number, entry
+        self._sample: list[tuple[float, int, Kept]] = []  # heap of chance, number, entry
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -106,35 +114,54 @@ class Gallery:
         """
         if not all(map(math.isfinite, entry.scores.values())):
             raise ValueError(f"a score of {entry.name} is not finite: {entry.scores}")
-        index, key = len(self), self._random.random()
+        number = self.first + len(self)
         self.scores.append(entry.score)
         self.labels.append(-1 if entry.label is None else entry.label)
         self.alarms.append(-1 if entry.alarm is None else entry.alarm)
-        in_top = len(self._top) < self.highest or entry.score > self._top[0][0]
-        if not in_top and not self._enters_sample(key):
-            return
-        kept = self._shrink(entry, pictures())
-        if not in_top:
-            self._put_in_sample(key, index, kept)
-        elif len(self._top) < self.highest:
-            heapq.heappush(self._top, (entry.score, -index, kept))
-        else:
-            # Its key is the score's loser's chance: drawn for this entry, and independent of all scores.
-            _, loser_index, loser = heapq.heapreplace(self._top, (entry.score, -index, kept))
-            if self._enters_sample(key):
-                self._put_in_sample(key, -loser_index, loser)
+        in_top = len(self._top) < self.highest or (entry.score, -number) > self._top[0][:2]
+        if in_top or len(self._sample) < self.limit - self.highest or self._chance(number) > self._sample[0][0]:
+            self._keep(number, self._shrink(entry, pictures()))
 
     def by_score(self) -> list[Kept]:
         """The choice, highest score first; ties in order of arrival."""
-        chosen = [(-score, -index, kept) for score, index, kept in self._top]
-        chosen += [(-kept.entry.score, index, kept) for _, index, kept in self._sample]
-        return [kept for *_, kept in sorted(chosen, key=lambda item: item[:2])]
+        chosen = sorted(self._chosen().items(), key=lambda item: (-item[1].entry.score, item[0]))
+        return [kept for _, kept in chosen]
 
-    def _enters_sample(self, key: float) -> bool:
-        return len(self._sample) < self.limit - self.highest or key > self._sample[0][0]
+    def state(self) -> dict[str, np.ndarray]:
+        """All numbers, and the choice, as plain arrays."""
+        state = {"scores": np.array(self.scores), "labels": np.array(self.labels), "alarms": np.array(self.alarms)}
+        texts = []
+        for number, kept in self._chosen().items():
+            state[f"{number} frame"] = np.array(bytearray(kept.frame))
+            state |= {f"{number} {part}": small.levels for part, small in kept.maps.items()}
+            ranges = {part: (small.low, small.high) for part, small in kept.maps.items()}
+            texts.append((number, dataclasses.asdict(kept.entry), kept.size, ranges, kept.truth))
+        return {**state, "texts": np.array(bytearray(json.dumps(texts).encode()))}
 
-    def _put_in_sample(self, key: float, index: int, kept: Kept) -> None:
-        heapq.heappush(self._sample, (key, index, kept))
+    def merge(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add the entries that follow, given another gallery's `state()`."""
+        arrays = {name: np.asarray(values) for name, values in state.items()}
+        for own, name in ((self.scores, "scores"), (self.labels, "labels"), (self.alarms, "alarms")):
+            own.frombytes(arrays[name].tobytes())
+        for number, entry, size, ranges, truth in json.loads(arrays["texts"].tobytes()):
+            maps = {part: SmallMap(arrays[f"{number} {part}"], *limits) for part, limits in ranges.items()}
+            kept = Kept(Entry(**entry), arrays[f"{number} frame"].tobytes(), tuple(size), maps, truth)
+            self._keep(number, kept)
+
+    def _chosen(self) -> dict[int, Kept]:
+        return {-number: kept for _, number, kept in self._top} | {number: kept for _, number, kept in self._sample}
+
+    def _chance(self, number: int) -> float:
+        """An entry's place in the draw: its number's alone, and so independent of all scores."""
+        return random.Random(f"{self.seed} {number}").random()
+
+    def _keep(self, number: int, kept: Kept) -> None:
+        """Put an entry among the highest; the one that it drives out, or itself, takes part in the draw."""
+        heapq.heappush(self._top, (kept.entry.score, -number, kept))
+        if len(self._top) <= self.highest:
+            return
+        _, number, kept = heapq.heappop(self._top)
+        heapq.heappush(self._sample, (self._chance(-number), -number, kept))
         if len(self._sample) > self.limit - self.highest:
             heapq.heappop(self._sample)
 

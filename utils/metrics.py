@@ -170,14 +170,15 @@ class PixelMetrics:
         }
 
     def merge(self, state: dict[str, np.ndarray]) -> None:
-        """Add the images of another PixelMetrics, given its `state()`."""
-        n_images, n_regions = (int(n) for n in state["counts"])
-        self._scores.append(state["scores"])
-        self._regions.append(state["regions"])
+        """Add the images of another PixelMetrics, given its `state()`, as arrays or CPU tensors."""
+        arrays = {name: np.asarray(values) for name, values in state.items()}
+        n_images, n_regions = (int(n) for n in arrays["counts"])
+        self._scores.append(arrays["scores"])
+        self._regions.append(arrays["regions"])
         self._n_images += n_images
         self._n_regions += n_regions
-        self._published.background += state["published_background"]
-        self._published.overlap += state["published_overlap"]
+        self._published.background += arrays["published_background"]
+        self._published.overlap += arrays["published_overlap"]
         self._published.n_regions += n_regions
         self._sorted = False
 

@@ -66,7 +66,10 @@ def write_report(
     kept = gallery.by_score()
     parts = list(kept[0].maps) if kept else []
     scales = {
-        part: color_scale([item.maps[part].values()[::2, ::2] for item in kept if part in item.maps]) for part in parts
+        part: color_scale(
+            np.concatenate([item.maps[part].values()[::2, ::2].ravel() for item in kept if part in item.maps])
+        )
+        for part in parts
     }
     shown_kinds = [kind_of(item.entry, threshold) for item in kept]
     fields = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from utils.metrics import PROTOCOLS
 from utils.report import write_report
 from utils.results import Results
 from utils.tables import safe_cell
-from utils.visualize import color_scale, strip, write_png
+from utils.visualize import Thumbnails, strip, write_png
 
 PROGRAM = "usad"  # the mark by which a later run knows its own files
 REPORT = "report.html"
@@ -68,7 +69,7 @@ def write_average(path: Path, metrics: dict[str, dict[str, Any]]) -> dict[str, A
 
 def write_scores(path: Path, results: Results) -> None:
     """scores.csv: path, label, score of each test image, with the branches' own scores behind a fused one."""
-    columns = {name: np.concatenate(scores) for name, scores in results.scores.items()}
+    columns = results.scores
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "label", "score", *list(columns)[1:]])
@@ -83,11 +84,10 @@ def write_map(folder: Path, item: Item, anomaly_map: np.ndarray) -> None:
         Image.fromarray(anomaly_map).save(temporary)
 
 
-def write_heatmaps(folder: Path, results: Results) -> None:
+def write_heatmaps(folder: Path, items: Sequence[Item], thumbnails: Thumbnails, scale: tuple[float, float]) -> None:
     """One strip for each test image, <folder>/<defect>/<stem>.png, all on one colour scale."""
-    scale = color_scale(results.thumbnails)
-    pairs = list(zip(results.items, results.thumbnails, strict=True))
-    for item, image in tqdm(pairs, desc="heat maps", unit="image", leave=False, disable=None):
+    pairs = zip(items, thumbnails, strict=True)
+    for item, image in tqdm(pairs, desc="heat maps", total=len(items), unit="image", leave=False, disable=None):
         write_png(_result_path(folder, item, ".png"), strip(item, image, scale))
 
 

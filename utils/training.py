@@ -15,6 +15,7 @@ from models.backbones import BackboneSpec, build_backbone, empty_backbone
 from models.branch import Branch
 from models.calibration import calibrate
 from models.gaussian import COVARIANCES
+from utils import distributed
 from utils.checkpoint import check_replaceable
 from utils.cli import (
     Parser,
@@ -80,6 +81,17 @@ def add_token_flags(parser: Parser) -> None:
     )
 
 
+def add_budget_flag(parser: Parser, default: float) -> None:
+    """The flag of the branches that learn from the training images' patches themselves."""
+    parser.add_argument(
+        "--patch-budget",
+        type=number(float, 0, above=True),
+        default=default,
+        help="GB (10^9 bytes) of memory for the training patches; of more of them a seeded sample is taken, as many of "
+        f"each image (default: {default:g})",
+    )
+
+
 def run_training(args: argparse.Namespace, branch_class: type[Branch], **settings: Any) -> None:
     """Fit the branch on each category, write its checkpoint and, unless --no-eval, its results."""
     if args.no_eval and (args.save_maps or args.no_images):
@@ -101,21 +113,24 @@ def run_training(args: argparse.Namespace, branch_class: type[Branch], **setting
         if not args.no_eval:
             claim_folder(args.results_dir / name / branch_class.name)
     average = average_path(args.results_dir, branch_class.name)
-    categories = [open_category(args.data_root, name) for name in names]
+    with distributed.one_per_machine_first():
+        categories = [open_category(args.data_root, name) for name in names]
     for category in categories:
         split_training(category.train_items(), args.train_ratio, args.holdout_ratio, args.seed)
         if not args.no_eval:
             category.test_items()
-    backbone = build_backbone(spec, device, precision=args.precision)
+    with distributed.one_per_machine_first():
+        backbone = build_backbone(spec, device, precision=args.precision)
     metrics = {}
     for category in categories:
         branch = fit_branch(args, category, branch_class(backbone, **settings))
         path = checkpoint_path(args.models_dir, category.name, branch_class)
-        branch.save(path)
+        if distributed.is_first():
+            branch.save(path)
         print(f"{category.name}: wrote {path}", flush=True)
         if not args.no_eval:
             metrics[category.name] = test_branch(args, category, branch)
-    if len(metrics) > 1:
+    if len(metrics) > 1 and distributed.is_first():
         print(f"average of {len(metrics)} categories")
         print_metrics(branch_class.name, write_average(average, metrics))
 
@@ -125,6 +140,9 @@ def fit_branch(args: argparse.Namespace, category: Category, branch: Branch) -> 
     items = category.train_items()
     fitted, held = split_training(items, args.train_ratio, args.holdout_ratio, args.seed)
     branch.fit(make_loader(args, ImageDataset(fitted, branch.image_size, "bilinear"), f"{branch.name} fit", branch))
+    learned = distributed.from_first(branch.state)
+    if not distributed.is_first():
+        branch.load_state(learned)
     if held:
         dataset = ImageDataset(held, branch.image_size, "bicubic")
         branch.calibration = calibrate(branch, make_loader(args, dataset, f"{branch.name} held out", branch))
@@ -186,8 +204,9 @@ def test_branch(args: argparse.Namespace, category: Category, branch: Branch) ->
         images=not args.no_images,
         save_maps=args.save_maps,
     )
-    print_metrics(branch.name, metrics)
-    print(f"{category.name}: results in {folder}", flush=True)
+    if distributed.is_first():
+        print_metrics(branch.name, metrics)
+        print(f"{category.name}: results in {folder}", flush=True)
     return metrics
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
+from array import array
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import cv2
@@ -9,23 +13,56 @@ import numpy as np
 
 from datasets.images import read_image, read_mask
 from datasets.mvtec import Item
-from utils.files import atomic_write
+from utils.files import atomic_write, nearest_existing
 
 PANEL_HEIGHT = 256
 HEADER = 22
+SCALE_PIXELS = 1 << 22  # that decide the range of the colours
 TITLES = ("input", "ground truth", "anomaly map", "overlay")
 
 
-def thumbnail(anomaly_map: np.ndarray) -> np.ndarray:
-    """A map [S, S] at no more than the strip's height: what is kept until the common scale is known."""
-    if max(anomaly_map.shape) > PANEL_HEIGHT:
-        anomaly_map = cv2.resize(anomaly_map, (PANEL_HEIGHT, PANEL_HEIGHT), interpolation=cv2.INTER_AREA)
-    return anomaly_map.astype(np.float32)
+class Thumbnails:
+    """Maps [S, S] at no more than a strip's height, on disk until the scale common to all images is known.
+
+    They lie on the disk of `folder`, which need not exist yet. `expected` is the number of all maps: of each, so many
+    pixels stay in memory that there are about SCALE_PIXELS.
+    """
+
+    def __init__(self, folder: Path, expected: int) -> None:
+        self.expected = expected
+        self._file = tempfile.TemporaryFile(dir=nearest_existing(folder))  # noqa: SIM115 (gone when this object is)
+        self._shape: tuple[int, ...] = ()
+        self._pixels = array("f")
+
+    def add(self, anomaly_map: np.ndarray) -> None:
+        """Take in a map; all have the same size."""
+        if max(anomaly_map.shape) > PANEL_HEIGHT:
+            anomaly_map = cv2.resize(anomaly_map, (PANEL_HEIGHT, PANEL_HEIGHT), interpolation=cv2.INTER_AREA)
+        small = anomaly_map.astype(np.float32)
+        self._shape = small.shape
+        self._file.write(small.tobytes())
+        self._pixels.frombytes(small.ravel()[:: -(-self.expected * small.size // SCALE_PIXELS)].tobytes())
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        self._file.seek(0)
+        while data := self._file.read(4 * math.prod(self._shape)):
+            yield np.frombuffer(data, np.float32).reshape(self._shape)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The pixels in memory, which decide the scale."""
+        return {"pixels": np.array(self._pixels)}
+
+    def merge(self, state: Mapping[str, np.ndarray]) -> None:
+        """Let others' maps count for the scale, given their `state()`."""
+        self._pixels.frombytes(np.asarray(state["pixels"]).tobytes())
+
+    def scale(self) -> tuple[float, float]:
+        """The range that colours stand for."""
+        return color_scale(np.frombuffer(self._pixels, np.float32))
 
 
-def color_scale(maps: list[np.ndarray]) -> tuple[float, float]:
-    """The range that colours stand for, common to all images: median to 99.9th percentile of the pixels."""
-    pixels = np.concatenate([image.ravel()[::7] for image in maps])
+def color_scale(pixels: np.ndarray) -> tuple[float, float]:
+    """The range that colours stand for, common to all images: median to 99.9th percentile of the pixels [N]."""
     low, high = (float(value) for value in np.percentile(pixels, (50, 99.9)))
     return low, max(high, low + 1e-12)
 

@@ -1,0 +1,160 @@
+"""Two processes under torchrun do what one does; an error in one ends both."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import draw_category, run_in_process, small_flags
+
+from utils import distributed
+from utils.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("ma_clu", "ma2patch", "pc", "fusion")
+FLAGS = {
+    "train_ma_clu": ("--holdout-ratio", 0.2, "--patch-budget", 1e-5),
+    "train_ma2patch": ("--holdout-ratio", 0.2, "--covariance", "ledoit-wolf"),
+    "train_pc": ("--holdout-ratio", 0.2, "--patch-budget", 1e-4),
+    "test_fusion": ("--fusion", "standardized", "--false-alarm-rate", 0.4, "--save-maps"),
+}
+
+
+def torchrun(script: str, *arguments) -> subprocess.CompletedProcess:
+    """Run a script in two processes on the CPU."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    return subprocess.run(
+        [sys.executable, *launcher, ROOT / f"{script}.py", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def flags_of(root: Path, script: str) -> list:
+    """Small batches, so that two processes have images each but for those held out."""
+    flags = small_flags(root, script)
+    if script == "test_fusion":
+        place = flags.index("--weights")
+        del flags[place : place + 2]
+    return [*flags, *FLAGS[script], "--batch-size", 2]
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory) -> tuple[Path, Path]:
+    """The folders of one process and of two that ran all four scripts on the same data."""
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    draw_category(one / "data" / "belt", train=12)
+    shutil.copytree(one / "data", two / "data")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for script in FLAGS:
+            finished = run_in_process(script, *flags_of(one, script))
+            assert finished.code == 0, finished.err
+            both = torchrun(script, *flags_of(two, script))
+            assert both.returncode == 0, both.stderr
+            assert both.stdout == finished.out.replace(str(one), str(two))  # the second process says nothing
+    finally:
+        torch.set_num_threads(threads)
+    return one, two
+
+
+def close(ours, theirs, tolerance: float) -> bool:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return ours.shape == theirs.shape and np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("branch", PARTS[:3])
+def test_checkpoints(roots, branch):
+    (one, first), (two, second) = (
+        load_checkpoint(root / "models" / "belt" / f"{branch}.safetensors") for root in roots
+    )
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert close(two[name], tensor, 1e-6), name
+    if branch == "pc":
+        assert torch.equal(one["bank"], two["bank"])  # the same patches in the same order
+    assert second.pop("calibration") == pytest.approx(first.pop("calibration"), rel=1e-6)
+    assert second == first
+
+
+def numbers(value, path=""):
+    """The figures of nested dictionaries by path."""
+    if isinstance(value, dict):
+        return {k: v for key, entry in value.items() for k, v in numbers(entry, f"{path}/{key}").items()}
+    return {path: value}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_results(roots, part):
+    folders = [root / "result" / "belt" / part for root in roots]
+    one, two = (numbers(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))) for folder in folders)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert two[name] == (value if isinstance(value, list | str | None) else pytest.approx(value, rel=1e-9)), name
+    files = [{path.relative_to(folder) for path in folder.rglob("*")} for folder in folders]
+    assert files[0] == files[1]
+    rows = [list(csv.reader((folder / "scores.csv").read_text(encoding="utf-8").splitlines())) for folder in folders]
+    assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
+    scores = [[list(map(float, row[2:])) for row in table[1:]] for table in rows]
+    assert close(scores[1], scores[0], 1e-9)
+    for strip in sorted(folders[0].glob("heatmaps/*/*.png")):
+        pictures = [np.asarray(Image.open(f / strip.relative_to(folders[0]))).astype(int) for f in folders]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 40 and (pictures[0] != pictures[1]).mean() < 1e-3
+
+
+def test_processes_are_in_the_configuration(roots):
+    configs = [json.loads((root / "result/belt/fusion/config.json").read_text(encoding="utf-8")) for root in roots]
+    assert [config["processes"] for config in configs] == [1, 2]
+
+
+def test_report_and_operating_point(roots):
+    one, two = ((root / "result/belt/fusion/report.html").read_text(encoding="utf-8") for root in roots)
+    assert one.count("<article") == two.count("<article") == 7
+    assert one.count("data:image/webp") == two.count("data:image/webp")
+    points = [numbers(json.loads((root / "models/belt/usad.json").read_text(encoding="utf-8"))) for root in roots]
+    for name in ("/threshold", "/pixel_threshold", "/expected_rate"):
+        assert points[1][name] == pytest.approx(points[0][name], rel=1e-6)
+
+
+def test_an_unreadable_file_of_the_second_process_ends_both_with_one_line(roots, tmp_path):
+    data = shutil.copytree(roots[0] / "data", tmp_path / "data")
+    spoilt = data / "belt" / "train" / "good" / "011.png"  # the last one
+    spoilt.write_bytes(spoilt.read_bytes()[:100])
+    flags = [*small_flags(tmp_path, "train_pc"), "--train-ratio", 1, "--batch-size", 2, "--no-eval"]
+    finished = torchrun("train_pc", *flags)
+    errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert finished.returncode not in (0, -9) and len(errors) == 1 and "011.png" in errors[0]
+    assert not finished.stdout and not (tmp_path / "models").exists()
+
+
+def test_a_script_for_one_process_says_so(monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    finished = run_in_process("predict", "frames")
+    assert finished.code == 2 and "start it with python, not torchrun" in finished.err
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "processes"), [(13, 3, 2), (12, 4, 5), (1, 32, 8), (0, 4, 2), (64, 1, 3)]
+)
+def test_shards_are_whole_batches_in_order(monkeypatch, count, batch_size, processes):
+    monkeypatch.setattr(distributed, "size", lambda: processes)
+    shards = []
+    for rank in range(processes):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shards.append(distributed.shard(count, batch_size))
+    assert [index for shard in shards for index in shard] == list(range(count))
+    assert all(len(shard) % batch_size == 0 or shard.stop == count for shard in shards)
+    batches = [-(-len(shard) // batch_size) for shard in shards]
+    assert max(batches) - min(batches) <= 1 and len(shards[0]) >= min(count, batch_size)

@@ -1,0 +1,189 @@
+"""The processes that share a run, on one machine or many: torchrun starts them, and one alone is the same run.
+
+Images are dealt out in contiguous shards. What a pass over them gathers is held by accumulators, objects with
+`state()`, a dictionary of tensors, and `merge(state)`. `collect` brings them together on the first process, which alone
+selects, writes and speaks; `from_first` hands what it found to all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.errors import InputError
+
+State = Mapping[str, "Tensor | np.ndarray"]
+PATIENCE = datetime.timedelta(days=7)  # for the first process, which may select for hours while the others wait
+FAILURES = "usad/failures"
+
+_store: dist.Store | None = None  # torchrun's own key-value store, where there are several processes
+
+
+class Accumulator(Protocol):
+    """Something gathered from images, which can take in what was gathered from others."""
+
+    def state(self) -> State: ...
+
+    def merge(self, state: State) -> None: ...
+
+
+class Abandoned(Exception):
+    """Another process of the run has failed, and has said why."""
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Within it the processes that torchrun started know each other; all but the first print nothing.
+
+    Tensors on GPUs travel by NCCL, all others by gloo.
+    """
+    global _store
+    if not is_launched():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    _store, rank, count = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=count, timeout=PATIENCE)
+    with contextlib.ExitStack() as stack:
+        if rank > 0:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+    dist.destroy_process_group()
+
+
+def size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among them, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that selects, writes and speaks."""
+    return rank() == 0
+
+
+def local_rank() -> int:
+    """This process's number among those of its machine, from 0."""
+    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
+
+
+def own_gpu(name: str) -> str:
+    """The GPU of this process where `--device` names GPUs; raises InputError where it has none of its own."""
+    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if name != "cuda":
+        raise InputError(f"--device {name} is one GPU for {processes} processes; use auto, which gives each its own")
+    if processes > gpus:
+        raise InputError(f"{processes} processes for {gpus} GPUs on this machine; lower torchrun's --nproc-per-node")
+    torch.cuda.set_device(local_rank())
+    return f"cuda:{local_rank()}"
+
+
+def shard(count: int, batch_size: int) -> range:
+    """This process's share of `count` images: contiguous, and whole batches of those that one process would form.
+
+    So every number comes out of the very batch that it would come out of there, and does not depend on the processes.
+    """
+    batches = -(-count // batch_size)
+    start, stop = (-(-batches * part // size()) * batch_size for part in (rank(), rank() + 1))
+    return range(min(start, count), min(stop, count))
+
+
+def collect(*accumulators: Accumulator) -> bool:
+    """Merge the accumulators of all processes, in their order, into the first one's; whether this is the first."""
+    for accumulator in accumulators:
+        if not is_first():
+            _transfer(accumulator.state(), partial(dist.send, dst=0))
+            continue
+        for source in range(1, size()):
+            accumulator.merge(_transfer(None, partial(dist.recv, src=source)))
+    return is_first()
+
+
+def from_first(compute: Callable[[], State]) -> State:
+    """The tensors that `compute` gives on the first process, which alone calls it, on every process."""
+    state = compute() if is_first() else None
+    return state if size() == 1 else _transfer(state, partial(dist.broadcast, src=0))
+
+
+def all_rows(rows: Tensor) -> Tensor:
+    """The rows [n, ...] of all processes, in their order, on every process; for little data, on the CPU."""
+    if size() == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(size())]
+    dist.all_gather(counts, torch.tensor([len(rows)]))
+    parts = [rows.new_empty(max(counts), *rows.shape[1:]) for _ in counts]
+    padded = torch.cat([rows, rows.new_zeros(len(parts[0]) - len(rows), *rows.shape[1:])])
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+@contextlib.contextmanager
+def one_per_machine_first() -> Iterator[None]:
+    """What the block downloads, one process of each machine downloads; the others find it there."""
+    if local_rank() > 0:
+        _meet()
+    yield
+    if local_rank() == 0:
+        _meet()
+
+
+def check() -> None:
+    """Raise Abandoned where another process has failed."""
+    if _store is not None and _store.check([FAILURES]):
+        raise Abandoned
+
+
+def first_to_fail() -> bool:
+    """Whether this process is the first of its run to fail, which alone says why; to be asked once."""
+    try:
+        return _store is None or _store.add(FAILURES, 1) == 1
+    except RuntimeError:  # the store has gone away with the process that kept it
+        return False
+
+
+def _meet() -> None:
+    """Wait until all processes are here."""
+    all_rows(torch.zeros(0))
+
+
+def _transfer(state: State | None, move: Callable[[Tensor], object]) -> dict[str, Tensor]:
+    """Send `state`, or receive one where it is None: `move` sends a tensor or fills it.
+
+    A description of the tensors goes ahead, by gloo: a process waits there, and NCCL is used only once both are ready.
+    """
+    receiving = state is None
+    tensors = {name: torch.as_tensor(value) for name, value in (state or {}).items()}
+    layout = [(name, str(tensor.dtype), tensor.shape, tensor.device.type) for name, tensor in tensors.items()]
+    header = torch.frombuffer(bytearray(json.dumps(layout).encode()), dtype=torch.uint8)
+    length = torch.tensor([len(header)])
+    move(length)
+    if receiving:
+        header = torch.empty(int(length), dtype=torch.uint8)
+    move(header)
+    for name, dtype, shape, device in json.loads(header.numpy().tobytes()):
+        if receiving:
+            tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
+        if tensors[name].numel():
+            move(tensors[name].detach().contiguous().view(-1).view(torch.uint8))
+    return tensors
