@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from datasets.images import IMAGENET_MEAN, IMAGENET_STD
 from models import networks
-from models.inference import fold_batch_norms, use_onednn
+from models.inference import OneDNNAttention, fold_batch_norms, onednn_available, use_onednn
 from models.weights import pretrained_state_dict, random_state_dict, read_state_dict
 from utils.errors import InputError
 
@@ -72,6 +72,7 @@ class Backbone(nn.Module):
         self.net = net
         self.spec = spec
         self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells the device, weights or none
+        self.attention: type[contextlib.AbstractContextManager] = contextlib.nullcontext
         self.eval().requires_grad_(False)
 
     @property
@@ -86,7 +87,7 @@ class Backbone(nn.Module):
         """Normalised images [B, 3, S, S], S the spec's image size."""
         if images.shape[-2:] != (self.spec.image_size,) * 2:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, the backbone takes {self.spec.image_size}")
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._autocast(), self.attention():
             outputs = self.extract(images.contiguous(memory_format=torch.channels_last))
             return tuple(output.float() for output in outputs)
 
@@ -203,8 +204,9 @@ def build_backbone(
     backbone.spec = dataclasses.replace(spec, fingerprint=mark, precision=precision)
     backbone.finish()
     backbone.to(device)
-    if backbone.device.type == "cpu" and precision == "fp32":
+    if backbone.device.type == "cpu" and precision == "fp32" and onednn_available():
         use_onednn(backbone, spec.image_size)
+        backbone.attention = OneDNNAttention
     return backbone
 
 

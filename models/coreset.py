@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from models.inference import linear
 from models.neighbors import exact_matmul
 
 HEAD = 256  # points whose mutual distances are computed in one pass, to take many centres from it
@@ -36,7 +37,7 @@ def sparse_projection(features: Tensor, eps: float = 0.9, seed: int = 22) -> Ten
     components = SparseRandomProjection(eps=eps, random_state=seed).fit(shape_only).components_
     matrix = torch.from_numpy(components.toarray().astype(np.float32)).to(features.device)
     with exact_matmul(features.device):
-        return features.float() @ matrix.T
+        return linear(features.float(), matrix)
 
 
 def greedy_k_center(features: Tensor, size: int, progress: bool = True) -> Tensor:

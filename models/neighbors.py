@@ -9,6 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from models.inference import linear
+
 SPARE = 2  # candidates beyond k that the fast pass keeps for the exact one
 GROUP = 64  # bank rows that one minimum stands for while candidates are sought
 UNIT32 = 2.0**-24  # relative rounding error of one float32 operation
@@ -105,7 +107,7 @@ class NearestNeighbors:
         near = scores.long()
         for start in range(0, count, step):
             rows = self.bank[start : start + step]
-            block = torch.addmm(self.squares[start : start + step], centered, rows.T, alpha=-2)
+            block = linear(-2 * centered, rows, self.squares[start : start + step])
             values, columns = _smallest(block, min(keep, len(rows)))
             scores, near = torch.cat([scores, values], 1), torch.cat([near, columns + start], 1)
             scores, order = scores.topk(min(keep, scores.shape[1]), largest=False)
