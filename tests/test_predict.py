@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import http.server
 import json
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -138,6 +140,19 @@ def test_boxes_lie_on_the_object_in_source_pixels(size, place):
     step = max(size) / 96 + 1
     assert np.allclose([y, y + height, x, x + width], place, atol=step)
     assert result.anomalous and result.area == pytest.approx((bottom - top) * (right - left), rel=0.25)
+
+
+def test_the_call_in_the_readme(trained, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from models import USAD.*?)```", text, re.DOTALL)
+    shutil.copytree(trained / "data" / "belt", tmp_path / "data" / "coal_demo")
+    shutil.copytree(trained / "models" / "belt", tmp_path / "saved_models" / "coal_demo")
+    monkeypatch.chdir(tmp_path)
+    exec(code, names := {})
+    shape, verdict, branches = "(56, 72)", "None None", "['ma_clu', 'ma2patch', 'pc']"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:4] == lines[5:] == [shape, verdict, branches]
+    assert float(lines[4]) == names["prediction"].score == names["usad"]("data/coal_demo/test/good/000.png")[0].score
 
 
 def test_call_in_batches_gives_the_same():

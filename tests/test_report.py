@@ -206,6 +206,17 @@ def test_given_threshold_is_not_called_orientation(tmp_path):
     assert [attrs["data-kind"] for attrs in page.cards] == ["hits", "hits", "false-alarms", "normal"]
 
 
+@pytest.mark.parametrize("score, labels", [(2.5, [0, 0, 1, 1]), (9.0, [0, 0, 1, 1]), (2.5, [0, 0, 0, 0])])
+def test_filters_for_false_alarms_and_misses_are_always_there(tmp_path, score, labels):
+    write_report(tmp_path / "r.html", "t", small_gallery(labels), threshold=Threshold(score, None, "given"))
+    page = Page(tmp_path / "r.html")
+    kinds = [attrs["data-kind"] for attrs in page.cards]
+    counts = dict(re.findall(r'data-filter="([a-z-]+)"[^>]*>[^<]*<b>(\d+)</b>', page.source))
+    judged = set(kinds) & {"hits", "misses", "false-alarms"}
+    assert counts.keys() >= ({"false-alarms", "misses"} if judged else set())
+    assert counts == {kind: str(kinds.count(kind)) for kind in counts}
+
+
 def test_only_normal_images_give_undefined_figures_and_no_threshold(tmp_path):
     category = draw_category(tmp_path / "data", good=4, bad=0)
     run_evaluation(category, tmp_path / "out")

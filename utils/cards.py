@@ -52,11 +52,12 @@ KINDS = {
 
 
 def filters(kinds: list[Kind]) -> str:
-    """A button for every kind that there is; false alarms and misses also where there are none."""
+    """A button for every kind that there is; of judged images false alarms and misses also where there are none."""
     buttons = [("", "All", len(kinds))]
+    judged = {"false-alarms", "misses", "hits"} & {kind.key for kind in kinds}
     for kind in dict.fromkeys(KINDS.values()):
         count = kinds.count(kind)
-        if count or (kind.key in ("false-alarms", "misses") and KINDS[1, True] in kinds):
+        if count or (kind.key in ("false-alarms", "misses") and judged):
             buttons.append((kind.key, kind.many, count))
     return "".join(
         f'<button type="button" data-filter="{key}" aria-pressed="{"false" if key else "true"}">{name} '
