@@ -109,6 +109,7 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"--{flag.replace('_', '-')} has no effect without the table {table}; leave it out")
     if args.seeds and args.tables == ["speed"]:
         parser.error("--seeds has no effect on the table speed alone; leave it out")
+    args.seeds = args.seeds and list(dict.fromkeys(args.seeds))
     args.sweeps = args.sweeps or list(SWEEPS)
     args.baselines = args.baselines or list(BASELINES)
     return args
@@ -146,7 +147,6 @@ def reproduce(args: argparse.Namespace, category: Category, fusions: list[Fusion
         "images": len(images.items),
         "anomalous": int(images.labels.sum()),
         "seeds": args.seeds,
-        "seeds_in_words": in_words(args.seeds),
     }
     with tqdm(total=len(cells), desc=category.name, unit="cell", disable=None) as progress:
         for table in tables:
@@ -161,7 +161,7 @@ def reproduce(args: argparse.Namespace, category: Category, fusions: list[Fusion
                 add_difference(table, store)
             write_table(folder, table, store, facts)
             tqdm.write(f"{category.name}: {folder / table.name}.md")
-    measurements.drop_fitted()
+    measurements.tidy()
     write_json(folder / "config.json", {"settings": settings_in_force(args, category), **environment(args)})
 
 
@@ -178,12 +178,6 @@ def plan(
             yield sensitivity(bench, fusions, args.sweeps)
         else:
             yield speed(bench, fusions[0], args.models_dir / category.name)
-
-
-def in_words(seeds: list[int] | None) -> str:
-    if not seeds:
-        return "The checkpoints as they are."
-    return f"Mean{' ± standard deviation' if len(seeds) > 1 else ''} over the seeds {', '.join(map(str, seeds))}."
 
 
 if __name__ == "__main__":

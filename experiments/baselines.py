@@ -54,7 +54,7 @@ def find_baselines(python: Path | None, names: list[str], weights: list[str]) ->
     folder = "Scripts/python.exe" if (ROOT / ENVIRONMENT / "Scripts").is_dir() else "bin/python"
     path = python or ROOT / ENVIRONMENT / folder
     for file in weights:
-        if file not in KINDS and not Path(file).is_file():
+        if not (weights == [file] and file in KINDS) and not Path(file).is_file():
             raise InputError(f"--baselines-weights {file}: no such file; give pretrained, random, or files of weights")
     version = None
     if path.exists():

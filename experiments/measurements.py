@@ -64,7 +64,7 @@ class Measurements:
     """Measures variants on the test images, or finds them measured in `folder`.
 
     A measurement takes 4 bytes a patch and 8 bytes an image: about 10 KB an image for the three branches at the
-    paper's sizes. Branches fitted for it lie in `folder`/fitted until `drop_fitted`.
+    paper's sizes. Branches fitted for it lie in `folder`/fitted until `tidy`.
     """
 
     def __init__(
@@ -126,9 +126,13 @@ class Measurements:
         branch.save(path)
         return branch
 
-    def drop_fitted(self) -> None:
-        """Remove the fitted branches, when all that they are for has been measured."""
-        shutil.rmtree(self.folder / "fitted", ignore_errors=True)
+    def tidy(self) -> None:
+        """Remove the fitted branches, when all that they are for has been measured, and what a killed run left."""
+        for leftover in (self.folder / "fitted", *self.folder.glob(".*")):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
 
     def training_digest(self) -> str:
         if self._training_digest is None:

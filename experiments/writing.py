@@ -30,7 +30,11 @@ def write_table(folder: Path, table: Table, store: CellStore, facts: dict[str, A
 def markdown(table: Table, sections: list[tuple[Section, list[dict[str, Any]]]], facts: dict[str, Any]) -> str:
     """The table to read: means, with ± standard deviation where there are several seeds."""
     lines = [f"# {table.title}: {facts['category']}", ""]
-    lines += [f"{facts['images']} test images, {facts['anomalous']} anomalous. " + facts["seeds_in_words"], ""]
+    seeds = facts["seeds"]
+    source = "the checkpoints as they are"
+    if seeds:
+        source = f"mean{' ± standard deviation' * (len(seeds) > 1)} over the seeds {', '.join(map(str, seeds))}"
+    lines += [f"{facts['images']} test images, {facts['anomalous']} anomalous; {source}.", ""]
     for section, rows in sections:
         names = [name for name in table.columns if any(name in row["figures"] for row in rows)]
         labels = list(rows[0]["labels"])
