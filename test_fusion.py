@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets.mvtec import Category, ImageDataset, find_categories
 from models import BRANCHES, USAD
-from models.operating_point import OperatingPoint, find_operating_point
+from models.operating_point import OperatingPoint, checkpoint_digests, find_operating_point
 from models.usad import checkpoint_paths
 from utils import distributed
 from utils.cli import (
@@ -75,6 +75,7 @@ def parse_args() -> argparse.Namespace:
 def test(args: argparse.Namespace, category: Category, device: str) -> dict[str, Any]:
     """Load the category's three checkpoints, test their fusion and write its results."""
     checkpoints = args.models_dir / category.name
+    distributed.require_same("checkpoints in --models-dir", lambda: checkpoint_digests(checkpoints).values())
     with distributed.one_per_machine_first():
         usad = USAD.load(
             checkpoints,

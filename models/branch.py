@@ -45,7 +45,11 @@ class Branch(abc.ABC):
 
     @abc.abstractmethod
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:
-        """Learn what is normal from batches whose "image" is [B, 3, S, S], ImageNet-normalised."""
+        """Learn what is normal from batches whose "image" is [B, 3, S, S], ImageNet-normalised; "index" is [B].
+
+        Of several processes each sees its share; the first learns from what all gathered (utils/distributed.py), and
+        its `state` goes to the others.
+        """
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, S, S] at `image_size` -> scores [B], maps [B, S, S]; higher is more anomalous."""

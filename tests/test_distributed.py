@@ -18,6 +18,7 @@ from tiny import draw_category, run_in_process, small_flags
 
 from utils import distributed
 from utils.checkpoint import load_checkpoint
+from utils.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("ma_clu", "ma2patch", "pc", "fusion")
@@ -158,3 +159,13 @@ def test_shards_are_whole_batches_in_order(monkeypatch, count, batch_size, proce
     assert all(len(shard) % batch_size == 0 or shard.stop == count for shard in shards)
     batches = [-(-len(shard) // batch_size) for shard in shards]
     assert max(batches) - min(batches) <= 1 and len(shards[0]) >= min(count, batch_size)
+
+
+def test_machines_with_different_images_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_rows", lambda mark: torch.cat([mark, other]))
+    other = torch.tensor([1])
+    with pytest.raises(InputError, match="the machines do not have the same images"):
+        distributed.require_same("images", lambda: ["good/000.png"])
+    monkeypatch.setattr(distributed, "all_rows", lambda mark: torch.cat([mark, mark]))
+    distributed.require_same("images", lambda: ["good/000.png"])

@@ -263,4 +263,4 @@ def default_batch_size(device: str) -> int:
 
 
 def default_workers(device: str) -> int:
-    return min(8, os.cpu_count() or 1) if device.startswith("cuda") else 1
+    return min(8, max(1, (os.cpu_count() or 1) // distributed.local_size())) if device.startswith("cuda") else 1

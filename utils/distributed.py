@@ -11,7 +11,7 @@ import contextlib
 import datetime
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.files import digest_of_lines
 
 State = Mapping[str, "Tensor | np.ndarray"]
 PATIENCE = datetime.timedelta(days=7)  # for the first process, which may select for hours while the others wait
@@ -57,25 +58,27 @@ def processes() -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    _store, rank, count = next(dist.rendezvous("env://"))
-    dist.init_process_group(backend, store=_store, rank=rank, world_size=count, timeout=PATIENCE)
+    store, number, count = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
+    _store = store
     with contextlib.ExitStack() as stack:
-        if rank > 0:
+        if not is_first():
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         yield
     dist.destroy_process_group()
+    _store = None
 
 
 def size() -> int:
     """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _store is not None else 1
 
 
 def rank() -> int:
     """This process's number among them, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _store is not None else 0
 
 
 def is_first() -> bool:
@@ -83,18 +86,23 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def local_size() -> int:
+    """The number of processes on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if _store is not None else 1
+
+
 def local_rank() -> int:
     """This process's number among those of its machine, from 0."""
-    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
+    return int(os.environ["LOCAL_RANK"]) if _store is not None else 0
 
 
 def own_gpu(name: str) -> str:
     """The GPU of this process where `--device` names GPUs; raises InputError where it has none of its own."""
-    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    gpus = torch.cuda.device_count()
     if name != "cuda":
-        raise InputError(f"--device {name} is one GPU for {processes} processes; use auto, which gives each its own")
-    if processes > gpus:
-        raise InputError(f"{processes} processes for {gpus} GPUs on this machine; lower torchrun's --nproc-per-node")
+        raise InputError(f"--device {name} is one GPU for {local_size()} processes; use auto, which gives each its own")
+    if local_size() > gpus:
+        raise InputError(f"{local_size()} processes for {gpus} GPUs on this machine; lower torchrun's --nproc-per-node")
     torch.cuda.set_device(local_rank())
     return f"cuda:{local_rank()}"
 
@@ -136,6 +144,14 @@ def all_rows(rows: Tensor) -> Tensor:
     padded = torch.cat([rows, rows.new_zeros(len(parts[0]) - len(rows), *rows.shape[1:])])
     dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def require_same(what: str, lines: Callable[[], Iterable[str]]) -> None:
+    """Raise InputError where the processes do not have the same `lines`, as where machines hold different copies."""
+    if size() > 1:
+        mark = torch.tensor([int(digest_of_lines(lines())[:15], 16)])
+        if len(all_rows(mark).unique()) > 1:
+            raise InputError(f"the machines do not have the same {what}; share one disk, or copy it to all of them")
 
 
 @contextlib.contextmanager

@@ -224,6 +224,7 @@ def checkpoint_path(models_dir: Path, category: str, branch_class: type[Branch])
 
 def make_loader(args: argparse.Namespace, dataset: ImageDataset, description: str, model: Any) -> ImageLoader:
     """A loader for `model`'s device with the batch size and the workers of the settled flags."""
+    distributed.require_same("images in --data-root", lambda: (item.name for item in dataset.items))
     pin_memory = torch.device(model.device).type == "cuda"
     return ImageLoader(dataset, args.batch_size, args.workers, description, pin_memory)
 
