@@ -8,6 +8,7 @@ The four files are read as plain numbers: nothing in them is executed.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from models.patchcore import PatchCore
 from utils.checkpoint import check_replaceable
 from utils.cli import Parser, category_name, run
 from utils.errors import InputError
+from utils.locks import file_lock
 from utils.published import PublishedCheckpoints, read_published
 from utils.training import checkpoint_path
 
@@ -44,13 +46,15 @@ def main() -> None:
     args = parser.parse_args()
     published = read_published(args.source)
     paths = {branch: checkpoint_path(args.models_dir, args.category, branch) for branch in NETWORKS}
-    for path in paths.values():
-        check_replaceable(path)
-    branches = [convert(branch, published, weights_of(args, branch), args.source) for branch in NETWORKS]
-    for branch in branches:
-        branch.training = {"category": args.category, "source": "the authors' checkpoint files"}
-        branch.save(paths[type(branch)])
-        print(f"{args.category}: wrote {paths[type(branch)]}")
+    with contextlib.ExitStack() as locks:
+        for path in paths.values():
+            check_replaceable(path)
+            locks.enter_context(file_lock(path))
+        branches = [convert(branch, published, weights_of(args, branch), args.source) for branch in NETWORKS]
+        for branch in branches:
+            branch.training = {"category": args.category, "source": "the authors' checkpoint files"}
+            branch.save(paths[type(branch)])
+            print(f"{args.category}: wrote {paths[type(branch)]}")
 
 
 def weights_of(args: Any, branch_class: type[Branch]) -> str:

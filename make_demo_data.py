@@ -29,6 +29,7 @@ from datasets.scenes import draw_scene
 from utils.cli import Parser, category_name, number, run
 from utils.errors import InputError
 from utils.files import write_json
+from utils.locks import file_lock
 
 MARKER = ".usad_demo.json"
 
@@ -107,11 +108,20 @@ def is_whole(folder: Path, settings: Settings) -> bool:
     return all((folder / name).is_file() for name in file_names(settings))
 
 
+def beside(folder: Path) -> tuple[Path, Path]:
+    """Where a data set is drawn, and where the one before it goes for a moment."""
+    return folder.with_name(f".{folder.name}.drawing"), folder.with_name(f".{folder.name}.replaced")
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a run that was killed has left beside `folder`."""
+    for leftover in beside(folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def make(folder: Path, settings: Settings, workers: int) -> None:
     """Draw the data set beside `folder`, then put it in place of what is there in one step."""
-    drawing, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("drawing", "replaced"))
-    for leftover in (drawing, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+    drawing, replaced = beside(folder)
     for name in file_names(settings):
         (drawing / name).parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -121,8 +131,7 @@ def make(folder: Path, settings: Settings, workers: int) -> None:
             folder.rename(replaced)
         drawing.rename(folder)
     finally:
-        shutil.rmtree(drawing, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        clear_leftovers(folder)
 
 
 def draw_all(folder: Path, settings: Settings, workers: int) -> None:
@@ -161,10 +170,12 @@ def main() -> None:
 
     folder = args.data_root / args.category
     settings = Settings(args.size, args.train, args.good, args.anomalous, args.seed)
-    if previous_settings(folder) == settings and is_whole(folder, settings):
-        print(f"{folder} is already drawn with these settings")
-        return
-    make(folder, settings, args.workers or min(os.cpu_count() or 1, 16))
+    with file_lock(folder):
+        clear_leftovers(folder)
+        if previous_settings(folder) == settings and is_whole(folder, settings):
+            print(f"{folder} is already drawn with these settings")
+            return
+        make(folder, settings, args.workers or min(os.cpu_count() or 1, 16))
     print(f"{folder}: {args.train} training, {args.good} good and {args.anomalous} anomalous test frames")
 
 

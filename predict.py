@@ -34,10 +34,12 @@ from utils.cli import (
 from utils.errors import InputError
 from utils.evaluate import environment
 from utils.files import write_json
+from utils.locks import folder_lock
 from utils.predictions import SCRIPT, Recorder, check_output, clear_output
 from utils.redact import redact
 from utils.result_files import PROGRAM
 from utils.sources import Camera, Frame, Source, find_sources
+from utils.stopping import stoppable
 
 
 def main() -> None:
@@ -46,15 +48,16 @@ def main() -> None:
     check_output(args.out, sources)
     device = choose_device(args.device, args.precision)
     camera = next((source for source in sources if isinstance(source, Camera)), None)
-    if camera is None:
-        return look(args, device, sources, args.batch_size or default_batch_size(device))
-    if args.batch_size:
+    if camera and args.batch_size:
         raise InputError("--batch-size has no effect with a camera, whose frames go one by one; leave it out")
-    try:
-        camera.open(args.every)
-        look(args, device, [camera], 1)
-    finally:
-        camera.close()
+    with folder_lock(args.out):
+        if camera is None:
+            return look(args, device, sources, args.batch_size or default_batch_size(device))
+        try:
+            camera.open(args.every)
+            look(args, device, [camera], 1)
+        finally:
+            camera.close()
 
 
 def look(args: argparse.Namespace, device: str, sources: list[Source], batch_size: int) -> None:
@@ -151,7 +154,7 @@ def load(args: argparse.Namespace, device: str) -> USAD:
 def predict(usad: USAD, source: Source, every: int, batch_size: int, recorder: Recorder, quiet: bool) -> None:
     """All frames of one source, in order."""
     with tqdm(desc=source.name, unit="frame", leave=False, disable=quiet or None) as progress:
-        for frames in batches(source.frames(every), batch_size):
+        for frames in stoppable(batches(source.frames(every), batch_size)):
             predictions = usad([frame.image for frame in frames], batch_size)
             for frame, prediction in zip(frames, predictions, strict=True):
                 recorder.add(frame, prediction)

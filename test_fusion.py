@@ -8,10 +8,12 @@ python test_fusion.py --false-alarm-rate 0.01            # and the thresholds th
 from __future__ import annotations
 
 import argparse
+import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets.mvtec import Category, ImageDataset, find_categories
+from datasets.mvtec import Category, ImageDataset, Item, find_categories
 from models import BRANCHES, USAD
 from models.operating_point import OperatingPoint, checkpoint_digests, find_operating_point
 from models.usad import checkpoint_paths
@@ -21,6 +23,7 @@ from utils.cli import (
     add_data_flags,
     add_fusion_flags,
     add_run_flags,
+    add_skip_flag,
     add_weights_flags,
     number,
     run,
@@ -30,23 +33,30 @@ from utils.cli import (
     weights_by_branch,
 )
 from utils.evaluate import evaluate, print_metrics
+from utils.locks import folder_lock
 from utils.result_files import average_path, claim_folder, write_average
 from utils.training import held_out_items, make_loader, open_category, settings_in_force
+from utils.unreadable import leave_out_unreadable, named_at_once
 
 
 def main() -> None:
     args = parse_args()
     device = settle_run(args)
     names = find_categories(args.data_root, args.category)
-    for name in names:
-        checkpoint_paths(args.models_dir / name)
-        claim_folder(args.results_dir / name / USAD.name)
     average = average_path(args.results_dir, USAD.name)
-    with distributed.one_per_machine_first():
-        categories = [open_category(args.data_root, name) for name in names]
-    for category in categories:
-        category.test_items()
-    metrics = {category.name: test(args, category, device) for category in categories}
+    with contextlib.ExitStack() as locks:
+        for name in names:
+            checkpoint_paths(args.models_dir / name)
+            claim_folder(args.results_dir / name / USAD.name)
+            locks.enter_context(folder_lock(args.results_dir / name / USAD.name))
+        with distributed.one_per_machine_first():
+            categories = [open_category(args.data_root, name) for name in names]
+        with named_at_once(args, categories, partial(items_in_use, args)):
+            for category in categories:
+                if args.skip_unreadable:
+                    leave_out_unreadable(category, category.test_items(), args.workers)
+                category.test_items()
+            metrics = {category.name: test(args, category, device) for category in categories}
     if len(metrics) > 1 and distributed.is_first():
         print(f"average of {len(metrics)} categories")
         print_metrics(USAD.name, write_average(average, metrics))
@@ -67,6 +77,7 @@ def parse_args() -> argparse.Namespace:
     )
     add_weights_flags(parser, BRANCHES)
     add_run_flags(parser)
+    add_skip_flag(parser)
     args = parser.parse_args()
     settle_fusion(parser, args)
     return args
@@ -104,7 +115,7 @@ def test(args: argparse.Namespace, category: Category, device: str) -> dict[str,
         usad,
         make_loader(args, dataset, "fusion test", usad),
         folder,
-        {"settings": settings_in_force(args, category), "branches": branches},
+        {"settings": settings_in_force(args, category), "left_out": category.left_out, "branches": branches},
         images=not args.no_images,
         save_maps=args.save_maps,
         operating_point=usad.operating_point,
@@ -113,6 +124,11 @@ def test(args: argparse.Namespace, category: Category, device: str) -> dict[str,
         print_metrics(usad.name, metrics)
         print(f"{category.name}: results in {folder}", flush=True)
     return metrics
+
+
+def items_in_use(args: argparse.Namespace, category: Category) -> list[Item]:
+    """What the run may read of a category."""
+    return category.test_items() + (category.train_items() if args.false_alarm_rate else [])
 
 
 def calibrate_fusion(args: argparse.Namespace, category: Category, usad: USAD, checkpoints: Path) -> OperatingPoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 import warnings
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from utils.errors import InputError
+from utils.errors import UnreadableError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
+DISK_ERRORS = {errno.EIO, getattr(errno, "ESTALE", errno.EIO)}
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
@@ -25,11 +27,11 @@ def read_image(path: Path) -> Image.Image:
     """The file's first frame as 8-bit RGB, turned as its EXIF orientation says.
 
     Grey and palette images are expanded, CMYK is converted, alpha is dropped, 16 bits become 8 (value / 257).
-    Raises InputError where the file cannot be read, or holds floats, whose range nobody knows.
+    Raises UnreadableError where the file cannot be read, or holds floats, whose range nobody knows.
     """
     with _open(path) as image:
         if image.mode == "F":
-            raise InputError(f"{path} holds floating-point values; convert it to 8 or 16 bits")
+            raise UnreadableError(f"{path} holds floating-point values; convert it to 8 or 16 bits")
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
         elif image.mode in ("P", "PA") and "transparency" in image.info:
@@ -38,10 +40,10 @@ def read_image(path: Path) -> Image.Image:
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    """The mask as an 8-bit grey image of `size` (width, height); raises InputError for any other size."""
+    """The mask as an 8-bit grey image of `size` (width, height); raises UnreadableError for any other size."""
     with _open(path) as mask:
         if mask.size != size:
-            raise InputError(
+            raise UnreadableError(
                 f"mask {path} is {mask.size[0]}x{mask.size[1]} but its image is {size[0]}x{size[1]}; "
                 "draw it at the image's size"
             )
@@ -63,21 +65,26 @@ def mask_to_tensor(mask: Image.Image, size: int) -> Tensor:
 
 
 class _open:
-    """Opens an image, turns every way in which a file can be broken into an InputError that names it."""
+    """Opens an image, turns every way in which a file can be broken into an UnreadableError that names it.
+
+    A file that is gone, or may not be read, or a failing disk is the system's OSError.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __enter__(self) -> Image.Image:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), open(self.path, "rb") as file:
                 warnings.simplefilter("ignore")  # of large images, odd EXIF data and the like
-                with Image.open(self.path) as image:
+                with Image.open(file) as image:
                     image.load()
                     return ImageOps.exif_transpose(image)
         except _UNREADABLE as error:
-            raise InputError(f"{self.path} cannot be read as an image ({error}); repair or remove it") from None
+            if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_ERRORS):
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
+            raise UnreadableError(f"{self.path} cannot be read as an image ({error}); repair or remove it") from None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, _UNREADABLE):
-            raise InputError(f"{self.path} cannot be converted to RGB ({error}); repair or remove it") from None
+            raise UnreadableError(f"{self.path} cannot be converted to RGB ({error}); repair or remove it") from None

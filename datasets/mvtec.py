@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from datasets.coalad import CATEGORY as COALAD
 from datasets.images import EXTENSIONS, mask_to_tensor, read_image, read_mask, to_tensor
 from utils import distributed
 from utils.errors import InputError
+from utils.stopping import leave_signals_to_parent, stoppable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +37,11 @@ class Item:
 
 
 class Category:
-    """The files of one category; nothing is opened yet."""
+    """The files of one category; nothing is opened yet. `left_out`, item name -> reason, are not among its items."""
 
     def __init__(self, root: Path, name: str) -> None:
         self.name = name
+        self.left_out: dict[str, str] = {}
         self.folder = Path(root) / name
         if not self.folder.is_dir():
             raise InputError(f"no category folder {self.folder}; check --data-root and --category")
@@ -49,7 +50,7 @@ class Category:
         """Normal training images in sorted path order; raises InputError if there are none."""
         items = self._items(self.folder / "train" / "good")
         if not items:
-            raise InputError(f"{self.folder / 'train' / 'good'} has no images ({_extensions()}); add normal images")
+            raise InputError(f"{self.folder / 'train' / 'good'} has no {self._kind()}; add normal images")
         return items
 
     def test_items(self) -> list[Item]:
@@ -70,7 +71,8 @@ class Category:
                     item = dataclasses.replace(item, label=1, mask=self._mask(item.path))
                 items.append(item)
         if not items:
-            raise InputError(f"{test} has no images ({_extensions()}) in its folders; add some")
+            raise InputError(f"{test} has no {self._kind()} in its folders; add some")
+        _check_masks(items)
         items.sort(key=lambda item: item.name)
         seen: dict[tuple[Path, str], Item] = {}
         for item in items:
@@ -84,19 +86,29 @@ class Category:
             return []
         paths = [path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.is_file()]
         paths = [path for path in paths if not path.name.startswith(".")]
-        return sorted(
-            (Item(path, path.relative_to(self.folder).as_posix()) for path in paths),
-            key=lambda item: item.name,
-        )
+        items = (Item(path, path.relative_to(self.folder).as_posix()) for path in paths)
+        return sorted((item for item in items if item.name not in self.left_out), key=lambda item: item.name)
 
-    def _mask(self, image: Path) -> Path:
+    def _kind(self) -> str:
+        return f"{'readable ' if self.left_out else ''}images ({' '.join(sorted(EXTENSIONS))})"
+
+    def _mask(self, image: Path) -> Path | None:
         folder = self.folder / "ground_truth" / image.parent.name
         for stem in (f"{image.stem}_mask", image.stem):
             for extension in sorted(EXTENSIONS):
                 for suffix in (extension, extension.upper()):
                     if (folder / (stem + suffix)).is_file():
                         return folder / (stem + suffix)
-        raise InputError(f"no mask {folder / image.stem}_mask.png for {image}; add it, or move the image to test/good")
+        return None
+
+
+def _check_masks(items: Sequence[Item]) -> None:
+    """Raise InputError where an anomalous image has no mask."""
+    bare = [item.path for item in items if item.label and item.mask is None]
+    if bare:
+        mask = bare[0].parents[2] / "ground_truth" / bare[0].parent.name / f"{bare[0].stem}_mask.png"
+        others = f", nor for {len(bare) - 1} other images" if len(bare) > 1 else ""
+        raise InputError(f"no mask {mask} for {bare[0]}{others}; add it, or move the image to test/good")
 
 
 def find_categories(root: Path, names: Sequence[str]) -> list[str]:
@@ -149,8 +161,8 @@ def split_training(
 class ImageDataset(Dataset):
     """Items as tensors: {"image" [3, S, S], "mask" bool [S, S], "label", "index"}.
 
-    A file that cannot be read becomes {"error": message}: an exception would reach the user as the traceback
-    of a worker process.
+    A file that cannot be read becomes {"error": exception}: raised, it would reach the user as the traceback of a
+    worker process.
     """
 
     def __init__(self, items: Sequence[Item], image_size: int, resampling: str) -> None:
@@ -168,8 +180,8 @@ class ImageDataset(Dataset):
             mask = torch.zeros(self.image_size, self.image_size, dtype=torch.bool)
             if item.mask is not None:
                 mask = mask_to_tensor(read_mask(item.mask, image.size), self.image_size)
-        except InputError as error:
-            return {"error": str(error)}
+        except (InputError, OSError) as error:
+            return {"error": error}
         tensor = to_tensor(image, self.image_size, self.resampling)
         return {"image": tensor, "mask": mask, "label": item.label, "index": index}
 
@@ -177,7 +189,7 @@ class ImageDataset(Dataset):
 class ImageLoader:
     """Batches of this process's share of an ImageDataset, in order, with a progress bar.
 
-    Raises InputError at an unreadable file.
+    Raises UnreadableError at a broken file, OSError at one that cannot be reached.
     """
 
     def __init__(
@@ -198,21 +210,25 @@ class ImageLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         with tqdm(total=len(self.shard), desc=self.description, unit="image", leave=False, disable=None) as progress:
-            for batch in self.loader:
+            for batch in stoppable(self.loader):
                 distributed.check()
                 if "error" in batch:
-                    raise InputError(batch["error"])
+                    raise batch["error"]
                 yield batch
                 progress.update(len(batch["label"]))
 
 
-def _end_silently(worker: int) -> None:
-    """A worker ends without a word when the script does; left alone it prints a traceback in two places.
+def find_unreadable(items: Sequence[Item], workers: int) -> dict[str, str]:
+    """Read every image and mask, and give the names of the items that cannot be read, with the reason."""
+    loader = DataLoader(ImageDataset(items, 1, "bilinear"), None, num_workers=workers, worker_init_fn=_end_silently)
+    samples = tqdm(stoppable(loader), total=len(items), desc="checking files", unit="image", leave=False, disable=None)
+    errors = ((item.name, sample.get("error")) for item, sample in zip(items, samples, strict=True))
+    return {name: str(error) for name, error in errors if error is not None}
 
-    At the loader's SIGTERM, through the script's handler, which it inherits; and in the thread that hands tensors
-    over, when the script goes away in the middle of taking one.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+def _end_silently(worker: int) -> None:
+    """A worker leaves signals to the script, and the thread that hands its tensors over says nothing if that ends."""
+    leave_signals_to_parent()
     sys.excepthook = _unless_connection_lost
 
 
@@ -226,7 +242,3 @@ def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         if "error" in sample:
             return sample
     return default_collate(samples)
-
-
-def _extensions() -> str:
-    return " ".join(sorted(EXTENSIONS))

@@ -5,10 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -20,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from tiny import draw_category, run_in_process, small_flags
 
 import utils.training
-from models import PatchCore
 from models.networks import full_network
 from models.weights import random_state_dict
 from utils.checkpoint import FORMAT, load_checkpoint, save_checkpoint
@@ -482,36 +477,3 @@ def test_warnings_are_one_line(capsys):
     with pytest.raises(SystemExit):
         run(lambda: warnings.warn("odd\nbut possible", stacklevel=1))
     assert capsys.readouterr().err == "warning: odd but possible\n"
-
-
-@pytest.mark.skipif(os.name != "posix", reason="no such signals here")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals(tmp_path, number, code):
-    """Ctrl-C reaches the whole group of processes, a service manager's SIGTERM the first one."""
-    draw_category(tmp_path / "data" / "a")
-    good = draw_category(tmp_path / "data" / "b") / "train" / "good"
-    for index in range(3000):
-        os.link(good / "000.png", good / f"copy {index}.png")
-    flags = [*small_flags(tmp_path, "train_pc", "a", "b"), "--workers", 1, "--batch-size", 2, "--no-eval"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train_pc.py", *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert "wrote" in process.stdout.readline()
-        time.sleep(0.5)
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == code
-    assert err.splitlines() == ["error: interrupted" if code == 130 else "error: terminated"]
-    written = [path.relative_to(tmp_path) for path in (tmp_path / "models").rglob("*") if path.is_file()]
-    assert written == [Path("models/a/pc.safetensors")]
-    PatchCore.load(tmp_path / written[0])

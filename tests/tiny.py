@@ -28,7 +28,7 @@ class Finished(NamedTuple):
 def run_in_process(script: str, *arguments) -> Finished:
     """Run a script's command line in this process, which saves the seconds that importing torch takes."""
     out, err = io.StringIO(), io.StringIO()
-    argv, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [f"{script}.py", *map(str, arguments)]
     try:
         with (
@@ -39,7 +39,8 @@ def run_in_process(script: str, *arguments) -> Finished:
             run(importlib.import_module(script).main)
     finally:
         sys.argv = argv
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return Finished(end.value.code, out.getvalue(), err.getvalue())
 
 

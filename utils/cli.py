@@ -7,22 +7,23 @@ import contextlib
 import difflib
 import os
 import re
-import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from utils import distributed
 from utils.errors import InputError
 from utils.redact import redact
+from utils.stopping import Terminated, leave_signals, watch_signals
 
 if TYPE_CHECKING:
     from models.branch import Branch
 
 OUT_OF_MEMORY = "out of memory|can't allocate memory"  # what torch says of a GPU's, and of a CPU's
 CONNECTION_LOST = "[Cc]onnection (closed|reset)"  # what gloo and NCCL say when another process is gone
+LOST_WORKER = r"DataLoader worker .* (killed by signal|exited unexpectedly)"
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
 
@@ -48,19 +49,22 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{self.prog}: {message}")
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-def fail(message: str) -> None:
-    """Print why the run ends, one line on stderr without any camera's password; of several processes the first does."""
+def fail(message: str, details: Sequence[str] = ()) -> None:
+    """Say why the run ends, after the details; of several processes the first does."""
     if distributed.first_to_fail():
-        print("error: " + redact(" ".join(message.split())), file=sys.stderr)
+        for detail in details:
+            _say(detail)
+        _say(f"error: {message}")
 
 
 def warn(message: str) -> None:
+    """Say what may be wrong."""
+    _say(f"warning: {message}")
+
+
+def _say(message: str) -> None:
     """Print one line on stderr, without any camera's password."""
-    print("warning: " + redact(" ".join(message.split())), file=sys.stderr)
+    print(redact(" ".join(message.split())), file=sys.stderr)
 
 
 def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
@@ -68,12 +72,7 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
 
     `torchrun`: the script can share its work with the other processes that torchrun started.
     """
-
-    def on_sigterm(*_: object) -> NoReturn:
-        raise Terminated
-
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, on_sigterm)
+    watch_signals()
     with contextlib.suppress(AttributeError):  # not a file
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
     code = 0
@@ -84,8 +83,9 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
                 if distributed.size() > 1 and not torchrun:
                     raise InputError(f"{Path(sys.argv[0]).name} is one process; start it with python, not torchrun")
                 main()
+        leave_signals()
     except InputError as error:
-        fail(str(error))
+        fail(str(error), error.details)
         code = 2
     except KeyboardInterrupt:
         fail("interrupted")
@@ -100,10 +100,13 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
         code = 1
         if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
             fail("out of memory; lower --batch-size or --image-size")
+        elif re.search(LOST_WORKER, str(error)):
+            fail("a process that reads images was killed, perhaps for lack of memory or of /dev/shm; lower --workers")
         elif distributed.is_launched() and re.search(CONNECTION_LOST, str(error)):
             fail("another process of this run is gone, killed or out of memory")
         elif distributed.first_to_fail():
             raise
+    leave_signals()
     sys.exit(code)
 
 
@@ -195,6 +198,15 @@ def add_loading_flags(parser: Parser) -> argparse._ArgumentGroup:
         help="processes that read images (default: 1 on a CPU, up to 8 on a GPU)",
     )
     return group
+
+
+def add_skip_flag(parser: Parser) -> None:
+    """What is done about images that cannot be read."""
+    parser.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="look at all files first and leave out those that cannot be read; config.json lists them",
+    )
 
 
 def add_device_flags(parser: Parser) -> argparse._ArgumentGroup:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp{path.suffix}")
+    temporary = path.with_name(f"{_temporary_stem(path)}{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -31,6 +32,17 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary_stem(path: Path) -> str:
+    return f".{path.stem[:30]}."  # a part: names have a limit
+
+
+def leftovers(paths: Iterable[Path], of: Path | None = None) -> list[Path]:
+    """Those of `paths` that `atomic_write` of a killed run has left, of one target or of any."""
+    start = r"\..{1,30}\." if of is None else re.escape(_temporary_stem(of))
+    pattern = re.compile(start + r"[0-9a-f]{16}\.tmp(\..*)?", re.DOTALL)
+    return [path for path in paths if pattern.fullmatch(path.name)]
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -242,7 +242,7 @@ def check_output(folder: Path, sources: list[Source]) -> None:
     for path in (path for source in sources for path in source.paths):
         if folder.resolve() in path.resolve().parents:
             raise InputError(f"SOURCE {path} lies in --out {folder}; choose another folder for the results")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         try:
             script = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("script")
         except (OSError, ValueError, AttributeError):

@@ -20,6 +20,7 @@ from utils.files import atomic_write, check_writable, write_json, write_text
 from utils.metrics import PROTOCOLS
 from utils.report import write_report
 from utils.results import Results
+from utils.stopping import stoppable
 from utils.tables import safe_cell
 from utils.visualize import Thumbnails, strip, write_png
 
@@ -87,7 +88,8 @@ def write_map(folder: Path, item: Item, anomaly_map: np.ndarray) -> None:
 def write_heatmaps(folder: Path, items: Sequence[Item], thumbnails: Thumbnails, scale: tuple[float, float]) -> None:
     """One strip for each test image, <folder>/<defect>/<stem>.png, all on one colour scale."""
     pairs = zip(items, thumbnails, strict=True)
-    for item, image in tqdm(pairs, desc="heat maps", total=len(items), unit="image", leave=False, disable=None):
+    bar = tqdm(pairs, desc="heat maps", total=len(items), unit="image", leave=False, disable=None)
+    for item, image in stoppable(bar):
         write_png(_result_path(folder, item, ".png"), strip(item, image, scale))
 
 

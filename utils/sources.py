@@ -33,7 +33,7 @@ DEFAULT_FPS = 25.0  # of a video that does not say
 
 # What OpenCV and FFmpeg print by themselves may hold a camera's address.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+(cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2).setLogLevel(0)  # silent; OpenCV 4.13 moved it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Images:
         for number, path in list(enumerate(self.paths))[::every]:
             try:
                 yield Frame(path.as_posix(), number, "", read_image(path))
-            except InputError as error:
+            except (InputError, OSError) as error:
                 self.problems.append(str(error))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,16 @@ from utils.cli import (
     Parser,
     add_data_flags,
     add_run_flags,
+    add_skip_flag,
     number,
     settle_run,
 )
 from utils.errors import InputError
 from utils.evaluate import evaluate, print_metrics
 from utils.files import digest_of_lines
+from utils.locks import file_lock, folder_lock
 from utils.result_files import average_path, claim_folder, write_average
+from utils.unreadable import leave_out_unreadable, named_at_once
 
 share = number(float, 0, 1, above=True)
 side = number(int, 1, 4096)  # of a square input in pixels
@@ -62,6 +67,7 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
     )
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=22)
     add_run_flags(parser)
+    add_skip_flag(parser)
     parser.add_argument("--no-eval", action="store_true", help="stop after the checkpoint is written")
     return parser
 
@@ -96,7 +102,7 @@ def run_training(args: argparse.Namespace, branch_class: type[Branch], **setting
     """Fit the branch on each category, write its checkpoint and, unless --no-eval, its results."""
     if args.no_eval and (args.save_maps or args.no_images):
         raise InputError("--save-maps and --no-images have no effect with --no-eval; drop one of them")
-    device = settle_run(args)
+    settle_run(args)
     spec = BackboneSpec(
         branch_class.backbone_kind,
         args.backbone,
@@ -108,19 +114,40 @@ def run_training(args: argparse.Namespace, branch_class: type[Branch], **setting
     if spec.weights == "file" and not Path(spec.file).is_file():
         raise InputError(f"--weights {spec.file}: no such file")
     names = find_categories(args.data_root, args.category)
-    for name in names:
-        check_replaceable(checkpoint_path(args.models_dir, name, branch_class))
-        if not args.no_eval:
-            claim_folder(args.results_dir / name / branch_class.name)
     average = average_path(args.results_dir, branch_class.name)
-    with distributed.one_per_machine_first():
-        categories = [open_category(args.data_root, name) for name in names]
+    with contextlib.ExitStack() as locks:
+        for name in names:
+            path, folder = checkpoint_path(args.models_dir, name, branch_class), args.results_dir / name
+            check_replaceable(path)
+            locks.enter_context(file_lock(path))
+            if not args.no_eval:
+                claim_folder(folder / branch_class.name)
+                locks.enter_context(folder_lock(folder / branch_class.name))
+        with distributed.one_per_machine_first():
+            categories = [open_category(args.data_root, name) for name in names]
+        with named_at_once(args, categories, partial(items_in_use, args)):
+            metrics = train_and_test(args, categories, branch_class, spec, settings)
+    if len(metrics) > 1 and distributed.is_first():
+        print(f"average of {len(metrics)} categories")
+        print_metrics(branch_class.name, write_average(average, metrics))
+
+
+def train_and_test(
+    args: argparse.Namespace,
+    categories: Sequence[Category],
+    branch_class: type[Branch],
+    spec: BackboneSpec,
+    settings: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """The figures of each category, none with --no-eval."""
     for category in categories:
+        if args.skip_unreadable:
+            leave_out_unreadable(category, items_in_use(args, category), args.workers)
         split_training(category.train_items(), args.train_ratio, args.holdout_ratio, args.seed)
         if not args.no_eval:
             category.test_items()
     with distributed.one_per_machine_first():
-        backbone = build_backbone(spec, device, precision=args.precision)
+        backbone = build_backbone(spec, args.device, precision=args.precision)
     metrics = {}
     for category in categories:
         branch = fit_branch(args, category, branch_class(backbone, **settings))
@@ -130,9 +157,12 @@ def run_training(args: argparse.Namespace, branch_class: type[Branch], **setting
         print(f"{category.name}: wrote {path}", flush=True)
         if not args.no_eval:
             metrics[category.name] = test_branch(args, category, branch)
-    if len(metrics) > 1 and distributed.is_first():
-        print(f"average of {len(metrics)} categories")
-        print_metrics(branch_class.name, write_average(average, metrics))
+    return metrics
+
+
+def items_in_use(args: argparse.Namespace, category: Category) -> list[Item]:
+    """What the run may read of a category."""
+    return category.train_items() + ([] if args.no_eval else category.test_items())
 
 
 def fit_branch(args: argparse.Namespace, category: Category, branch: Branch) -> Branch:
@@ -149,6 +179,7 @@ def fit_branch(args: argparse.Namespace, category: Category, branch: Branch) -> 
     branch.training = {
         "category": category.name,
         "images": len(fitted),
+        "left_out": sorted(name for name in category.left_out if name.startswith("train/")),
         "files_digest": fitted_digest(items, held),
         "train_ratio": args.train_ratio,
         "holdout_ratio": args.holdout_ratio,
@@ -175,7 +206,8 @@ def held_out_items(category: Category, branches: Sequence[Branch]) -> list[Item]
             "same --holdout-ratio and --seed"
         )
     ((name, ratio, seed, digest),) = trainings
-    items = category.train_items()
+    left_out = {unread for branch in branches for unread in branch.training.get("left_out", ())}
+    items = [item for item in category.train_items() if item.name not in left_out]
     _, held = split_training(items, 1.0, ratio, seed)
     if name != category.name or digest != fitted_digest(items, held):
         raise InputError(
@@ -195,7 +227,11 @@ def test_branch(args: argparse.Namespace, category: Category, branch: Branch) ->
     """The branch's own results at its own input size."""
     dataset = ImageDataset(category.test_items(), branch.image_size, "bicubic")
     folder = args.results_dir / category.name / branch.name
-    config = {"settings": settings_in_force(args, category), "backbone": branch.backbone.spec.to_dict()}
+    config = {
+        "settings": settings_in_force(args, category),
+        "left_out": category.left_out,
+        "backbone": branch.backbone.spec.to_dict(),
+    }
     metrics = evaluate(
         branch,
         make_loader(args, dataset, f"{branch.name} test", branch),

@@ -1,0 +1,229 @@
+"""Runs that end early, or side by side: signals between batches, one run a folder, leftovers cleared."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import draw_category, run_in_process, small_flags
+
+from models import PatchCore
+from utils import stopping
+from utils.errors import InputError
+from utils.files import atomic_write
+from utils.locks import file_lock, folder_lock
+
+ROOT = Path(__file__).parents[1]
+posix = pytest.mark.skipif(os.name != "posix", reason="no such signals here")
+
+
+# Signals
+
+
+@pytest.fixture
+def watched():
+    """The script's handlers are in force, those of pytest again afterwards."""
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    stopping.watch_signals()
+    yield
+    stopping.leave_signals()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@posix
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, stopping.Terminated)]
+)
+def test_the_batch_in_hand_is_finished(watched, number, kind):
+    finished = []
+    with pytest.raises(kind):
+        for batch in stopping.stoppable(range(5)):
+            if batch == 2:
+                signal.raise_signal(number)
+            finished.append(batch)
+    assert finished == [0, 1, 2]
+
+
+@posix
+def test_a_signal_while_a_batch_is_awaited(watched):
+    def batches():
+        yield 0
+        signal.raise_signal(signal.SIGTERM)
+        yield 1
+
+    finished = []
+    with pytest.raises(stopping.Terminated):
+        finished.extend(stopping.stoppable(batches()))
+    assert finished == [0]
+
+
+@posix
+def test_a_batch_that_takes_too_long_is_broken_off(watched, monkeypatch):
+    monkeypatch.setattr(stopping, "GRACE", 0.2)
+    with pytest.raises(stopping.Terminated):
+        for _ in stopping.stoppable(range(5)):
+            signal.raise_signal(signal.SIGTERM)
+            start = time.monotonic()
+            while time.monotonic() < start + 20:
+                pass
+    assert time.monotonic() < start + 5
+
+
+@posix
+def test_a_second_signal_does_not_wait(watched):
+    with pytest.raises(KeyboardInterrupt):
+        for _ in stopping.stoppable(range(5)):
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("the batch went on")
+
+
+@posix
+def test_outside_of_batches_a_signal_takes_effect_at_once(watched):
+    assert list(stopping.stoppable(range(3))) == [0, 1, 2]
+    with pytest.raises(stopping.Terminated):
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("it went on")
+
+
+@posix
+@pytest.mark.parametrize(
+    ("number", "code", "whole_group"),
+    [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True)],
+)
+def test_signals(tmp_path, number, code, whole_group):
+    """Ctrl-C reaches the whole group of processes, a service manager's SIGTERM the first or all."""
+    draw_category(tmp_path / "data" / "a")
+    good = draw_category(tmp_path / "data" / "b") / "train" / "good"
+    for index in range(3000):
+        os.link(good / "000.png", good / f"copy {index}.png")
+    flags = [*small_flags(tmp_path, "train_pc", "a", "b"), "--workers", 1, "--batch-size", 2, "--no-eval"]
+    process = start("train_pc", flags)
+    try:
+        assert "wrote" in process.stdout.readline()
+        time.sleep(0.3)
+        os.killpg(process.pid, number) if whole_group else process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert err.splitlines() == ["error: interrupted" if code == 130 else "error: terminated"]
+    written = [path.relative_to(tmp_path) for path in (tmp_path / "models").rglob("*") if path.is_file()]
+    assert written == [Path("models/a/pc.safetensors")]
+    PatchCore.load(tmp_path / written[0])
+
+
+def start(script: str, flags: list) -> subprocess.Popen:
+    """The script as a process, the first of a group of its own."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+# Locks
+
+
+HOLD = """
+import os, pathlib, sys, utils.locks
+with utils.locks.{kind}_lock(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    if {fork} and os.fork() == 0:
+        print("forked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(kind: str, path: Path, fork: bool = False) -> subprocess.Popen:
+    """A process that holds the lock until its input ends; with `fork` its child waits for that, too."""
+    code = HOLD.format(kind=kind, fork=fork)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+SCRIPTS = {
+    "result/belt/pc": ("folder", "train_pc", ()),
+    "models/belt/pc.safetensors": ("file", "train_pc", ("--no-eval",)),
+    "data/belt": ("file", "make_demo_data", ("--train", 1, "--good", 0, "--anomalous", 0, "--size", 64)),
+}
+
+
+@pytest.mark.parametrize("target", SCRIPTS)
+def test_the_second_run_says_so_and_a_third_after_the_end_works(tmp_path, target):
+    kind, script, flags = SCRIPTS[target]
+    if script == "train_pc":
+        draw_category(tmp_path / "data" / "belt")
+        flags = [*small_flags(tmp_path, script), *flags]
+    else:
+        flags = ["--data-root", tmp_path / "data", "--category", "belt", *flags]
+    first = hold(kind, tmp_path / target)
+    before = sorted(tmp_path.rglob("*"))
+    finished = run_in_process(script, *flags)
+    assert finished.code == 2 and len(finished.err.splitlines()) == 1
+    assert "another run is writing" in finished.err and target in finished.err
+    assert sorted(tmp_path.rglob("*")) == before
+    first.communicate("")
+    assert run_in_process(script, *flags).code == 0
+    assert not [path for path in tmp_path.rglob("*") if "lock" in path.name]
+
+
+@posix
+def test_a_lock_ends_with_its_process_though_workers_live_on(tmp_path):
+    first = hold("folder", tmp_path / "result", fork=True)
+    first.stdout.readline()
+    first.kill()  # its child goes on until the pipe closes
+    os.waitpid(first.pid, 0)
+    assert (tmp_path / "result" / ".lock").exists()
+    with folder_lock(tmp_path / "result"):
+        pass
+    assert not (tmp_path / "result" / ".lock").exists()
+    first.stdin.close()
+
+
+def test_a_lock_leaves_nothing_and_frees_at_an_error(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), file_lock(tmp_path / "a" / "b" / "pc.safetensors"):
+            raise ZeroDivisionError
+        assert not list(tmp_path.iterdir())
+    with folder_lock(tmp_path / "a"), pytest.raises(InputError, match="another run"), folder_lock(tmp_path / "a"):
+        pass
+
+
+# Leftovers
+
+
+def leave_unfinished(path: Path) -> Path:
+    """What a run leaves that is killed while it writes `path`."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(b"half")
+        os.link(temporary, path.parent / "kept")
+    path.unlink()
+    return (path.parent / "kept").rename(temporary)
+
+
+def test_leftovers_of_a_killed_run_are_cleared_and_nothing_else(tmp_path):
+    draw_category(tmp_path / "data" / "belt")
+    flags = small_flags(tmp_path, "train_pc")
+    assert run_in_process("train_pc", *flags).code == 0
+    names = [*("models/belt/pc.safetensors", "result/belt/pc/metrics.json"), "result/belt/pc/heatmaps/good/x y.png"]
+    before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
+    cleared = [leave_unfinished(tmp_path / f"{name}x") for name in names[1:]]
+    kept = [leave_unfinished(tmp_path / "models/belt/ma_clu.safetensors")]  # another branch may be at work on it
+    kept += [tmp_path / "result/belt/pc/.notes.tmp.txt", tmp_path / "models/belt/.pc.0.tmp"]
+    for path in kept[1:]:
+        path.write_text("mine")
+    content = (tmp_path / names[0]).read_bytes()
+    cleared.append(leave_unfinished(tmp_path / names[0]))
+    (tmp_path / names[0]).write_bytes(content)
+    assert run_in_process("train_pc", *flags).code == 0
+    assert not [path for path in cleared if path.exists()]
+    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} == before | {
+        path.relative_to(tmp_path) for path in kept
+    }

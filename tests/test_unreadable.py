@@ -1,0 +1,125 @@
+"""Broken images in a data set: one list of all, or a run on the rest that says what it left out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+from tiny import draw_category, run_in_process, small_flags
+
+from datasets.mvtec import Category
+from models import BRANCHES
+from utils.checkpoint import load_checkpoint
+
+TRAIN = ("train_ma_clu", "train_ma2patch", "train_pc")
+HELD = ("--holdout-ratio", 0.25, "--train-ratio", 1)
+
+
+def fusion(root, *flags):
+    standard = small_flags(root, "test_fusion")
+    place = standard.index("--weights")
+    return run_in_process("test_fusion", *standard[:place], *standard[place + 2 :], *flags)
+
+
+def break_some(belt, train: int, good: int, masks: int) -> set[str]:
+    """Spoil images and masks, each in another way; returns the names of the items that they make unusable."""
+    spoilt = set()
+    for part, count in (("train/good", train), ("test/good", good), ("ground_truth/rope", masks)):
+        for index, path in enumerate(sorted((belt / part).iterdir())[1 : 1 + count]):
+            content = path.read_bytes()
+            path.write_bytes((content[: len(content) // 2], b"", b"GIF89a" + content, b"text")[index % 4])
+            image = path.name.replace("_mask", "")
+            spoilt.add(f"{part.replace('ground_truth', 'test')}/{image}")
+    return spoilt
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory):
+    """A category with 30 broken files, and the names of their items."""
+    root = tmp_path_factory.mktemp("spoilt")
+    belt = draw_category(root / "data" / "belt", train=24, good=12, anomalous=14)
+    return root, break_some(belt, train=12, good=8, masks=10)
+
+
+@pytest.fixture(scope="module")
+def skipped(spoilt):
+    """The same after three trainings with --skip-unreadable."""
+    root, broken = spoilt
+    for script in TRAIN:
+        finished = run_in_process(script, *small_flags(root, script), *HELD, "--skip-unreadable")
+        assert finished.code == 0, finished.err
+        assert "belt: 30 of 50 images cannot be read and are left out" in finished.err
+    return root, broken
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_list_of_thirty(spoilt, workers):
+    root, broken = spoilt
+    flags = [*small_flags(root, "train_pc"), *HELD, "--models-dir", root / "none", "--workers", workers]
+    finished = run_in_process("train_pc", *flags)
+    *listed, last = finished.err.splitlines()
+    assert finished.code == 2 and last.startswith("error: 30 images, listed above") and "--skip-unreadable" in last
+    assert len(listed) == 30 and not (root / "none").exists()
+    named = "\n".join(listed).replace("_mask.png", ".png").replace("ground_truth", "test")
+    assert all(f"{root / 'data' / 'belt' / name} " in named for name in broken)
+
+
+def test_what_was_left_out_is_recorded(skipped):
+    root, broken = skipped
+    for branch in BRANCHES:
+        config = json.loads((root / "result/belt" / branch.name / "config.json").read_text())
+        assert set(config["left_out"]) == broken and all(config["left_out"].values())
+        assert config["settings"]["skip_unreadable"] is True
+        figures = json.loads((root / "result/belt" / branch.name / "metrics.json").read_text())
+        assert (figures["n_images"], figures["n_anomalous"]) == (8, 4)
+        _, metadata = load_checkpoint(root / f"models/belt/{branch.name}.safetensors")
+        assert metadata["training"]["left_out"] == sorted(name for name in broken if name.startswith("train"))
+        assert metadata["training"]["images"] + metadata["calibration"]["images"] == 12
+
+
+def test_the_rest_is_trained_as_if_the_broken_files_were_not_there(skipped, tmp_path):
+    root, broken = skipped
+    belt = tmp_path / "data" / "belt"
+    draw_category(belt, train=24, good=12, anomalous=14)
+    for name in broken:
+        (belt / name).unlink()
+    assert run_in_process("train_pc", *small_flags(tmp_path, "train_pc"), *HELD).code == 0
+    ours, other = (load_file(where / "models/belt/pc.safetensors") for where in (root, tmp_path))
+    assert all((ours[name] == other[name]).all() for name in ours)
+    result = "result/belt/pc/scores.csv"
+    assert (root / result).read_text() == (tmp_path / result).read_text()
+
+
+def test_held_out_images_are_found_again(skipped):
+    root, broken = skipped
+    finished = fusion(root, "--fusion", "standardized", "--false-alarm-rate", 0.25, "--skip-unreadable")
+    assert finished.code == 0, finished.err
+    point = json.loads((root / "models/belt/usad.json").read_text())
+    assert point["images"] == 3
+    config = json.loads((root / "result/belt/fusion/config.json").read_text())
+    assert set(config["left_out"]) == {name for name in broken if name.startswith("test")}
+    finished = fusion(root, "--false-alarm-rate", 0.25)
+    assert finished.code == 2 and len(finished.err.splitlines()) == 31  # without the flag
+
+
+def test_nothing_readable_is_left(tmp_path):
+    belt = draw_category(tmp_path / "data" / "belt")
+    for path in (belt / "train" / "good").iterdir():
+        path.write_bytes(b"")
+    finished = run_in_process("train_pc", *small_flags(tmp_path, "train_pc"), "--skip-unreadable")
+    assert finished.code == 2 and "no readable images" in finished.err.splitlines()[-1]
+
+
+def test_a_file_that_vanishes_ends_the_run_with_1(tmp_path, monkeypatch):
+    """It was there when the files were listed: no mistake of the user, and not to be skipped in silence."""
+    belt = draw_category(tmp_path / "data" / "belt")
+    items = Category(tmp_path / "data", "belt").train_items()
+    monkeypatch.setattr(Category, "train_items", lambda self: items)
+    gone = belt / "train" / "good" / "003.png"
+    gone.unlink()
+    for workers in (0, 1):
+        flags = ["--train-ratio", 1, "--no-eval", "--workers", workers]
+        finished = run_in_process("train_pc", *small_flags(tmp_path, "train_pc"), *flags)
+        assert finished.code == 1 and finished.err == f"error: {gone}: No such file or directory\n"
+    assert not (tmp_path / "models").exists()

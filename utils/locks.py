@@ -1,0 +1,58 @@
+"""One run at a time writes to a folder or a file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from utils import distributed
+from utils.errors import InputError
+from utils.files import leftovers
+
+
+def folder_lock(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Keep other runs out of `folder`, and clear what a killed one left unfinished in it.
+
+    The system lifts a lock when its process ends, however that comes about. Raises InputError where another run
+    holds it, OSError where the lock cannot be written.
+    """
+    return _lock(folder / ".lock", folder, lambda: leftovers(folder.rglob("*")))
+
+
+def file_lock(path: Path) -> contextlib.AbstractContextManager[None]:
+    """The same for one file, or for a folder that is replaced as a whole."""
+    return _lock(path.with_name(f".{path.name}.lock"), path, lambda: leftovers(path.parent.iterdir(), of=path))
+
+
+@contextlib.contextmanager
+def _lock(lock_path: Path, target: Path, unfinished: Callable[[], Iterable[Path]]) -> Iterator[None]:
+    """Hold the lock; afterwards neither it nor a folder made for it alone is left.
+
+    Of several processes that share a run the first does, which alone writes.
+    """
+    if not distributed.is_first():
+        yield
+        return
+    made = [folder for folder in lock_path.parents if not folder.exists()]
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_path)
+    try:
+        lock.acquire(timeout=0)
+        while not lock_path.exists():  # its last holder has removed it since
+            lock.release()
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"another run is writing to {target}; wait for its end, or choose another folder") from None
+    try:
+        for path in unfinished():
+            path.unlink(missing_ok=True)
+        yield
+    finally:
+        lock_path.unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()

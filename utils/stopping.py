@@ -1,0 +1,92 @@
+"""SIGINT and SIGTERM: a run ends with the batch in hand, or seconds later wherever it is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from typing import NoReturn, TypeVar
+
+GRACE = 4.0  # seconds that the batch in hand gets
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Batch = TypeVar("Batch")
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+class _Script:
+    """What the handler knows of the running script."""
+
+    process: int | None = None  # the one that may stop the run; a loader's workers inherit the handler
+    loops = 0  # over batches, that run now
+    asked: int | None = None  # the signal that waits for the batch in hand
+
+
+def watch_signals() -> None:
+    """From here on SIGINT raises KeyboardInterrupt and SIGTERM raises Terminated; inside `stoppable` not at once."""
+    _Script.process, _Script.loops, _Script.asked = os.getpid(), 0, None
+    with contextlib.suppress(ValueError):  # not in the main thread
+        for number in SIGNALS:
+            signal.signal(number, _on_signal)
+
+
+def leave_signals() -> None:
+    """The run is over: what still comes ends the process without a word."""
+    _set_alarm(0)
+    with contextlib.suppress(ValueError):
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """For a worker process: Ctrl-C and a service manager's SIGTERM reach it, too, but the script decides what follows.
+
+    The script then ends its workers by a second SIGTERM, if need be.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def stoppable(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield `batches`; a signal that comes meanwhile takes effect between two of them, or after GRACE seconds."""
+    _Script.loops += 1
+    try:
+        for batch in batches:
+            _stop_if_asked()
+            yield batch
+            _stop_if_asked()
+    finally:
+        _Script.loops -= 1
+
+
+def _on_signal(number: int, frame: object) -> None:
+    if os.getpid() != _Script.process:
+        leave_signals_to_parent()
+    elif _Script.loops == 0 or _Script.asked is not None or not _set_alarm(GRACE):
+        _stop(number)
+    else:
+        _Script.asked = number
+
+
+def _set_alarm(seconds: float) -> bool:
+    """Stop the run in so many seconds (0: not at all); False where the system has no such clock (Windows)."""
+    if not hasattr(signal, "setitimer"):
+        return False
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGALRM, lambda *_: _stop_if_asked())
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    return True
+
+
+def _stop_if_asked() -> None:
+    if _Script.asked is not None:
+        _stop(_Script.asked)
+
+
+def _stop(number: int) -> NoReturn:
+    _set_alarm(0)
+    _Script.asked = None
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
