@@ -126,7 +126,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
                 warnings.simplefilter("error")
                 read(path)
             assert str(path) in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(InputError, match=r"none\.png"):
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
         read_image(tmp_path / "none.png")
 
 

@@ -211,7 +211,8 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
     modelscope_hub = pytest.importorskip("modelscope_hub")
     monkeypatch.setattr(modelscope_hub.get_default_config(), "cache_dir", tmp_path / "modelscope")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for module in ("constants", "file_download"):  # the second keeps a copy of its own in older releases
+        monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
     look_up = socket.getaddrinfo
 
