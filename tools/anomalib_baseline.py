@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datasets.images import read_image
+from utils.errors import InputError
 
 BARE = {"post_processor": False, "evaluator": False, "visualizer": False}
 # Class and length of training (the papers'; none stops early, for that would look at labelled images).
@@ -102,7 +103,7 @@ def load_backbone(net: nn.Module, files: list[str], name: str) -> None:
         if all(key in state and state[key].shape == shape for key, shape in needed.items()):
             net.load_state_dict({key: state[key] for key in needed}, strict=False)
             return
-    raise ValueError(f"none of the weight files given is for its network, {name}")
+    raise InputError(f"not run: none of the weight files given is for its network, {name}")
 
 
 def read_state(file: str) -> dict[str, torch.Tensor]:
@@ -168,6 +169,8 @@ if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
         result = main(job)
+    except InputError as error:
+        result = {"error": str(error)}
     except Exception as error:  # whatever a library says is the reason why there is no figure
         result = {"error": f"{type(error).__name__}: {error}"}
     (Path(job["out"]) / "result.json").write_text(json.dumps(result), encoding="utf-8")
