@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.mvtec import Category, find_categories
+from datasets.mvtec import Category, Item, find_categories
 from experiments.baselines import BASELINES, Baselines, add_difference, comparison, find_baselines
 from experiments.cells import CellStore, Table, Unavailable
 from experiments.fusions import SWEEPS, Bench, Fusion, ablation, sensitivity
@@ -32,6 +33,7 @@ from utils.cli import (
     add_data_flags,
     add_fusion_flags,
     add_loading_flags,
+    add_skip_flag,
     add_weights_flags,
     number,
     run,
@@ -42,8 +44,10 @@ from utils.cli import (
 )
 from utils.evaluate import environment
 from utils.files import write_json
+from utils.locks import folder_lock
 from utils.result_files import claim_folder, mark_folder
 from utils.training import open_category, settings_in_force
+from utils.unreadable import leave_out_unreadable, named_at_once
 
 TABLES = ("comparison", "ablation", "sensitivity", "speed")
 
@@ -53,17 +57,22 @@ def main() -> None:
     settle_run(args)
     names = find_categories(args.data_root, args.category)
     fusions = {name: fusions_by_seed(args, args.models_dir / name) for name in names}
-    for name in names:
-        claim_folder(args.results_dir / name / "tables")
     baselines = None
     if "comparison" in args.tables:
         weights = args.baselines_weights or like_patchcore(fusions[names[0]][0])
         baselines = find_baselines(args.baselines_python, args.baselines, weights)
-    categories = [open_category(args.data_root, name) for name in names]
-    for category in categories:
-        category.test_items()
-    for category in categories:
-        reproduce(args, category, fusions[category.name], baselines)
+    with contextlib.ExitStack() as locks:
+        for name in names:
+            claim_folder(args.results_dir / name / "tables")
+            locks.enter_context(folder_lock(args.results_dir / name / "tables"))
+        categories = [open_category(args.data_root, name) for name in names]
+        with named_at_once(args, categories, partial(items_in_use, args)):
+            for category in categories:
+                if args.skip_unreadable:
+                    leave_out_unreadable(category, items_in_use(args, category), args.workers)
+                category.test_items()
+            for category in categories:
+                reproduce(args, category, fusions[category.name], baselines)
 
 
 def parse_args() -> argparse.Namespace:
@@ -97,6 +106,7 @@ def parse_args() -> argparse.Namespace:
     add_fusion_flags(parser)
     add_weights_flags(parser, BRANCHES)
     add_loading_flags(parser)
+    add_skip_flag(parser)
     args = parser.parse_args()
     settle_fusion(parser, args)
     for flag, table in (
@@ -124,8 +134,14 @@ def fusions_by_seed(args: argparse.Namespace, folder: Path) -> list[Fusion]:
         "fusion": args.fusion,
     }
     fusion = Fusion(variants, settings, tuple(variants))
-    fusion.usad()
+    fusion.usad()  # raises where the settings do not suit the checkpoints
     return [fusion.with_variants(seed=seed) for seed in args.seeds] if args.seeds else [fusion]
+
+
+def items_in_use(args: argparse.Namespace, category: Category) -> list[Item]:
+    """What the run may read of a category."""
+    fits = args.seeds or {"comparison", "sensitivity"} & set(args.tables)
+    return category.test_items() + (category.train_items() if fits else [])
 
 
 def like_patchcore(fusion: Fusion) -> list[str]:
@@ -162,7 +178,8 @@ def reproduce(args: argparse.Namespace, category: Category, fusions: list[Fusion
             write_table(folder, table, store, facts)
             tqdm.write(f"{category.name}: {folder / table.name}.md")
     measurements.tidy()
-    write_json(folder / "config.json", {"settings": settings_in_force(args, category), **environment(args)})
+    config = {"settings": settings_in_force(args, category), "left_out": category.left_out, **environment(args)}
+    write_json(folder / "config.json", config)
 
 
 def plan(

@@ -19,7 +19,7 @@ from experiments.variants import Variant
 from models.branch import Branch
 from models.postprocess import resize_images
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.errors import InputError
+from utils.errors import InputError, UnreadableError
 from utils.files import digest_of_lines, sha256_of_file
 from utils.training import make_loader
 
@@ -121,6 +121,8 @@ class Measurements:
             return variant.branch.load(path, weights, self.run.device, self.run.precision)
         try:
             branch = variant.fit(self.category, self.run, weights)
+        except UnreadableError:
+            raise
         except InputError as error:
             raise Unavailable(str(error)) from None
         branch.save(path)

@@ -24,6 +24,7 @@ from datasets.mvtec import Category, ImageDataset
 from experiments import baselines, fusions, measurements, speed
 from models import BRANCHES, MACLU, USAD
 from models.postprocess import resize_images, resize_maps
+from utils.locks import folder_lock
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("ma_clu", "ma2patch", "pc")
@@ -247,14 +248,14 @@ def test_standardized(place):
 
 def kept(root: Path) -> dict[str, int]:
     folder = root / "result/belt/tables"
-    return {path.name: path.stat().st_mtime_ns for path in [*folder.glob("cells/*"), *folder.glob("measured/*")]}
+    return {path.name: path.stat().st_mtime_ns for path in [*folder.glob("cells/[!.]*"), *folder.glob("measured/[!.]*")]}
 
 
 def test_goes_on_after_a_kill(trained, ablated, tmp_path):
     root = shutil.copytree(trained, tmp_path / "root")
     command = [sys.executable, ROOT / "reproduce_tables.py", *flags_of(root), "--tables", "ablation"]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(root.glob("result/belt/tables/cells/*.json"))) < 3 and process.poll() is None:
+    while len(list(root.glob("result/belt/tables/cells/[!.]*.json"))) < 3 and process.poll() is None:
         pass
     process.kill()
     process.wait()
@@ -294,6 +295,22 @@ def test_damaged_cells_and_measurements_are_made_again(place):
         path.write_bytes(path.read_bytes()[:20])
     reproduce(place, "--tables", "ablation")
     assert rows_of(place, "ablation") == expected
+
+
+def test_broken_images_are_named_or_left_out(workplace):
+    for name in ("test/good/001.png", "train/good/001.png"):
+        (workplace / "data/belt" / name).write_bytes(b"broken")
+    finished = reproduce(workplace, "--tables", "ablation", "--seeds", 7, code=2)
+    assert "2 images" in finished.err and "train/good/001.png" in finished.err
+    reproduce(workplace, "--tables", "ablation", "--seeds", 7, "--skip-unreadable")
+    assert rows_of(workplace, "ablation")["pc"]["figures"]["n_images"]["values"] == [6]
+    config = json.loads((workplace / "result/belt/tables/config.json").read_text(encoding="utf-8"))
+    assert sorted(config["left_out"]) == ["test/good/001.png", "train/good/001.png"]
+
+
+def test_one_run_at_a_time(workplace):
+    with folder_lock(workplace / "result/belt/tables"):
+        assert "another run" in reproduce(workplace, code=2).err
 
 
 def test_a_strangers_folder_is_left_alone(workplace):
