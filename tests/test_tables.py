@@ -248,7 +248,9 @@ def test_standardized(place):
 
 def kept(root: Path) -> dict[str, int]:
     folder = root / "result/belt/tables"
-    return {path.name: path.stat().st_mtime_ns for path in [*folder.glob("cells/[!.]*"), *folder.glob("measured/[!.]*")]}
+    return {
+        path.name: path.stat().st_mtime_ns for path in [*folder.glob("cells/[!.]*"), *folder.glob("measured/[!.]*")]
+    }
 
 
 def test_goes_on_after_a_kill(trained, ablated, tmp_path):
