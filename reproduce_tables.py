@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from datasets.mvtec import Category, Item, find_categories
 from experiments.baselines import BASELINES, Baselines, add_difference, comparison, find_baselines
-from experiments.cells import CellStore, Table, Unavailable
+from experiments.cells import CellStore, Unavailable
 from experiments.fusions import SWEEPS, Bench, Fusion, ablation, sensitivity
 from experiments.measurements import Images, Measurements
 from experiments.speed import speed
@@ -156,7 +155,13 @@ def reproduce(args: argparse.Namespace, category: Category, fusions: list[Fusion
     images = Images(category.test_items())
     measurements = Measurements(folder / "measured", category, images, args, weights_by_branch(args, BRANCHES))
     bench, store = Bench(measurements, args.batch_size), CellStore(folder / "cells")
-    tables = list(plan(args, category, bench, fusions, baselines))
+    makers = {
+        "comparison": lambda: comparison(bench, fusions, category, baselines),
+        "ablation": lambda: ablation(bench, fusions),
+        "sensitivity": lambda: sensitivity(bench, fusions, args.sweeps),
+        "speed": lambda: speed(bench, fusions[0], args.models_dir / category.name),
+    }
+    tables = [makers[name]() for name in args.tables]
     cells = {cell.key: cell for table in tables for cell in table.cells()}
     facts = {
         "category": category.name,
@@ -180,21 +185,6 @@ def reproduce(args: argparse.Namespace, category: Category, fusions: list[Fusion
     measurements.tidy()
     config = {"settings": settings_in_force(args, category), "left_out": category.left_out, **environment(args)}
     write_json(folder / "config.json", config)
-
-
-def plan(
-    args: argparse.Namespace, category: Category, bench: Bench, fusions: list[Fusion], baselines: Baselines | None
-) -> Iterator[Table]:
-    """The tables that were asked for; nothing is computed yet."""
-    for name in args.tables:
-        if name == "comparison":
-            yield comparison(bench, fusions, category, baselines)
-        elif name == "ablation":
-            yield ablation(bench, fusions)
-        elif name == "sensitivity":
-            yield sensitivity(bench, fusions, args.sweeps)
-        else:
-            yield speed(bench, fusions[0], args.models_dir / category.name)
 
 
 if __name__ == "__main__":

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from datasets.mvtec import Category, split_training
 from experiments.cells import Cell, CellStore, Row, Section, Table, Unavailable
-from experiments.fusions import FIGURES, Bench, Fusion
+from experiments.fusions import DEFINED, FIGURES, Bench, Fusion
 from models import PatchCore
 from models.postprocess import resize_maps
 from utils.errors import InputError
 from utils.files import sha256_of_file
-from utils.results import Results
 
 ROOT = Path(__file__).parents[1]
 BASELINES = {
@@ -82,7 +83,8 @@ def comparison(bench: Bench, fusions: list[Fusion], category: Category, baseline
     remarks = [
         f"All methods see the same training and test images, and all maps are evaluated at {fusions[0].size} x "
         f"{fusions[0].size} pixels by the same code. anomalib's own preprocessing and settings are kept; its "
-        "post-processing, which rescales and clamps, is left out."
+        "post-processing, which rescales and clamps, is left out.",
+        DEFINED,
     ]
     return Table("comparison", "Comparison", FIGURES, [Section("Methods", rows)], remarks)
 
@@ -143,7 +145,7 @@ def _cell(
             except Unavailable as reason:
                 broken[name] = str(reason)  # the other seeds need not wait for the same download to fail
                 raise
-            figures = evaluate(Path(folder), bench, fusion.size)
+            figures = bench.images.figures(raw_results(Path(folder), bench.batch_size, fusion.size))
         said = [*settings.values()] and [f"coreset ratio {settings['coreset_sampling_ratio']:g}"]
         return {**figures, "note": ", ".join([setting, *said, f"anomalib {baselines.version}"])}
 
@@ -169,14 +171,11 @@ def run_baseline(python: Path, job: dict[str, Any], folder: Path) -> str:
     return result["setting"]
 
 
-def evaluate(folder: Path, bench: Bench, size: int) -> dict[str, Any]:
-    """Our metrics on a baseline's raw scores, and on its raw maps resized to `size`."""
+def raw_results(folder: Path, batch_size: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of a baseline's raw scores [B], and of its raw maps resized to [B, size, size]."""
     scores, maps = np.load(folder / "scores.npy"), np.load(folder / "maps.npy", mmap_mode="r")
-    results = Results(bench.images.items, ["baseline"])
-    for start in range(0, len(scores), bench.batch_size):
-        rows = range(start, min(start + bench.batch_size, len(scores)))
-        resized = resize_maps(torch.from_numpy(np.array(maps[rows.start : rows.stop])), size)
-        results.add(
-            {"baseline": (torch.from_numpy(scores[rows.start : rows.stop]), resized)}, bench.images.batch(rows, size)
-        )
-    return results.metrics()["baseline"]
+    if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
+        raise Unavailable("it gives a score or map that is not finite")
+    for start in range(0, len(scores), batch_size):
+        rows = slice(start, start + batch_size)
+        yield torch.from_numpy(scores[rows]), resize_maps(torch.from_numpy(np.array(maps[rows])), size)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from experiments.cells import Cell, Row, Section, Table
 from experiments.measurements import Measurements
@@ -17,8 +18,8 @@ from models.gaussian import COVARIANCES
 from models.networks import size_step
 from models.postprocess import resize_maps
 from utils.metrics import image_metrics
-from utils.results import Results
 
+DEFINED = 'Figures are fractions; what each is, README.md says under "How each number is defined".'
 FIGURES = {
     "image_auroc": "image AUROC",
     "image_ap": "image AP",
@@ -93,26 +94,22 @@ class Bench:
         return Cell(needs, lambda: self._figures(fusion, maps))
 
     def _figures(self, fusion: Fusion, maps: bool) -> dict[str, Any]:
-        usad, size = fusion.usad(), fusion.size
-        measured = {name: self.measurements.of(fusion.variants[name], size) for name in fusion.parts}
+        usad = fusion.usad()
+        measured = {name: self.measurements.of(fusion.variants[name], fusion.size) for name in fusion.parts}
         for branch in usad.branches:
             branch.calibration = measured[branch.name].calibration
-        results, scores = Results(self.images.items, [usad.name]), []
-        for start in range(0, len(self.images.items), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            parts = {
-                branch.name: (
-                    measured[branch.name].scores[rows],
-                    resize_maps(branch.render(measured[branch.name].patches[rows]), size),
-                )
-                for branch in usad.branches
-            }
-            found = usad.fuse(parts) if len(parts) > 1 else parts[usad.branches[0].name]
-            scores.append(found[0])
-            if maps:
-                indices = range(start, start + len(found[0]))
-                results.add({usad.name: found}, self.images.batch(indices, size))
-        return results.metrics()[usad.name] if maps else image_metrics(torch.cat(scores).numpy(), self.images.labels)
+
+        def found() -> Iterator[tuple[Tensor, Tensor]]:
+            for start in range(0, len(self.images.items), self.batch_size):
+                parts = {}
+                for branch in usad.branches:
+                    scores, patches = (part[start : start + self.batch_size] for part in measured[branch.name][:2])
+                    parts[branch.name] = scores, resize_maps(branch.render(patches), fusion.size)
+                yield usad.fuse(parts) if len(parts) > 1 else parts[usad.branches[0].name]
+
+        if maps:
+            return self.images.figures(found())
+        return image_metrics(torch.cat([scores for scores, _ in found()]).numpy(), self.images.labels)
 
 
 def ablation(bench: Bench, fusions: list[Fusion]) -> Table:
@@ -126,7 +123,7 @@ def ablation(bench: Bench, fusions: list[Fusion]) -> Table:
         )
         for subset in subsets
     ]
-    sections, remarks = [Section("Branches", rows)], ["A branch alone is measured by its own score and map."]
+    sections, remarks = [Section("Branches", rows)], ["A branch alone is measured by its own score and map.", DEFINED]
     if fusions[0].settings["fusion"] == "paper":
         sections.append(Section("Terms of the image score", _score_terms(bench, fusions)))
         remarks.append("The pixel figures do not depend on the terms of the image score: the map is that of all.")
@@ -240,5 +237,6 @@ def sensitivity(bench: Bench, fusions: list[Fusion], kinds: list[str]) -> Table:
         "Each sweep changes one setting of the fusion and leaves the others as the checkpoints have them; branches are "
         "fitted again where the setting takes part in the fit.",
         "Maps are evaluated at the largest input of the three branches, as test_fusion.py does it.",
+        DEFINED,
     ]
     return Table("sensitivity", "Sensitivity", FIGURES, sections, remarks)

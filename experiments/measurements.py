@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from models.postprocess import resize_images
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError, UnreadableError
 from utils.files import digest_of_lines, sha256_of_file
+from utils.results import Results
 from utils.training import make_loader
 
 
@@ -33,7 +34,7 @@ class Measured(NamedTuple):
 
 
 class Images:
-    """The test images of a category: what they are, and their masks at any size."""
+    """The test images of a category, and the figures of what is found on them."""
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = list(items)
@@ -41,23 +42,27 @@ class Images:
         self.digest = digest_of_files(self.items)
         self._size, self._masks = 0, {}
 
-    def batch(self, rows: range, size: int) -> dict[str, Tensor]:
-        """Masks bool [B, size, size], labels and indices of the images `rows`, as a loader would give them."""
+    def figures(self, found: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        """Every figure of metrics.json for batches of scores [B] and maps [B, S, S], in the order of the images."""
+        results, start = Results(self.items, ["all"]), 0
+        for scores, maps in found:
+            rows = torch.arange(start, start + len(scores))
+            masks = torch.from_numpy(np.stack([self._mask(row, maps.shape[-1]) for row in rows.tolist()]))
+            batch = {"mask": masks, "label": torch.from_numpy(self.labels)[rows], "index": rows}
+            results.add({"all": (scores, maps)}, batch)
+            start += len(scores)
+        return results.metrics()["all"]
+
+    def _mask(self, row: int, size: int) -> np.ndarray:
+        """The mask as bool [size, size]; it is read once for a size, and kept at a bit a pixel."""
         if size != self._size:
             self._size, self._masks = size, {}
-        masks = [np.unpackbits(self._mask(row), count=size * size).reshape(size, size) for row in rows]
-        index = torch.tensor(list(rows))
-        labels = torch.from_numpy(self.labels)[index]
-        return {"mask": torch.from_numpy(np.stack(masks)).bool(), "label": labels, "index": index}
-
-    def _mask(self, row: int) -> np.ndarray:
-        """The mask at the current size, packed: it is read once, and kept at a bit a pixel."""
         if row not in self._masks:
-            item, mask = self.items[row], torch.zeros(self._size, self._size, dtype=torch.bool)
+            item, mask = self.items[row], np.zeros((size, size), bool)
             if item.mask is not None:
-                mask = mask_to_tensor(read_mask(item.mask, read_image(item.path).size), self._size)
-            self._masks[row] = np.packbits(mask.numpy())
-        return self._masks[row]
+                mask = mask_to_tensor(read_mask(item.mask, read_image(item.path).size), size).numpy()
+            self._masks[row] = np.packbits(mask)
+        return np.unpackbits(self._masks[row], count=size * size).reshape(size, size).astype(bool)
 
 
 class Measurements:

@@ -24,6 +24,7 @@ from experiments.fusions import Bench, Fusion
 from models import USAD
 from models.operating_point import checkpoint_digests
 from models.usad import checkpoint_paths
+from utils.evaluate import stage_seconds, timed
 from utils.timing import Stopwatch, peak_memory_mb
 
 IMAGES = 200  # at most so many are timed
@@ -94,22 +95,15 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     for watch in model.stopwatches().values():
         watch.seconds.clear()
     loading, start = Stopwatch(), time.perf_counter()
-    batches = iter(ImageLoader(dataset, job["batch_size"], 0, ""))
-    while True:
-        with loading("load"):
-            batch = next(batches, None)
-        if batch is None:
-            break
+    for batch in timed(ImageLoader(dataset, job["batch_size"], 0, ""), loading):
         for scores, maps in model.predict_parts(batch["image"].to(model.device)).values():
             scores.cpu(), maps.cpu()
-    total = time.perf_counter() - start
-    stages = {
-        stage: sum(watch.seconds[stage] for watch in model.stopwatches().values()) for stage in ("extract", "score")
-    }
-    memory = peak_memory_mb()
+    total, memory, stages = time.perf_counter() - start, peak_memory_mb(), stage_seconds(model)
     return {
         "images_per_second": len(items) / total,
-        **{stage: seconds / len(items) for stage, seconds in ({"load": loading.seconds["load"]} | stages).items()},
+        "load": loading.seconds["load"] / len(items),
+        "extract": stages["extract"] / len(items),
+        "score": stages["score"] / len(items),
         "memory": memory.get("host"),
         "gpu_memory": memory.get("gpu"),
         "checkpoint": sum(path.stat().st_size for path in paths.values()) / 1e6,
@@ -118,7 +112,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def machine(device: str) -> str:
     """What timings depend on, in words: processor, threads, GPU, PyTorch's version."""
-    words = [processor(), f"{torch.get_num_threads()} threads"]
+    words = [processor(), f"threads: {torch.get_num_threads()}"]
     if torch.device(device).type == "cuda":
         words.append(torch.cuda.get_device_name(device))
     return ", ".join([*words, f"PyTorch {torch.__version__}"])

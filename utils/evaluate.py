@@ -54,7 +54,7 @@ def evaluate(
     thumbnails = Thumbnails(folder, len(items)) if images else None
     report = images and hasattr(model, "branches")
     results, watch = Results(items, model.stopwatches(), shard.start, report, thumbnails), Stopwatch()
-    for batch in _timed(loader, watch):
+    for batch in timed(loader, watch):
         parts = model.predict_parts(batch["image"].to(model.device, non_blocking=True))
         with watch("collect"):
             maps = results.add(parts, batch)
@@ -80,7 +80,7 @@ def evaluate(
         metrics["operating_point"] = operating_point.on_test(results.scores[main], labels)
     if others:
         metrics["branches"] = {name: by_part[name] for name in others}
-    timings = {**watch.seconds, **_stage_seconds(model), "total": time.perf_counter() - start}
+    timings = {**watch.seconds, **stage_seconds(model), "total": time.perf_counter() - start}
     write_scores(folder / "scores.csv", results)
     write_json(folder / "metrics.json", metrics)
     config = {**config, **environment(model), "seconds": _rounded(timings)}
@@ -133,7 +133,8 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
         )
 
 
-def _timed(loader: Iterable[dict[str, Any]], watch: Stopwatch) -> Iterator[dict[str, Any]]:
+def timed(loader: Iterable[dict[str, Any]], watch: Stopwatch) -> Iterator[dict[str, Any]]:
+    """The loader's batches; `watch` takes the time of waiting for each as "load"."""
     batches = iter(loader)
     while True:
         with watch("load"):
@@ -143,7 +144,8 @@ def _timed(loader: Iterable[dict[str, Any]], watch: Stopwatch) -> Iterator[dict[
         yield batch
 
 
-def _stage_seconds(model: Any) -> dict[str, Any]:
+def stage_seconds(model: Any) -> dict[str, Any]:
+    """Seconds of the stages "extract" and "score", of all branches together and of each."""
     branches = {name: dict(watch.seconds) for name, watch in model.stopwatches().items()}
     stages = {stage: sum(times.get(stage, 0.0) for times in branches.values()) for stage in ("extract", "score")}
     return {**stages, "branches": branches}
