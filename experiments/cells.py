@@ -60,6 +60,7 @@ class Table:
     columns: dict[str, str]
     sections: list[Section]
     remarks: list[str] = dataclasses.field(default_factory=list)
+    seeded: bool = True  # whether rows are over the seeds
 
     def cells(self) -> Iterator[Cell]:
         for section in self.sections:

@@ -147,7 +147,7 @@ class Measurements:
         return self._training_digest
 
     def _fit_key(self, variant: Variant) -> str:
-        return digest({**variant.fit_needs(), "images": self.training_digest(), "device": self.run.device})
+        return digest([variant.fit_needs(), self.training_digest(), self.run.device, self.run.precision])
 
 
 def digest_of_files(items: Sequence[Item]) -> str:

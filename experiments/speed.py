@@ -64,7 +64,7 @@ def speed(bench: Bench, fusion: Fusion, folder: Path) -> Table:
         "row is a process of its own; loading is done in that process, one image after the other. Peak memory is the "
         "process's, Python and PyTorch included."
     ]
-    return Table("speed", "Speed", FIGURES, [Section("Models", rows)], remarks)
+    return Table("speed", "Speed", FIGURES, [Section("Models", rows)], remarks, seeded=False)
 
 
 def measure_apart(job: dict[str, Any]) -> dict[str, Any]:

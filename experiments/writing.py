@@ -17,6 +17,7 @@ PLOTTED = ("image_auroc", "pixel_auroc", "aupro")
 
 def write_table(folder: Path, table: Table, store: CellStore, facts: dict[str, Any]) -> None:
     """<name>.md, .csv, .json and the sections' plots, of cells that are all in `store` or unavailable."""
+    facts = facts if table.seeded else {**facts, "seeds": None}
     sections = [(section, [store.row(row) for row in section.rows]) for section in table.sections]
     for section, rows in sections:
         if section.plot:

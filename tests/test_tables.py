@@ -489,8 +489,10 @@ def test_speed_is_measured_apart(trained):
 
 def test_speed_table(place, monkeypatch):
     monkeypatch.setattr(speed, "measure_apart", lambda job: {"images_per_second": len(job["part"]) + 0.5})
-    reproduce(place, "--tables", "speed")
+    reproduce(place, "--tables", "ablation,speed", "--seeds", 22)
     rows = rows_of(place, "speed")
+    text = (place / "result/belt/tables/speed.md").read_text(encoding="utf-8")
+    assert "the checkpoints as they are" in text and "seed" not in text
     assert {name: means(row)["images_per_second"] for name, row in rows.items()} == {
         name: len(name) + 0.5 for name in (*NAMES, "fusion")
     }
