@@ -120,7 +120,7 @@ def _cell(
         **work,
         "anomalib": baselines.version,
         "weights": [file if file in KINDS else sha256_of_file(file) for file in baselines.weights],
-        "training": [bench.measurements.training_digest(), pc.holdout_ratio],
+        "training": [bench.measurements.training_digest() if baselines.version else None, pc.holdout_ratio],
         "images": bench.images.digest,
         "size": fusion.size,
     }
@@ -138,6 +138,7 @@ def _cell(
             "batch_size": run.batch_size,
             "workers": run.workers,
         }
+        bench.measurements.folder.mkdir(parents=True, exist_ok=True)
         # Raw maps are as large as the images: they lie beside the measurements, and are gone once evaluated.
         with tempfile.TemporaryDirectory(prefix=".baseline_", dir=bench.measurements.folder) as folder:
             try:
@@ -146,7 +147,7 @@ def _cell(
                 broken[name] = str(reason)  # the other seeds need not wait for the same download to fail
                 raise
             figures = bench.images.figures(raw_results(Path(folder), bench.batch_size, fusion.size))
-        said = [*settings.values()] and [f"coreset ratio {settings['coreset_sampling_ratio']:g}"]
+        said = [f"coreset ratio {ratio:g}" for ratio in settings.values()]
         return {**figures, "note": ", ".join([setting, *said, f"anomalib {baselines.version}"])}
 
     return Cell(needs, compute)

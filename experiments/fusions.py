@@ -59,12 +59,12 @@ class Fusion:
     def usad(self) -> USAD:
         """The fusion of the parts, without networks; its branches have no statistics yet."""
         branches = [self.variants[name].renderer(**self.scoring.get(name, {})) for name in self.parts]
-        for branch in branches:
+        for branch in branches:  # only whether there will be statistics is known yet
             branch.calibration = {} if self.variants[branch.name].holdout_ratio else None
         return USAD(branches, **self.settings)
 
     def with_variants(self, **changes: Any) -> Fusion:
-        """The same with these changes to every variant that has such a setting."""
+        """The same with these changes to every variant."""
         variants = {name: variant.changed(**changes) for name, variant in self.variants.items()}
         return dataclasses.replace(self, variants=variants)
 
