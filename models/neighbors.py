@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from models.inference import linear
+from models.inference import linear, onednn_available
 
 SPARE = 2  # candidates beyond k that the fast pass keeps for the exact one
 GROUP = 64  # bank rows that one minimum stands for while candidates are sought
@@ -36,8 +36,9 @@ class NearestNeighbors:
     no digits. Where the rounding of the fast pass leaves room for a nearer row among the others (copies in
     the bank, rows much closer to each other than to the bank's mean), the query is settled in float64.
 
-    On a CPU faiss, if installed, does the fast pass where it has queries enough to multiply matrices; with
-    fewer it can take five times as long as torch.
+    On a CPU whose matrix products torch leaves to MKL, faiss, if installed, does the fast pass where it has
+    queries enough to multiply matrices: it is 1.1 to 1.25 times faster there. Next to oneDNN's products, or
+    with few queries, it is the slower one (benchmarks/README.md).
 
     `bank` [m, D] is kept, not copied, if it is contiguous float32; `budget` bytes bound everything else but
     the result.
@@ -48,7 +49,7 @@ class NearestNeighbors:
             raise ValueError(f"bank must be [m, D] with m > 0, not {list(bank.shape)}")
         self.bank = bank.detach().float().contiguous()
         self.budget = budget
-        self.faiss = _load_faiss() if self.bank.device.type == "cpu" else None
+        self.faiss = None if self.bank.device.type != "cpu" or onednn_available() else _load_faiss()
         # Squared norms are taken about the mean, so that an offset common to all rows costs few digits.
         self.origin = self.bank.mean(0)
         parts = self.bank.split(self._rows(4 * bank.shape[1], 1 << 16))
@@ -158,7 +159,7 @@ class NearestNeighbors:
 
 
 def _load_faiss() -> ModuleType | None:
-    """faiss, or None where it is not installed. On a CPU it ranks 1.1 to 1.25 times faster than torch."""
+    """faiss, with as many threads as torch, or None where it is not installed."""
     try:
         import faiss
     except ImportError:

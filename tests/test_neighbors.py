@@ -81,6 +81,7 @@ def test_faiss_gives_the_same(case, rng):
     faiss = pytest.importorskip("faiss")
     bank, queries = draw(case, rng)
     neighbors = NearestNeighbors(torch.from_numpy(bank))
+    neighbors.faiss = faiss  # also where torch is the faster one
     threshold = faiss.cvar.distance_compute_blas_threshold
     faiss.cvar.distance_compute_blas_threshold = 1
     try:
