@@ -1,0 +1,54 @@
+"""The published fusion test as a whole process: one image at a time, then lists of floats and threshold rescans.
+
+python benchmarks/plain_fusion.py MODELS CATEGORY OUT.json      # untrained checkpoints, a folder in MVTec layout
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by its path, from anywhere
+
+import numpy as np
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from benchmarks import reference, reference_metrics
+from datasets.images import to_tensor
+from datasets.mvtec import Category
+from utils.checkpoint import load_checkpoint
+
+
+def main(models: Path, folder: Path, out: Path) -> None:
+    nets, states, sizes = {}, {}, {}
+    for name in ("ma_clu", "ma2patch", "pc"):
+        states[name], metadata = load_checkpoint(models / f"{name}.safetensors")
+        spec = metadata["backbone"]
+        sizes[name] = spec["image_size"]
+        if spec["kind"] == "tokens":
+            nets[name] = reference.untrained_vit(spec["name"], sizes[name], spec["seed"])
+        else:
+            nets[name] = reference.untrained_resnet(spec["name"], spec["seed"])
+    loop, size = reference.PublishedLoop(nets, states, sizes), max(sizes.values())
+    scores, labels, maps, masks = [], [], [], []
+    for item in Category(folder.parent, folder.name).test_items():
+        image = to_tensor(Image.open(item.path).convert("RGB"), size, "bicubic")[None]
+        score, anomaly_map = loop(image)["fusion"]
+        mask = np.zeros((size, size), bool)
+        if item.mask is not None:
+            mask = np.asarray(Image.open(item.mask).convert("L").resize((size, size), Image.Resampling.NEAREST)) >= 128
+        for values, value in zip((scores, labels, maps, masks), (score, item.label, anomaly_map, mask), strict=True):
+            values.append(value)
+    bad = np.array(labels) == 1
+    metrics = {
+        "image_auroc": float(roc_auc_score(labels, scores)),
+        "pixel_auroc": reference_metrics.pixel_auroc(maps, masks),
+        "pro_as_published": reference_metrics.pro_as_published(np.stack(maps)[bad], np.stack(masks)[bad]),
+    }
+    out.write_text(json.dumps({"metrics": metrics, "scores": scores}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

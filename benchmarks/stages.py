@@ -1,0 +1,286 @@
+"""The stages of a run, each on its own and at one size: the project beside the plain reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from benchmarks import reference, reference_metrics
+from benchmarks.measure import Row, apart, gflop, pair, product_rate, seconds
+from datasets.images import EXTENSIONS, to_tensor
+from datasets.scenes import draw_scene
+from models import networks
+from models.backbones import BackboneSpec, build_backbone
+from models.coreset import LazyGreedy, sparse_projection
+from models.neighbors import NearestNeighbors
+from models.patchcore import patch_features
+from models.postprocess import gaussian_blur, min_max, resize_maps
+from utils.metrics import PixelMetrics
+from utils.published_pro import PublishedPro, region_areas
+
+SEED = 22
+PAPER = {
+    "ma_clu": ("vit_small_patch14_dinov2", 350),
+    "ma2patch": ("vit_base_patch14_dinov2", 406),
+    "pc": ("wide_resnet50_2", 238),
+}
+SMALL = {"ma_clu": ("test_vit", 64), "ma2patch": ("test_vit", 96), "pc": ("resnet18", 64)}
+QUERY_BUDGET = 3e9  # bytes of the whole distance matrix and bank up to which the reference is run
+
+
+@dataclasses.dataclass
+class Settings:
+    """What the flags say."""
+
+    device: str
+    precision: str
+    batch_size: int
+    quick: bool
+    images: Path | None  # a folder of real images, or None for drawn ones alone
+    reference_images: int  # the published loop is timed on so many images at most
+    work: Path
+    category: Path | None = None  # a category in MVTec layout, for the stages that run whole scripts
+    anomalib_python: Path | None = None
+
+    @property
+    def networks(self) -> dict[str, tuple[str, int]]:
+        return SMALL if self.quick else PAPER
+
+    @functools.cached_property
+    def rate(self) -> float:
+        """GFLOP/s of the fastest matrix product at this precision."""
+        return max(product_rate(self.device, self.precision, 512 if self.quick else 4096).values())
+
+
+def extract(settings: Settings, images: int) -> Iterator[Row]:
+    """Each network in batches, against the same network whole, one image at a time, in fp32."""
+    for branch, (name, size) in settings.networks.items():
+        tokens = branch != "pc"
+        spec = BackboneSpec("tokens" if tokens else "maps", name, size, weights="random", seed=SEED)
+        with torch.device("cpu"):
+            backbone = build_backbone(spec, settings.device, precision=settings.precision)
+        make = reference.untrained_vit if tokens else lambda name, _, seed: reference.untrained_resnet(name, seed)
+        net = make(name, size, SEED).to(settings.device)
+        batch = torch.randn(settings.batch_size, 3, size, size, generator=torch.Generator().manual_seed(SEED))
+        batch = batch.to(settings.device)
+        cut = networks.vit(name, size) if tokens else networks.cnn(name, (8, 16))
+        operations = gflop(cut.to_empty(device="meta").eval(), torch.empty(1, 3, size, size, device="meta"))
+
+        def ours(backbone=backbone, batch=batch) -> Tensor:
+            for start in range(0, images, len(batch)):
+                last = backbone(batch[: images - start])
+            return last[-1]
+
+        few = min(images, settings.reference_images)
+
+        def plain(net=net, batch=batch, tokens=tokens, few=few) -> Any:
+            for index in range(few):
+                image = batch[index % len(batch)][None]
+                last = reference.vit_tokens(net, image)[1] if tokens else reference.layer_maps(net, image)[1]
+            return last
+
+        took, reference_took, _, expected = pair(ours, plain, 3)
+        position = (few - 1) % len(batch)
+        near = _difference(backbone(batch)[-1][position], torch.as_tensor(expected).squeeze(0))
+        rate = operations * images / took
+        yield Row(
+            f"extract {name} {settings.precision}",
+            images,
+            "images",
+            took,
+            reference_took * images / few,
+            "whole network, one image at a time, fp32" + (f" (timed on {few} images)" if few < images else ""),
+            f"largest difference {near:.1e} of the largest value",
+            {
+                "gflop_per_image": operations,
+                "gflop_per_second": rate,
+                "product_gflop_per_second": settings.rate,
+                "share_of_product_rate": rate / settings.rate,
+                "reference_share_of_product_rate": operations * few / reference_took / settings.rate,
+                "peak_gpu_mb": torch.cuda.max_memory_allocated() / 1e6 if settings.device.startswith("cuda") else None,
+            },
+        )
+
+
+def coreset(settings: Settings, rows: int) -> Iterator[Row]:
+    """1 % of the patches, on features of drawn and of real images, against plain greedy after the projection."""
+    for kind in ("drawn", "real") if settings.images else ("drawn",):
+        features = wide_features(settings, rows, kind)
+        projection_took, projected = seconds(lambda features=features: sparse_projection(features))
+        projected, size = projected.to(settings.device), max(rows // 100, 2)
+
+        def ours(projected: Tensor = projected, size: int = size) -> tuple[list[int], int]:
+            greedy = LazyGreedy(projected)
+            return greedy.select(size, progress=False).tolist(), greedy.evaluations
+
+        took, plain_took, (chosen, evaluations), plain = pair(
+            ours, lambda projected=projected, size=size: reference.sampled(projected, size)
+        )
+        equal = sum(a == b for a, b in zip(chosen, plain, strict=True))
+        yield Row(
+            f"coreset {kind}",
+            rows,
+            "patches",
+            took,
+            plain_took,
+            "a difference matrix for each centre, float32",
+            f"{equal} of {size} indices equal",
+            {
+                "share_of_distances": evaluations / (rows * size),
+                "projection_seconds": projection_took,
+                "width": projected.shape[1],
+            },
+        )
+
+
+def wide_features(settings: Settings, rows: int, kind: str) -> Tensor:
+    """Patch features [rows, D] of drawn or real images."""
+    name, size = settings.networks["pc"]
+    backbone = build_backbone(BackboneSpec("maps", name, size, weights="random", seed=SEED), settings.device)
+    needed = -(-rows // (backbone.grid[0] * backbone.grid[1]))
+    parts = []
+    for start in range(0, needed, 8):
+        numbers = range(start, min(start + 8, needed))
+        batch = torch.stack([picture(settings, number, size, kind) for number in numbers])
+        parts.append(patch_features(*backbone(batch.to(settings.device))).flatten(0, 1).cpu())
+    return torch.cat(parts)[:rows]
+
+
+def picture(settings: Settings, number: int, size: int, kind: str) -> Tensor:
+    """Image number `number` [3, size, size]: a drawn scene, or one of the real images (again from the first)."""
+    if kind == "drawn":
+        image = Image.fromarray(np.ascontiguousarray(draw_scene((SEED, number), size)[0][..., ::-1]))
+    else:
+        files = sorted(path for path in settings.images.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        image = Image.open(files[number % len(files)]).convert("RGB")
+    return to_tensor(image, size, "bilinear")
+
+
+def neighbors(settings: Settings, rows: int) -> Iterator[Row]:
+    """The nearest bank row of one image's patches, against the whole matrix of distances; faiss if it is there."""
+    width, queries = (64, 50) if settings.quick else (1536, 900)
+    generator = torch.Generator().manual_seed(SEED)
+    bank = torch.randn(rows, width, generator=generator).to(settings.device)
+    patches = torch.randn(queries, width, generator=generator).to(settings.device)
+    ours = NearestNeighbors(bank)
+    ours.faiss = None
+    fits = 4 * rows * (queries + width) < QUERY_BUDGET
+    took, plain_took, found, plain = pair(
+        lambda: ours.search(patches, 1), (lambda: reference.nearest(patches, bank)) if fits else None
+    )
+    agreement = f"distances within {_difference(found[0][:, 0], plain[0]):.1e}" if plain else ""
+    yield Row("neighbours", rows, "bank rows", took, plain_took, "torch.cdist whole, minimum", agreement)
+    try:
+        import faiss
+    except ImportError:
+        return
+    if settings.device == "cpu":
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        took, faiss_took, found, other = pair(
+            lambda: ours.search(patches, 1), lambda: faiss.knn(patches.numpy(), bank.numpy(), 1)
+        )
+        near = _difference(found[0][:, 0], torch.from_numpy(other[0][:, 0]).clamp(min=0).sqrt())
+        yield Row("neighbours, faiss", rows, "bank rows", took, faiss_took, "faiss.knn", f"distances within {near:.1e}")
+
+
+def postprocess(settings: Settings, side: int) -> Iterator[Row]:
+    """Patch scores of 16 images to maps: resize, min-max, blur; against OpenCV and SciPy, map by map."""
+    small = torch.rand(16, side // 14, side // 14, generator=torch.Generator().manual_seed(SEED))
+    on_device = small.to(settings.device)
+
+    def plain() -> np.ndarray:
+        maps = []
+        for scores in small.numpy():
+            whole = cv2.resize(scores, (side, side), interpolation=cv2.INTER_LINEAR)
+            maps.append(gaussian_filter((whole - whole.min()) / np.ptp(whole), 4))
+        return np.stack(maps)
+
+    took, plain_took, maps, expected = pair(
+        lambda: gaussian_blur(min_max(resize_maps(on_device, side)), 4.0).cpu(), plain
+    )
+    near = _difference(maps, torch.from_numpy(expected))
+    agreement = f"maps within {near:.1e}"
+    yield Row("post-processing", 16 * side**2, "pixels", took, plain_took, "OpenCV and SciPy, map by map", agreement)
+
+
+def drawn_maps(count: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth anomaly maps [count, side, side] (float32) that partly find the regions of their masks (bool)."""
+    rng = np.random.default_rng(SEED)
+    maps, masks = np.empty((count, side, side), np.float32), np.zeros((count, side, side), np.uint8)
+    for scores, mask in zip(maps, masks, strict=True):
+        for _ in range(rng.integers(1, 4)):
+            center = tuple(int(place) for place in rng.integers(side // 8, side - side // 8, 2))
+            cv2.circle(mask, center, int(rng.integers(side // 40 + 1, side // 10 + 2)), 1, -1)
+        noise = cv2.resize(rng.random((side // 8, side // 8), np.float32), (side, side))
+        scores[:] = gaussian_filter(noise + 0.5 * mask * rng.random(), 4)
+    return maps, masks > 0
+
+
+def pro(settings: Settings, count: int) -> Iterator[Row]:
+    """`pro_as_published` and the exact AUPRO of anomalous maps, against 200 thresholds on every image."""
+    maps, masks = drawn_maps(count, 64 if settings.quick else 406)
+
+    def published() -> float | None:
+        metric = PublishedPro()
+        for scores, mask in zip(maps, masks, strict=True):
+            metric.update(scores, mask, *region_areas(mask))
+        return metric.compute()
+
+    def exact() -> float | None:
+        metrics = PixelMetrics()
+        metrics.update(maps, masks, np.ones(count, bool))
+        return metrics.compute()["aupro"]
+
+    for name, ours, plain in (
+        ("pro_as_published", published, reference_metrics.pro_as_published),
+        ("aupro, exact, with all pixel metrics", exact, reference_metrics.aupro),
+    ):
+        took, plain_took, found, expected = pair(ours, lambda plain=plain: plain(maps, masks))
+        agreement = f"{found:.5f} against {expected:.5f}"
+        yield Row(name, count, "maps", took, plain_took, "200 thresholds on every image", agreement)
+
+
+def pixel_auroc(settings: Settings, count: int) -> Iterator[Row]:
+    """Time and memory of the pixel AUROC, all other pixel metrics included, against lists of floats."""
+    side = 64 if settings.quick else 406
+    took, memory, found = apart(_our_auroc, count, side)
+    plain_took, plain_memory, expected = apart(_plain_auroc, count, side)
+    drawing, maps_memory, _ = apart(drawn_maps, count, side)
+    yield Row(
+        "pixel AUROC, with all pixel metrics",
+        count,
+        "maps",
+        max(took - drawing, 1e-9),
+        plain_took - drawing,
+        "lists of floats, scikit-learn",
+        f"{found:.6f} against {expected:.6f}",
+        {"mb_above_maps": memory - maps_memory, "reference_mb_above_maps": plain_memory - maps_memory},
+    )
+
+
+def _our_auroc(count: int, side: int) -> float:
+    maps, masks = drawn_maps(count, side)
+    metrics = PixelMetrics()
+    for start in range(0, count, 4):
+        metrics.update(maps[start : start + 4], masks[start : start + 4], np.ones(len(maps[start : start + 4]), bool))
+    return metrics.compute()["pixel_auroc"]
+
+
+def _plain_auroc(count: int, side: int) -> float:
+    return reference_metrics.pixel_auroc(*drawn_maps(count, side))
+
+
+def _difference(ours: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected value."""
+    expected = expected.to(ours.device)
+    return float((ours - expected).abs().max() / expected.abs().max())
