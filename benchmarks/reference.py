@@ -29,8 +29,9 @@ def untrained_vit(name: str, image_size: int, seed: int) -> nn.Module:
 
 
 def untrained_resnet(name: str, seed: int) -> nn.Module:
-    """torchvision's whole network, with the classifier that nobody needs."""
-    net = torchvision.models.get_model(name, weights=None)
+    """torchvision's whole network (timm's where that has none), with the classifier that nobody needs."""
+    known = name in torchvision.models.list_models()
+    net = torchvision.models.get_model(name, weights=None) if known else timm.create_model(name)
     net.load_state_dict(random_state_dict(lambda: networks.full_network(name), seed), strict=False)
     return net.eval()
 

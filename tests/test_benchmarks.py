@@ -1,0 +1,115 @@
+"""The benchmark: its plain reference agrees with the project on fresh data, and a quick run leaves sane figures."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import run_in_process, small_flags
+
+from benchmarks import measure, plain_fusion, reference, reference_metrics
+from benchmarks.stages import drawn_maps
+from models.coreset import greedy_k_center
+from models.neighbors import NearestNeighbors
+from models.patchcore import patch_features
+from utils.metrics import PixelMetrics
+
+
+def test_the_published_program_gives_what_test_fusion_gives(workplace):
+    flags = small_flags(workplace, "test_fusion")
+    flags = [*flags[: flags.index("--weights")], *flags[flags.index("--weights") + 2 :]]
+    finished = run_in_process("test_fusion", *flags, "--no-images")
+    assert finished.code == 0, finished.err
+    plain_fusion.main(workplace / "models" / "belt", workplace / "data" / "belt", workplace / "plain.json")
+    plain = json.loads((workplace / "plain.json").read_text())
+    folder = workplace / "result" / "belt" / "fusion"
+    with open(folder / "scores.csv", newline="") as file:
+        scores = [float(row["score"]) for row in csv.DictReader(file)]
+    np.testing.assert_allclose(scores, plain["scores"], rtol=1e-3)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["image_auroc"] == pytest.approx(plain["metrics"]["image_auroc"])
+    assert metrics["pixel_auroc"] == pytest.approx(plain["metrics"]["pixel_auroc"], abs=1e-4)
+    assert metrics["pro_as_published"] == pytest.approx(plain["metrics"]["pro_as_published"], abs=5e-3)
+
+
+def test_plain_metrics_agree():
+    maps, masks = drawn_maps(4, 80)
+    metrics = PixelMetrics()
+    metrics.update(maps, masks, np.ones(4, bool))
+    found = metrics.compute()
+    assert found["pixel_auroc"] == pytest.approx(reference_metrics.pixel_auroc(maps, masks), abs=1e-12)
+    assert found["pro_as_published"] == pytest.approx(reference_metrics.pro_as_published(maps, masks), abs=1e-9)
+    assert found["aupro"] == pytest.approx(reference_metrics.aupro(maps, masks), abs=2e-3)
+
+
+def test_plain_coreset_neighbours_and_features_agree():
+    generator = torch.Generator().manual_seed(1)
+    patches = torch.randn(2000, 12, generator=generator)
+    assert greedy_k_center(patches, 40, progress=False).tolist() == reference.sampled(patches, 40)
+    distances, indices = NearestNeighbors(patches[:300]).search(patches, 1)
+    expected, rows = reference.nearest(patches.double(), patches[:300].double())
+    assert torch.equal(indices[:, 0], rows)
+    torch.testing.assert_close(distances[:, 0].double(), expected, atol=1e-6, rtol=1e-5)
+    fine, coarse = torch.randn(1, 6, 10, 10, generator=generator), torch.randn(1, 9, 5, 5, generator=generator)
+    torch.testing.assert_close(patch_features(fine, coarse)[0], reference.patch_features(fine, coarse))
+
+
+def test_a_quick_run_leaves_sane_figures(tmp_path):
+    stages = "extract,coreset,neighbors,postprocess,pro"
+    finished = run_in_process(
+        "benchmarks.run", "--quick", "--stages", stages, "--sizes", "pro=3", "coreset=300", "--out", tmp_path,
+        "--device", "cpu",
+    )  # fmt: skip
+    assert finished.code == 0, finished.err
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["skipped"] == {}
+    assert report["machine"]["torch"] == torch.__version__
+    assert all(rate > 0 for rate in report["product_gflop_per_second"].values())
+    found = {row["stage"].split()[0] for row in report["rows"]}
+    assert {"extract", "coreset", "neighbours", "post-processing", "pro_as_published", "aupro,"} <= found
+    for row in report["rows"]:
+        assert row["ratio"] == pytest.approx(row["reference"] / row["ours"])
+    extracted = [row for row in report["rows"] if row["stage"].startswith("extract")]
+    assert all(0 < row["details"]["share_of_product_rate"] < 1.2 for row in extracted)
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("\n|") == len(report["rows"]) + 2
+    assert report["machine"]["cpu"] in table
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--stages", "speed"], "--stages speed is not one of"),
+        (["--stages", "coreset", "--sizes", "coreset=many"], "--sizes coreset=many: write STAGE=SIZE"),
+        (["--stages", "coreset", "--sizes", "pro=3"], "with a stage that is run (coreset)"),
+        (["--images", "nowhere"], "--images nowhere is no folder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_flags_are_one_line(flags, said, tmp_path):
+    finished = run_in_process("benchmarks.run", "--quick", "--out", tmp_path, *flags)
+    assert finished.code == 2
+    assert said in finished.err
+    assert len(finished.err.splitlines()) == 1
+
+
+def test_pairs_are_warmed_up_and_run_in_turn():
+    calls = []
+    ours, plain, first, second = measure.pair(lambda: calls.append("a") or 1, lambda: calls.append("b") or 2, repeats=2)
+    assert calls == ["a", "b"] * 3
+    assert (first, second) == (1, 2)
+    assert ours >= 0 and plain >= 0
+
+
+def test_memory_is_that_of_a_process_of_its_own():
+    took, grown, result = measure.apart(fill, 50)
+    assert result == 50
+    assert took > 0
+    assert 45 < grown < 80
+
+
+def fill(megabytes: int) -> int:
+    return len(np.ones(megabytes * 125_000)) // 125_000
