@@ -5,7 +5,7 @@ python benchmarks/run.py --images data/coal_ad/train/good      # the full sizes:
 python benchmarks/run.py --stages coreset,neighbors --sizes coreset=1000,100000
 python benchmarks/run.py --stages extract --device cuda --precision bf16 --batch-size 32
 
-Writes results.json, table.md and cost.png (where matplotlib is installed) to --out.
+Writes results.json, table.md and cost.png to --out.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def main() -> None:
         report |= {"rows": [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows], "skipped": skipped}
         write_json(args.out / "results.json", report)
     write_text(args.out / "table.md", table(report["machine"], report["product_gflop_per_second"], rows, skipped))
-    if plot(rows, args.out / "cost.png"):
-        print(f"plot in {args.out / 'cost.png'}")
+    if rows:
+        plot(rows, args.out / "cost.png")
+    print(f"table, figures and plot in {args.out}")
 
 
 def parse_args() -> Any:

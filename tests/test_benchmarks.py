@@ -58,6 +58,7 @@ def test_plain_coreset_neighbours_and_features_agree():
 
 
 def test_a_quick_run_leaves_sane_figures(tmp_path):
+    pytest.importorskip("matplotlib")
     stages = "extract,coreset,neighbors,postprocess,pro"
     finished = run_in_process(
         "benchmarks.run", "--quick", "--stages", stages, "--sizes", "pro=3", "coreset=300", "--out", tmp_path,
@@ -77,6 +78,7 @@ def test_a_quick_run_leaves_sane_figures(tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert table.count("\n|") == len(report["rows"]) + 2
     assert report["machine"]["cpu"] in table
+    assert (tmp_path / "cost.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
