@@ -146,6 +146,13 @@ def all_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
+def all_entries(entries: dict[str, str]) -> dict[str, str]:
+    """The entries of all processes' dictionaries, in their order, on every process."""
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries.items())
+    everything = all_rows(torch.tensor(list(lines.encode()), dtype=torch.uint8))
+    return dict(json.loads(line) for line in everything.numpy().tobytes().splitlines())
+
+
 def require_same(what: str, lines: Callable[[], Iterable[str]]) -> None:
     """Raise InputError where the processes do not have the same `lines`, as where machines hold different copies."""
     if size() > 1:
@@ -158,10 +165,10 @@ def require_same(what: str, lines: Callable[[], Iterable[str]]) -> None:
 def one_per_machine_first() -> Iterator[None]:
     """What the block downloads, one process of each machine downloads; the others find it there."""
     if local_rank() > 0:
-        _meet()
+        meet()
     yield
     if local_rank() == 0:
-        _meet()
+        meet()
 
 
 def check() -> None:
@@ -178,7 +185,7 @@ def first_to_fail() -> bool:
         return False
 
 
-def _meet() -> None:
+def meet() -> None:
     """Wait until all processes are here."""
     all_rows(torch.zeros(0))
 

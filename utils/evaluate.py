@@ -14,7 +14,7 @@ import torch
 from datasets.mvtec import ImageLoader
 from models.operating_point import OperatingPoint
 from utils.cards import Threshold
-from utils.distributed import from_first, size
+from utils.distributed import from_first, meet, size
 from utils.files import write_json
 from utils.metrics import PROTOCOLS
 from utils.result_files import (
@@ -69,6 +69,7 @@ def evaluate(
         with watch("images"):
             scale = from_first(lambda: {"scale": np.array(thumbnails.scale())})["scale"].tolist()
             write_heatmaps(folder / "heatmaps", items[shard.start : shard.stop], thumbnails, scale)
+            meet()
     if not first:
         return {}
     with watch("metrics"):

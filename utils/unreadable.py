@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 from datasets.mvtec import Category, Item, find_unreadable
+from utils import distributed
 from utils.cli import warn
 from utils.errors import InputError, UnreadableError
 
@@ -15,7 +16,8 @@ ItemsOf = Callable[[Category], Sequence[Item]]
 
 def leave_out_unreadable(category: Category, items: Sequence[Item], workers: int) -> None:
     """Take those of the category's items that cannot be read out of it, and say how many they are."""
-    category.left_out |= find_unreadable(items, workers)
+    own = distributed.shard(len(items), 1)
+    category.left_out |= distributed.all_entries(find_unreadable(items[own.start : own.stop], workers))
     if category.left_out:
         warn(f"{category.name}: {len(category.left_out)} of {len(items)} images cannot be read and are left out")
 
