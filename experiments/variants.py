@@ -69,7 +69,7 @@ class Variant:
         changes: dict[str, Any] = {}
         if "seed" in self.settings:
             changes["settings"] = {**self.settings, "seed": seed}
-        if self.network.weights == "random":
+        if self.network.weights == "random" and self.network.seed != seed:
             changes["network"] = dataclasses.replace(self.network, seed=seed, fingerprint=None)
         return changes
 

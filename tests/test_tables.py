@@ -22,7 +22,9 @@ from tiny import SMALL_NETWORKS, run_in_process, small_flags
 
 from datasets.mvtec import Category, ImageDataset
 from experiments import baselines, fusions, measurements, speed
-from models import BRANCHES, MACLU, USAD
+from experiments.variants import Variant
+from models import BRANCHES, MACLU, USAD, PatchCore
+from models.backbones import BackboneSpec
 from models.postprocess import resize_images, resize_maps
 from utils.locks import folder_lock
 
@@ -219,8 +221,28 @@ def test_refitted_rows_are_what_the_scripts_give(place, monkeypatch):
     assert not (place / "result/belt/tables/measured/fitted").exists()
 
 
+def test_only_what_depends_on_the_seed_is_fitted_again():
+    def variant(branch, weights, **training):
+        spec = BackboneSpec(branch.backbone_kind, "a network", 64, weights=weights, fingerprint="mark")
+        settings = {"seed": 22} if branch is PatchCore else {}
+        return Variant(branch, spec, settings, **{"train_ratio": 1.0, "holdout_ratio": 0.0, "seed": 22} | training)
+
+    for same in (variant(MACLU, "pretrained"), variant(MACLU, "file")):
+        assert same.changed(seed=7) is same
+    others = [
+        variant(MACLU, "pretrained", train_ratio=0.5),
+        variant(MACLU, "pretrained", holdout_ratio=0.1),
+        variant(MACLU, "random"),
+        variant(PatchCore, "pretrained"),
+    ]
+    for other in others:
+        assert other.changed(seed=22) is other
+        assert other.changed(seed=7).fit_needs() != other.fit_needs()
+
+
 def test_seeds(place):
     reproduce(place, "--tables", "ablation", "--seeds", 7, 22)
+    assert len(list(place.glob("result/belt/tables/measured/*.safetensors"))) == 6  # 22 is the checkpoints' own
     shutil.copytree(place / "models", place / "models_7")
     for script in SMALL_NETWORKS:
         train(place, "models_7", script, "--seed", 7)
