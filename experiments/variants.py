@@ -38,20 +38,26 @@ class Variant:
     def of_checkpoint(cls, branch: type[Branch], path: Path) -> Variant:
         """The checkpoint as it is; raises InputError where it cannot be read."""
         _, metadata = load_checkpoint(path)
+        if metadata.get("branch") != branch.name:
+            raise InputError(f"{path} is a checkpoint of branch '{metadata.get('branch')}', not of '{branch.name}'")
         try:
             training = metadata["training"]
-            return cls(
+            variant = cls(
                 branch,
                 BackboneSpec.from_dict(metadata["backbone"]),
                 metadata["settings"],
-                training.get("train_ratio", PUBLISHED_SHARE.get(branch.name, 1.0)),
-                training.get("holdout_ratio", 0.0),
-                training.get("seed", 22),
+                float(training.get("train_ratio", PUBLISHED_SHARE.get(branch.name, 1.0))),
+                float(training.get("holdout_ratio", 0.0)),
+                int(training.get("seed", 22)),
                 path,
                 sha256_of_file(path),
             )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is no checkpoint of {branch.name} ({error!r}); train the branch again") from None
+            variant.renderer()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{path}: its metadata is not what branch '{branch.name}' writes ({error!r}); train the branch again"
+            ) from None
+        return variant
 
     def changed(self, **changes: Any) -> Variant:
         """This variant with other fields, `settings` or `image_size`; itself where nothing would come out otherwise."""

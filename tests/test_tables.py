@@ -26,6 +26,7 @@ from experiments.variants import Variant
 from models import BRANCHES, MACLU, USAD, PatchCore
 from models.backbones import BackboneSpec
 from models.postprocess import resize_images, resize_maps
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.locks import folder_lock
 
 ROOT = Path(__file__).parents[1]
@@ -363,6 +364,17 @@ def test_bad_flags(workplace, flags, said):
     finished = reproduce(workplace, *flags, code=2)
     assert said in finished.err and len(finished.err.splitlines()) == 1
     assert not (workplace / "result/belt/tables").exists()
+
+
+def test_checkpoints_of_another_kind_are_refused(workplace):
+    folder = workplace / "models/belt"
+    shutil.copy(folder / "ma_clu.safetensors", folder / "pc.safetensors")
+    assert "not of 'pc'" in reproduce(workplace, code=2).err
+    tensors, metadata = load_checkpoint(folder / "ma_clu.safetensors")
+    for change in ({"settings": {"depth": 3}}, {"training": {"train_ratio": "all"}}, {"backbone": None}):
+        save_checkpoint(folder / "ma_clu.safetensors", tensors, metadata | change)
+        finished = reproduce(workplace, code=2)
+        assert "ma_clu.safetensors: its metadata" in finished.err and len(finished.err.splitlines()) == 1
 
 
 def test_standardized_without_statistics_is_refused_first(workplace):
