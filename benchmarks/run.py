@@ -36,6 +36,7 @@ from utils.files import write_json, write_text
 STAGES: dict[str, tuple[Callable[[Settings, int], Iterator[Row]], list[int], list[int]]] = {
     "extract": (stages.extract, [50, 200, 1000], [4]),
     "coreset": (stages.coreset, [1_000, 10_000, 100_000], [300, 1_000]),
+    "sample": (stages.sample, [60], [8]),
     "neighbors": (stages.neighbors, [1_000, 10_000, 100_000, 1_000_000], [100, 1_000]),
     "postprocess": (stages.postprocess, [140, 406, 1_022], [140]),
     "pro": (stages.pro, [10, 100], [3]),

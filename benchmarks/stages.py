@@ -20,9 +20,10 @@ from benchmarks.measure import Row, apart, gflop, pair, product_rate, seconds
 from datasets.images import EXTENSIONS, to_tensor
 from datasets.scenes import draw_scene
 from models import networks
-from models.backbones import BackboneSpec, build_backbone
+from models.backbones import BackboneSpec, build_backbone, empty_backbone
 from models.coreset import LazyGreedy, sparse_projection
 from models.neighbors import NearestNeighbors
+from models.patch_store import PatchStore
 from models.patchcore import patch_features
 from models.postprocess import gaussian_blur, min_max, resize_maps
 from utils.metrics import PixelMetrics
@@ -140,6 +141,39 @@ def coreset(settings: Settings, rows: int) -> Iterator[Row]:
                 "projection_seconds": projection_took,
                 "width": projected.shape[1],
             },
+        )
+
+
+def sample(settings: Settings, images: int) -> Iterator[Row]:
+    """What PatchCore's bank loses where the budget holds a share of the training patches; means of five samples."""
+    name, size = settings.networks["pc"]
+    grid = empty_backbone(BackboneSpec("maps", name, size)).grid
+    patches = wide_features(settings, images * grid[0] * grid[1], "drawn").unflatten(0, (images, -1))
+
+    def distances(share: float, seed: int, entries: int | None = None) -> Tensor:
+        """The farthest and the average patch of all from the bank, of 1 % of the sample or so many entries."""
+        store = PatchStore(images, share * 4e-9 * patches.numel(), seed * images)
+        store.add(patches, torch.arange(images))
+        rows = store.rows()
+        chosen = LazyGreedy(sparse_projection(rows)).select(entries or max(len(rows) // 100, 2), progress=False)
+        far = NearestNeighbors(rows[chosen]).search(patches.flatten(0, 1), 1)[0]
+        return torch.stack([far.max(), far.mean()])
+
+    full_took, full = seconds(lambda: distances(2, 0))
+    entries = max(patches.shape[0] * patches.shape[1] // 100, 2)
+    for share in (0.5, 0.25, 0.1):
+        took, found = seconds(lambda share=share: torch.stack([distances(share, seed) for seed in range(5)]).mean(0))
+        same = torch.stack([distances(share, seed, entries) for seed in range(5)]).mean(0)
+        farther, equal = ((part / full).tolist() for part in (found, same))
+        yield Row(
+            f"bank from {share:.0%} of the patches",
+            images,
+            "training images",
+            took / 5,
+            full_took,
+            "a bank of 1 % of all",
+            f"farthest patch {farther[0]:.2f}, average {farther[1]:.2f} times as far",
+            {"radius": farther[0], "mean": farther[1], "radius_same_entries": equal[0], "mean_same_entries": equal[1]},
         )
 
 

@@ -59,7 +59,7 @@ def test_plain_coreset_neighbours_and_features_agree():
 
 def test_a_quick_run_leaves_sane_figures(tmp_path):
     pytest.importorskip("matplotlib")
-    stages = "extract,coreset,neighbors,postprocess,pro"
+    stages = "extract,coreset,sample,neighbors,postprocess,pro"
     finished = run_in_process(
         "benchmarks.run", "--quick", "--stages", stages, "--sizes", "pro=3", "coreset=300", "--out", tmp_path,
         "--device", "cpu",
