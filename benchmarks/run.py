@@ -27,10 +27,10 @@ from benchmarks import processes, stages
 from benchmarks.measure import Row, product_rate
 from benchmarks.plot import plot
 from benchmarks.stages import Settings
-from experiments.speed import processor
 from utils.cli import PRECISIONS, Parser, choose_device, default_batch_size, number, run
 from utils.errors import InputError
 from utils.files import write_json, write_text
+from utils.timing import processor
 
 # Stage, sizes of a full and of a quick run, what the size counts.
 STAGES: dict[str, tuple[Callable[[Settings, int], Iterator[Row]], list[int], list[int]]] = {

@@ -6,8 +6,6 @@ python -m experiments.speed JOB.json        # prints the figures as JSON; run by
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,7 +23,7 @@ from models import USAD
 from models.operating_point import checkpoint_digests
 from models.usad import checkpoint_paths
 from utils.evaluate import stage_seconds, timed
-from utils.timing import Stopwatch, peak_memory_mb
+from utils.timing import Stopwatch, peak_memory_mb, processor
 
 IMAGES = 200  # at most so many are timed
 FIGURES = {
@@ -116,15 +114,6 @@ def machine(device: str) -> str:
     if torch.device(device).type == "cuda":
         words.append(torch.cuda.get_device_name(device))
     return ", ".join([*words, f"PyTorch {torch.__version__}"])
-
-
-def processor() -> str:
-    """The processor's name."""
-    if os.path.exists("/proc/cpuinfo"):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from utils.result_files import (
     write_test_report,
 )
 from utils.results import Results
-from utils.timing import Stopwatch, peak_memory_mb
+from utils.timing import Stopwatch, peak_memory_mb, processor
 from utils.visualize import Thumbnails
 
 
@@ -101,7 +101,7 @@ def environment(model: Any) -> dict[str, Any]:
     import torchvision
 
     device = torch.device(model.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "program": PROGRAM,
         "versions": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import sys
 import time
 from collections import defaultdict
@@ -51,3 +52,12 @@ def peak_memory_mb() -> dict[str, float]:
     if torch.cuda.is_initialized():
         peak["gpu"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
     return peak
+
+
+def processor() -> str:
+    """The processor's name; where the system does not tell it, that of its kind."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
