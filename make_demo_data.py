@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from utils.cli import Parser, category_name, number, run
 from utils.errors import InputError
 from utils.files import write_json
 from utils.locks import file_lock
+from utils.stopping import leave_signals_to_parent, signals_held
 
 MARKER = ".usad_demo.json"
 
@@ -143,9 +143,11 @@ def draw_all(folder: Path, settings: Settings, workers: int) -> None:
         for frame in progress(todo):
             task(frame)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), leave_signals_to_parent)
     try:
-        for _ in progress(pool.map(task, todo, chunksize=4)):
+        with signals_held():
+            drawn = pool.map(task, todo, chunksize=4)
+        for _ in progress(drawn):
             pass
     finally:
         pool.shutdown(cancel_futures=True)

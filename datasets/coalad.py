@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import sys
@@ -19,6 +20,7 @@ CATEGORY = "coal_ad"
 DATASET = "lyfjwp/CoalAD"
 ARCHIVES = ("coal_ad_train.tar", "coal_ad_test.tar")
 MAX_MEMBERS = 200_000
+MAX_READ = 1 << 24  # bytes; tarfile reads some headers as a whole, at their word
 MAX_DEPTH = 8  # coal_ad/ground_truth/<defect>/<stem>_mask.png is four deep
 
 # The disk's own errors, which must not be mistaken for a failing network.
@@ -147,6 +149,13 @@ def _unpack(download: Path, target: Path) -> None:
         shutil.rmtree(unpacked, ignore_errors=True)
 
 
+class _SmallReads(io.FileIO):
+    """A file that gives at most MAX_READ bytes at a time: a header may ask for as many as it likes."""
+
+    def read(self, size: int = -1) -> bytes:
+        return super().read(min(size, MAX_READ) if size >= 0 else MAX_READ)
+
+
 def extract(archive: Path, folder: Path) -> None:
     """Unpack the files of an uncompressed tar archive, all under coal_ad/, into the empty `folder`.
 
@@ -156,7 +165,8 @@ def extract(archive: Path, folder: Path) -> None:
     """
     try:
         with (
-            tarfile.open(archive, "r:") as tar,
+            _SmallReads(archive) as file,
+            tarfile.open(archive, "r:", file) as tar,
             tqdm(desc=archive.name, total=archive.stat().st_size, unit="B", unit_scale=True) as bar,
         ):
             for number, member in enumerate(tar):

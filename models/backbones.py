@@ -16,6 +16,7 @@ from models.weights import pretrained_state_dict, random_state_dict, read_state_
 from utils.errors import InputError
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_SIDE = 4096  # pixels of a square input
 SMALLEST_MAP = 3  # PatchCore pools 3 x 3 without padding
 
 
@@ -57,8 +58,14 @@ class BackboneSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BackboneSpec:
-        """What `to_dict` gave. Raises KeyError or TypeError for anything else."""
-        return cls(**values | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        """What `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        spec = cls(**values | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        sides = [spec.image_size] if spec.position_size is None else [spec.image_size, spec.position_size]
+        if not (isinstance(spec.name, str) and all(type(side) is int and 0 < side <= MAX_SIDE for side in sides)):
+            raise ValueError("a network's name, image size or position size that cannot be")
+        if type(spec.seed) is not int or not 0 <= spec.seed < 2**32:
+            raise ValueError("a seed that cannot be")
+        return spec
 
 
 class Backbone(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import inspect
+import math
 import os
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -126,7 +127,7 @@ class Branch(abc.ABC):
             settings = {name: type(parameters[name].default)(value) for name, value in settings.items()}
             if not isinstance(training, dict):
                 raise TypeError("training")
-            if calibration is not None and not all(isinstance(calibration[key], float) for key in STATISTICS):
+            if calibration is not None and not all(math.isfinite(calibration[key]) for key in STATISTICS):
                 raise TypeError("calibration")
             backbone = build_backbone(spec, device, weights=weights, precision=precision, flag=cls.weights_flag)
             branch = cls(backbone, **settings)

@@ -48,6 +48,22 @@ def leave_signals_to_parent(worker: int = 0) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    _mask(blocked=False)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Within it signals wait; processes started meanwhile see none before they call `leave_signals_to_parent`."""
+    _mask(blocked=True)
+    try:
+        yield
+    finally:
+        _mask(blocked=False)
+
+
+def _mask(blocked: bool) -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK if blocked else signal.SIG_UNBLOCK, SIGNALS)
 
 
 def stoppable(batches: Iterable[Batch]) -> Iterator[Batch]:

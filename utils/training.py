@@ -13,7 +13,7 @@ import torch
 
 from datasets.coalad import ensure_coalad
 from datasets.mvtec import Category, ImageDataset, ImageLoader, Item, find_categories, split_training
-from models.backbones import BackboneSpec, build_backbone, empty_backbone
+from models.backbones import MAX_SIDE, BackboneSpec, build_backbone, empty_backbone
 from models.branch import Branch
 from models.calibration import calibrate
 from models.gaussian import COVARIANCES
@@ -35,7 +35,7 @@ from utils.result_files import average_path, claim_folder, write_average
 from utils.unreadable import leave_out_unreadable, named_at_once
 
 share = number(float, 0, 1, above=True)
-side = number(int, 1, 4096)  # of a square input in pixels
+side = number(int, 1, MAX_SIDE)  # of a square input in pixels
 
 
 def training_parser(description: str, backbone: str, image_size: int, train_ratio: float) -> Parser:

@@ -1,0 +1,152 @@
+"""Good files of every kind that is read from strangers: the fuzzers' starting points."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.cluster import KMeans
+
+from models.backbones import BackboneSpec, empty_backbone
+from models.branch import Branch
+from models.networks import full_network, load_weights
+from models.operating_point import FORMAT
+from models.weights import random_state_dict, read_state_dict
+from utils.errors import InputError
+from utils.published import KMEANS_FILE as KMEANS
+from utils.published import MA2PATCH, MA_CLU, PATCHCORE
+
+SIZE = (23, 17)  # of the images, width and height
+NETWORK = "test_resnet"
+
+
+def published(folder: Path) -> Path:
+    """The authors' four files."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(3)
+    for name, dim in ((MA_CLU, 6), (MA2PATCH, 8)):
+        matrix = torch.eye(dim)
+        gaussian = {
+            "mean_vector": torch.randn(dim, generator=generator),
+            "cov_matrix": matrix,
+            "inv_cov_matrix": matrix,
+        }
+        torch.save(gaussian, folder / name)
+    bank = {"memory_bank": torch.randn(9, 10, generator=generator), "k_nearest": 3, "backbone": "wide_resnet50_2"}
+    torch.save(bank, folder / PATCHCORE)
+    points = np.random.default_rng(3).normal(size=(30, 6))
+    kmeans = {"kmeans": KMeans(2, random_state=42, n_init=1).fit(points), "foreground_cluster": 0}
+    (folder / KMEANS).write_bytes(pickle.dumps(kmeans))
+    return folder
+
+
+def weights(folder: Path) -> tuple[Path, Path]:
+    """A network's weights, pickled by torch and as safetensors."""
+    folder.mkdir(parents=True)
+    state = random_state_dict(lambda: full_network(NETWORK), 22)
+    torch.save(state, folder / "net.pth")
+    save_file(state, folder / "net.safetensors")
+    return folder / "net.pth", folder / "net.safetensors"
+
+
+def weights_reader() -> Callable[[Path], object]:
+    """Reads weights and puts them into their network."""
+
+    def read(path: Path) -> object:
+        net = empty_backbone(BackboneSpec("maps", NETWORK, 64)).net
+        return load_weights(net, NETWORK, read_state_dict(path), path.name)
+
+    return read
+
+
+def load_and_predict(branch_class: type[Branch], path: Path) -> None:
+    """Reads a checkpoint and, if it is taken, looks at an image with it."""
+    branch = branch_class.load(path)
+    if branch.image_size > 512:  # as large as it says, which takes as long as it takes
+        return
+    scores, maps = branch.predict(torch.zeros(1, 3, branch.image_size, branch.image_size))
+    if not (torch.isfinite(scores).all() and torch.isfinite(maps).all()):
+        raise InputError("refused by every script")  # Results and predict_images look for it
+
+
+def operating_point(path: Path) -> Path:
+    """A usad.json."""
+    figures = {"threshold": 1.5, "pixel_threshold": 0.2, "false_alarm_rate": 0.01, "images": 120}
+    fusion = {"fusion": "paper", "score_weights": {"ma_clu": 0.01}, "lambda_map": 1.0}
+    rates = {"expected_rate": 0.008, "interval": [0.0002, 0.03]}
+    path.write_text(json.dumps({"format": FORMAT, **figures, **rates, "fusion": fusion, "checkpoints": {"a": "b"}}))
+    return path
+
+
+def archives(folder: Path) -> list[Path]:
+    """A small CoalAD in each of tar's formats."""
+    folder.mkdir(parents=True)
+    paths = []
+    for name, kind in (("ustar", tarfile.USTAR_FORMAT), ("gnu", tarfile.GNU_FORMAT), ("pax", tarfile.PAX_FORMAT)):
+        paths.append(folder / f"{name}.tar")
+        with tarfile.open(paths[-1], "w", format=kind) as tar:
+            for member in ("train/good/a.png", "test/good/b.png", "test/rope/" + "long" * 30 + ".png"):
+                if kind == tarfile.USTAR_FORMAT and len(member) > 90:
+                    continue
+                info = tarfile.TarInfo(f"coal_ad/{member}")
+                info.size = 700
+                tar.addfile(info, io.BytesIO(bytes(range(250)) * 3))
+    return paths
+
+
+def unpack(extract: Callable[[Path, Path], None]) -> Callable[[Path], None]:
+    """Unpacks an archive into a folder beside it, which it removes."""
+
+    def read(path: Path) -> None:
+        folder = path.with_suffix(".unpacked")
+        folder.mkdir()
+        try:
+            extract(path, folder)
+        finally:
+            shutil.rmtree(folder)
+
+    return read
+
+
+def images(folder: Path) -> list[Path]:
+    """Images of every mode and format that is taken."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    rgb = Image.fromarray(rng.integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8))
+    deep = Image.fromarray(rng.integers(0, 65536, (SIZE[1], SIZE[0]), dtype=np.uint16))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    made = {
+        "rgb.png": (rgb, {}),
+        "grey.png": (rgb.convert("L"), {}),
+        "bits.png": (rgb.convert("1"), {}),
+        "palette.png": (rgb.convert("P"), {"transparency": 3}),
+        "alpha.png": (rgb.convert("RGBA"), {}),
+        "deep.png": (deep, {}),
+        "rgb.jpg": (rgb, {}),
+        "progressive.jpg": (rgb, {"progressive": True}),
+        "cmyk.jpg": (rgb.convert("CMYK"), {}),
+        "turned.jpg": (rgb, {"exif": turned}),
+        "rgb.bmp": (rgb, {}),
+        "palette.bmp": (rgb.convert("P"), {}),
+        "plain.tif": (rgb, {}),
+        "lzw.tif": (rgb, {"compression": "tiff_lzw"}),
+        "deflate.tif": (deep, {"compression": "tiff_adobe_deflate"}),
+        "jpeg.tif": (rgb, {"compression": "jpeg"}),
+        "pages.tif": (rgb, {"save_all": True, "append_images": [rgb]}),
+    }
+    for name, (image, options) in made.items():
+        image.save(folder / name, **options)
+    rgb.save(folder / "gif.png", format="GIF")  # the content decides, not the name
+    rgb.save(folder / "webp.png", format="WEBP")
+    rgb.save(folder / "animated.png", format="PNG", save_all=True, append_images=[rgb.rotate(90)])
+    return sorted(folder.iterdir())

@@ -1,0 +1,198 @@
+"""Hostile files, one after the other, in processes that are watched: time, memory, writes, connections, programs.
+
+Whatever the file, its reader must return or raise InputError. `campaign` counts the cases in which it does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hardness import mutations
+
+from datasets.coalad import extract
+from datasets.images import read_image, read_mask
+from models import BRANCHES
+from models.operating_point import OperatingPoint
+from utils.errors import InputError
+from utils.published import FILES, read_published
+
+SECONDS, BYTES = 10, 2 << 30  # that no file may cost, the bytes above those of a clean run
+CHUNK = 250  # cases a process; a crash costs the rest of one
+PROGRAMS = re.compile(r"subprocess\.Popen|os\.(system|exec|spawn|posix_spawn|fork)|pty\.spawn|pickle\.find_class")
+CHANGES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "shutil.rmtree"}
+NO_MEMORY = re.compile(r"MemoryError|allocate|out of memory", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of file: good ones, what is done to them, and who reads them."""
+
+    seeds: list[Path]
+    mutations: list[mutations.Mutation]
+    read: Callable[[Path], object]
+
+
+def targets(folder: Path, models: Path) -> dict[str, Target]:
+    """All kinds; good files are made in `folder`, those of the three branches lie in `models`."""
+    from hardness import corpus
+
+    branches = {branch.name: branch for branch in BRANCHES}
+    published = corpus.published(folder / "published")
+    network = corpus.weights(folder / "weights")
+    read_weights = corpus.weights_reader()
+    return {
+        "checkpoints": Target(
+            [models / f"{name}.safetensors" for name in branches],
+            [mutations.of_bytes, mutations.of_safetensors, mutations.of_safetensors],
+            lambda path: corpus.load_and_predict(branches[path.stem], path),
+        ),
+        "operating points": Target(
+            [corpus.operating_point(folder / "usad.json")],
+            [mutations.of_bytes, mutations.of_json],
+            lambda path: OperatingPoint.read(path.parent),
+        ),
+        "published tensors": Target(
+            [published / name for name in FILES if name != corpus.KMEANS],
+            [mutations.of_bytes, mutations.of_zip],
+            lambda path: read_published(path.parent),
+        ),
+        "published k-means": Target(
+            [published / corpus.KMEANS], [mutations.of_bytes], lambda path: read_published(path.parent)
+        ),
+        "weights (.pth)": Target([network[0]], [mutations.of_bytes, mutations.of_zip], read_weights),
+        "weights (.safetensors)": Target([network[1]], [mutations.of_bytes, mutations.of_safetensors], read_weights),
+        "archives": Target(
+            corpus.archives(folder / "archives"), [mutations.of_bytes, mutations.of_tar], corpus.unpack(extract)
+        ),
+        "images": Target(corpus.images(folder / "images"), [mutations.of_bytes, mutations.of_png], read_image),
+        "masks": Target(
+            corpus.images(folder / "masks"),
+            [mutations.of_bytes, mutations.of_png],
+            lambda path: read_mask(path, corpus.SIZE),
+        ),
+    }
+
+
+class Watch:
+    """Notes, through Python's audit events, what a case does that reading a file never needs."""
+
+    def __init__(self) -> None:
+        self.folder: str | None = None  # where a case may write; None: nobody looks
+        self.seen: list[str] = []
+        sys.addaudithook(self._note)
+
+    def _note(self, event: str, arguments: tuple) -> None:
+        if self.folder is None:
+            return
+        if event in ("socket.connect", "socket.getaddrinfo") or PROGRAMS.match(event):
+            self.seen.append(f"{event} {arguments}"[:200])
+        elif event == "open":
+            path, mode, flags = arguments
+            writes = isinstance(mode, str) and set(mode) & set("wxa+")
+            if writes or (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+                self._check(event, path)
+        elif event in CHANGES:
+            path, place = arguments[0], arguments[-1]  # relative to an open folder, if that is a number above 0
+            self._check(event, f"/proc/self/fd/{place}/{path}" if isinstance(place, int) and place > 0 else path)
+
+    def _check(self, event: str, path: object) -> None:
+        inside = isinstance(path, str | os.PathLike) and os.path.realpath(path).startswith(self.folder)
+        if not inside and path != os.devnull:
+            self.seen.append(f"{event} {path!r} outside of its folder")
+
+    @contextlib.contextmanager
+    def over(self, folder: Path) -> Iterator[list[str]]:
+        """Within it; gives what was seen."""
+        self.folder, self.seen = os.path.realpath(folder), []
+        yield self.seen
+        self.folder = None
+
+
+def try_case(watch: Watch, target: Target, seed: Path, data: bytes, folder: Path) -> list[str]:
+    """What is wrong with the reading of `data`, which takes the place of the good file `seed`; [] is well."""
+    for neighbour in seed.parent.iterdir() if len(target.seeds) < 9 else ():  # the published files are read together
+        if not (folder / neighbour.name).exists():
+            (folder / neighbour.name).symlink_to(neighbour)
+    path = folder / seed.name
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+    peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    wrong = []
+    signal.alarm(3 * SECONDS)  # a reader that hangs for good ends the process
+    with watch.over(folder) as seen:
+        try:
+            target.read(path)
+        except InputError as error:
+            if NO_MEMORY.search(str(error)):
+                wrong.append(f"message {str(error)!r}")
+        except BaseException as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            wrong.append(f"{type(error).__name__}: {str(error)[:120]} ({Path(where.filename).name}:{where.lineno})")
+    signal.alarm(0)
+    if time.monotonic() - start > SECONDS:
+        wrong.append(f"took {time.monotonic() - start:.0f} s")
+    if (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 > BYTES:
+        wrong.append("took over 2 GB")
+    path.unlink()
+    return wrong + seen
+
+
+def _process(pipe, target: Target, seed: int, folder: Path) -> None:
+    """Run CHUNK cases and send what is wrong with each."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1), os.dup2(nowhere, 2)  # progress bars, and what C libraries print
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        limit = int(statm.read_text().split()[0]) * resource.getpagesize() + 2 * BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    rng, watch = random.Random(seed), Watch()
+    folder.mkdir()
+    for _ in range(CHUNK):
+        good = rng.choice(target.seeds)
+        data = rng.choice(target.mutations)(rng, good.read_bytes())
+        pipe.send(data)
+        pipe.send(try_case(watch, target, good, data, folder))
+    pipe.close()
+
+
+def campaign(target: Target, cases: int, seed: int, folder: Path) -> Iterator[tuple[bytes, list[str]]]:
+    """Each of about `cases` cases with what is wrong with it."""
+    context = multiprocessing.get_context("fork")
+    for number in range(-(-cases // CHUNK)):
+        receiver, sender = context.Pipe(duplex=False)
+        arguments = (sender, target, hash((seed, number)), folder / f"chunk {number}")
+        process = context.Process(target=_process, args=arguments, daemon=True)
+        process.start()
+        sender.close()
+        data = None
+        try:
+            while True:
+                data = receiver.recv()
+                yield data, receiver.recv()
+                data = None
+        except EOFError:
+            process.join()
+        if data is not None:
+            yield data, [f"the process ended with {process.exitcode}"]
+
+
+def save_finding(folder: Path, name: str, data: bytes, wrong: list[str]) -> None:
+    """Keep a case that went wrong, for a test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{name} {abs(hash(data)):x}".replace(" ", "_").replace("(", "").replace(")", "")
+    (folder / stem).write_bytes(data)
+    (folder / f"{stem}.json").write_text(json.dumps(wrong, indent=1))

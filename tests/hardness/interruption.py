@@ -1,0 +1,230 @@
+"""Every script killed, interrupted and terminated at random moments: what is on disk then, and after another run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from tiny import SMALL_NETWORKS, draw_category, small_flags
+
+from utils.cli import run
+from utils.published import FILES, KMEANS_FILE, MA_CLU, PATCHCORE
+
+SECONDS = 10  # after which an interrupted script has ended
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir"}
+
+
+def commands(root: Path, seed: int) -> dict[str, list]:
+    """The command line of every script on tiny data; the seed decides what they write."""
+    trained = {
+        script: [*small_flags(root, script), "--seed", seed, "--holdout-ratio", 0.25, "--workers", 1, "--save-maps"]
+        for script in SMALL_NETWORKS
+    }
+    tested = ["--data-root", root / "data", "--models-dir", root / "models", "--category", "belt", "--device", "cpu"]
+    factors = ["--lambda-obj", seed / 100, "--workers", 1, "--save-maps", "--results-dir", root / "result"]
+    looked = ["--models-dir", root / "models", "--category", "belt", "--device", "cpu", "--out", root / "predictions"]
+    frames = root / "data" / "belt" / "test"
+    drawn = ["--train", 3, "--good", 1, "--anomalous", 2, "--size", 64, "--workers", 2, "--seed", seed]
+    networks = [text for name in ("ma-clu", "ma2patch", "pc") for text in (f"--{name}-weights", "random")]
+    return {
+        **trained,
+        "test_fusion": [*tested, *factors],
+        "predict": [*looked, frames, "--threshold", seed, "--pixel-threshold", 0.1, "--overlays", "all"],
+        "make_demo_data": ["--data-root", root / "data", "--category", "demo", *drawn],
+        "convert_published": [root / f"published {seed}", "--models-dir", root / "converted", *networks],
+    }
+
+
+def write_published(folder: Path, seed: int) -> None:
+    """The authors' four files at the sizes of their networks."""
+    import pickle
+
+    from sklearn.cluster import KMeans
+
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    for name, dim in zip((MA_CLU, FILES[2]), (384, 768), strict=True):
+        mean = torch.randn(dim, generator=generator)
+        torch.save({"mean_vector": mean, "cov_matrix": torch.eye(dim), "inv_cov_matrix": torch.eye(dim)}, folder / name)
+    torch.save({"memory_bank": torch.randn(20, 1536, generator=generator), "k_nearest": 3}, folder / PATCHCORE)
+    kmeans = KMeans(2, random_state=seed, n_init=1).fit(torch.randn(40, 384, generator=generator).numpy())
+    (folder / KMEANS_FILE).write_bytes(pickle.dumps({"kmeans": kmeans, "foreground_cluster": 0}))
+
+
+class Script(multiprocessing.get_context("fork").Process):
+    """A script in a process of its own, forked after the imports and at the head of its own process group.
+
+    `end_at` kills it just before its so many-th file operation; the count of all is left in `<log>.count`.
+    """
+
+    def __init__(self, name: str, flags: list, log: Path, end_at: int | None = None) -> None:
+        super().__init__()
+        self.script, self.flags, self.log, self.end_at = name, flags, log, end_at
+
+    def run(self) -> None:
+        os.setsid()
+        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        sys.argv = [f"{self.script}.py", *map(str, self.flags)]
+        count, script = 0, os.getpid()
+
+        def note(event: str, arguments: tuple) -> None:
+            nonlocal count
+            if event in FILE_EVENTS and os.getpid() == script:
+                count += 1
+                if count == self.end_at:
+                    os.kill(script, signal.SIGKILL)
+
+        sys.addaudithook(note)
+        try:
+            run(import_module(self.script).main)
+        finally:
+            Path(f"{self.log}.count").write_text(str(count))
+
+    def signal(self, number: int, group: bool) -> None:
+        """Send a signal to the script, or to all its processes, if it still runs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number) if group else os.kill(self.pid, number)
+
+
+class Bench:
+    """A folder as an earlier run left it, as each script leaves it undisturbed, and a place to disturb them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.work, self.before, self.log = folder / "work", folder / "before", folder / "log"
+        self.after: dict[str, Path] = {}
+        self.seconds: dict[str, float] = {}
+        self.events: dict[str, int] = {}
+        draw_category(self.work / "data" / "belt")
+        for seed in (5, 22):
+            write_published(self.work / f"published {seed}", seed)
+        for name, flags in commands(self.work, 5).items():
+            self.finish(name, flags)
+        shutil.copytree(self.work, self.before)
+        for name, flags in commands(self.work, 22).items():
+            self.lay()
+            start = time.monotonic()
+            self.finish(name, flags)
+            self.seconds[name] = time.monotonic() - start
+            self.events[name] = int(Path(f"{self.log}.count").read_text())
+            self.after[name] = shutil.copytree(self.work, folder / f"after {name}")
+
+    def lay(self) -> None:
+        """Put back what the earlier run left."""
+        shutil.rmtree(self.work)
+        shutil.copytree(self.before, self.work)
+
+    def finish(self, name: str, flags: list) -> list[str]:
+        """Run a script to its end; gives what is wrong."""
+        process = Script(name, flags, self.log)
+        process.start()
+        process.join()
+        return [] if process.exitcode == 0 else [f"exit code {process.exitcode}: {self.log.read_text()[-300:]}"]
+
+    def kills(self, count: int, rng: random.Random) -> Iterator[tuple[str, list[str]]]:
+        """Kill scripts in turn, half of them at a moment, half at a file operation; gives what is wrong."""
+        for number in range(count):
+            name = list(self.after)[number % len(self.after)]
+            self.lay()
+            end_at = rng.randint(1, self.events[name]) if rng.random() < 0.5 else None
+            process = Script(name, commands(self.work, 22)[name], self.log, end_at)
+            process.start()
+            if end_at is None:
+                time.sleep(rng.uniform(0, self.seconds[name]))
+                process.signal(signal.SIGKILL, group=rng.random() < 0.5)
+            process.join()
+            yield name, self.state(name) + self.rerun(name) + orphans(process.pid)
+
+    def signals(self, count: int, rng: random.Random) -> Iterator[tuple[str, list[str]]]:
+        """Interrupt or terminate scripts in turn; gives what is wrong."""
+        for number in range(count):
+            name, kind = list(self.after)[number % len(self.after)], rng.choice(list(CODES))
+            self.lay()
+            process = Script(name, commands(self.work, 22)[name], self.log)
+            process.start()
+            time.sleep(0.05 + rng.uniform(0, self.seconds[name]))  # first its handlers must be in place
+            start = time.monotonic()
+            process.signal(kind, group=rng.random() < 0.5)
+            process.join(60)
+            took, wrong = time.monotonic() - start, []
+            if process.exitcode not in (0, CODES[kind]) or took > SECONDS:
+                wrong.append(f"exit code {process.exitcode} after {took:.1f} s: {self.log.read_text()[-600:]}")
+            elif process.exitcode:
+                said = [
+                    line for line in self.log.read_text().splitlines() if "error" in line.lower() or "  File" in line
+                ]
+                expected = ["error: interrupted" if kind == signal.SIGINT else "error: terminated"]
+                wrong += [] if said == expected else [f"said {self.log.read_text()[-600:]}"]
+            yield name, wrong + self.state(name) + self.rerun(name) + orphans(process.pid)
+
+    def state(self, name: str) -> list[str]:
+        """What is wrong on disk after a disturbed run: every file must be whole, the old one or the new one."""
+        wrong = []
+        known = {place: read_all(place) for place in (self.before, self.after[name])}
+        found = read_all(self.work)
+        for path, content in found.items():
+            if any(content == files.get(path) for files in known.values()) or is_whole(self.work / path, content):
+                continue
+            if name == "predict" and path.name == "predictions.csv":  # rows of a run that says it is not finished
+                unfinished = not json.loads((self.work / "predictions/config.json").read_text())["finished"]
+                if unfinished and known[self.after[name]][path].startswith(content):
+                    continue
+            wrong.append(f"{path} is neither the old nor the new one")
+        for path in known[self.before]:
+            swapped = path.parts[:2] == ("data", "demo") and (self.work / "data" / ".demo.replaced").exists()
+            cleared = name == "predict" and path.parts[0] == "predictions"
+            if path not in found and not swapped and not cleared:
+                wrong.append(f"{path} is gone")
+        return wrong
+
+    def rerun(self, name: str) -> list[str]:
+        """What is wrong after the same command once more: all must be as after an undisturbed run."""
+        wrong = self.finish(name, commands(self.work, 22)[name])
+        expected, found = read_all(self.after[name]), read_all(self.work)
+        for path, content in expected.items():
+            if found.get(path) != content and not is_whole(self.work / path, found.get(path, b"")):
+                wrong.append(f"{path} differs after another run")
+        wrong += [f"{path} is left over" for path in found.keys() - expected.keys()]
+        hidden = [path for path in self.work.rglob(".*") if path.name != ".usad_demo.json"]
+        return wrong + [f"{path.name} is left over" for path in hidden]
+
+
+def read_all(root: Path) -> dict[Path, bytes]:
+    """All files that are not hidden."""
+    paths = (path for path in root.rglob("*") if path.is_file())
+    found = {path.relative_to(root): path for path in paths}
+    return {
+        name: path.read_bytes() for name, path in found.items() if not any(part.startswith(".") for part in name.parts)
+    }
+
+
+def is_whole(path: Path, content: bytes) -> bool:
+    """Whether a file that holds times is complete."""
+    if path.name == "config.json":
+        return isinstance(json.loads(content), dict)
+    return path.name == "report.html" and content.rstrip().endswith(b"</html>")
+
+
+def orphans(group: int) -> list[str]:
+    """Processes of a script's group that have not ended by themselves."""
+    for _ in range(10 * SECONDS):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return []
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    return ["processes live on"]

@@ -1,0 +1,108 @@
+"""The long part of the hardness checks: kills, signals, hostile files, a long run. A table at the end.
+
+python tests/hardness/run.py                                          # everything; hours on two cores
+python tests/hardness/run.py --kills 7 --signals 7 --cases 900 --frames 1000
+python tests/hardness/run.py --kills 0 --signals 0 --frames 0 --cases 20000 --findings found
+
+Exit code 1 if anything was lost, crashed, hung, or went where it should not. Linux.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch starts; forked processes must not inherit threads
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+from hardness import fuzzing, interruption, long_run  # noqa: E402
+from tiny import SMALL_NETWORKS, draw_category, run_in_process, small_flags  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from utils.cli import Parser, number, run  # noqa: E402
+
+
+class Tally:
+    """Counts cases by kind, and says at once what goes wrong."""
+
+    def __init__(self) -> None:
+        self.cases: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+
+    def add(self, kind: str, wrong: list[str]) -> None:
+        self.cases[kind] += 1
+        if wrong:
+            self.failed[kind] += 1
+            tqdm.write(f"{kind}: {'; '.join(wrong)}", file=sys.stderr)
+
+    def table(self) -> str:
+        """One row a kind."""
+        rows = [f"{kind:<40}{count:>8}{self.failed[kind]:>8}" for kind, count in self.cases.items()]
+        total = f"{'all':<40}{self.cases.total():>8}{self.failed.total():>8}"
+        return "\n".join([f"{'kind of fault':<40}{'cases':>8}{'failed':>8}", *rows, total])
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    count = number(int, 0)
+    parser.add_argument("--kills", type=count, default=105, help="SIGKILLs, the scripts in turn (default: 105)")
+    parser.add_argument("--signals", type=count, default=70, help="SIGINTs and SIGTERMs (default: 70)")
+    parser.add_argument("--cases", type=count, default=20_000, help="hostile files of all kinds (default: 20000)")
+    parser.add_argument("--frames", type=count, default=10_000, help="frames of the long run (default: 10000)")
+    parser.add_argument("--seed", type=count, default=0, help="default: 0")
+    parser.add_argument("--findings", type=Path, help="folder for hostile files that went wrong")
+    args = parser.parse_args()
+    tally = Tally()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.kills or args.signals:
+            disturb(args, folder / "scripts", tally)
+        if args.cases or args.frames:
+            models = train(folder / "trained")
+        if args.cases:
+            fuzz(args, folder / "files", models / "belt", tally)
+        if args.frames:
+            words, wrong = long_run.verdict(long_run.measure(folder, models, args.frames))
+            print(words)
+            tally.add(f"{args.frames} frames through predict.py", wrong)
+    print(tally.table())
+    sys.exit(tally.failed.total() > 0)
+
+
+def disturb(args, folder: Path, tally: Tally) -> None:
+    """Kills and signals."""
+    bench, rng = interruption.Bench(folder), random.Random(args.seed)
+    for name, wrong in tqdm(bench.kills(args.kills, rng), total=args.kills, desc="kills", disable=None):
+        tally.add(f"SIGKILL {name}", wrong)
+    for name, wrong in tqdm(bench.signals(args.signals, rng), total=args.signals, desc="signals", disable=None):
+        tally.add(f"SIGINT, SIGTERM {name}", wrong)
+
+
+def train(root: Path) -> Path:
+    """The three branches on tiny data; returns the models' folder."""
+    draw_category(root / "data" / "belt")
+    for script in SMALL_NETWORKS:
+        finished = run_in_process(script, *small_flags(root, script), "--no-eval")
+        assert finished.code == 0, finished.err
+    return root / "models"
+
+
+def fuzz(args, folder: Path, models: Path, tally: Tally) -> None:
+    """Hostile files, as many of each kind."""
+    targets = fuzzing.targets(folder, models)
+    share = -(-args.cases // len(targets))
+    for kind, target in targets.items():
+        runs = folder / "runs" / kind
+        runs.mkdir(parents=True)
+        for data, wrong in tqdm(fuzzing.campaign(target, share, args.seed, runs), total=share, desc=kind, disable=None):
+            tally.add(kind, wrong)
+            if wrong and args.findings:
+                fuzzing.save_finding(args.findings, kind, data, wrong)
+
+
+if __name__ == "__main__":
+    run(main)
