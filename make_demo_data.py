@@ -138,7 +138,7 @@ def draw_all(folder: Path, settings: Settings, workers: int) -> None:
     """Draw every frame into `folder` with `workers` processes; one draws in this process."""
     todo = list(frames(settings))
     task = partial(draw, folder, settings.size)
-    progress = partial(tqdm, total=len(todo), desc="drawing", unit="frame", mininterval=0.5)
+    progress = partial(tqdm, total=len(todo), desc="drawing", unit="frame", disable=None)
     if workers == 1:
         for frame in progress(todo):
             task(frame)

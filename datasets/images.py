@@ -20,7 +20,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 DISK_ERRORS = {errno.EIO, getattr(errno, "ESTALE", errno.EIO)}
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -33,7 +36,7 @@ def read_image(path: Path) -> Image.Image:
         if image.mode == "F":
             raise UnreadableError(f"{path} holds floating-point values; convert it to 8 or 16 bits")
         if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            image = Image.fromarray(_to_8_bits(image))
         elif image.mode in ("P", "PA") and "transparency" in image.info:
             image = image.convert("RGBA")
         return image.convert("RGB")
@@ -48,7 +51,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
                 "draw it at the image's size"
             )
         if mask.mode.startswith("I"):
-            mask = Image.fromarray((np.asarray(mask).clip(0, 65535) / 257).round().astype(np.uint8))
+            mask = Image.fromarray(_to_8_bits(mask))
         return mask.convert("L")
 
 
@@ -64,6 +67,11 @@ def mask_to_tensor(mask: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))) >= 128
 
 
+def _to_8_bits(image: Image.Image) -> np.ndarray:
+    """16 bits / 257, rounded, in whole numbers: floats of a large image would take much memory."""
+    return ((np.asarray(image).clip(0, 65535) + 128) // 257).astype(np.uint8)
+
+
 class _open:
     """Opens an image, turns every way in which a file can be broken into an UnreadableError that names it.
 
@@ -76,7 +84,8 @@ class _open:
     def __enter__(self) -> Image.Image:
         try:
             with warnings.catch_warnings(), open(self.path, "rb") as file:
-                warnings.simplefilter("ignore")  # of large images, odd EXIF data and the like
+                warnings.simplefilter("ignore")  # of odd EXIF data and the like
+                warnings.simplefilter("error", Image.DecompressionBombWarning)  # of over 89 million pixels
                 with Image.open(file) as image:
                     image.load()
                     return ImageOps.exif_transpose(image)

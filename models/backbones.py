@@ -91,12 +91,18 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Normalised images [B, 3, S, S], S the spec's image size."""
+        """Normalised images [B, 3, S, S], S the spec's image size; raises InputError where the result is not finite."""
         if images.shape[-2:] != (self.spec.image_size,) * 2:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, the backbone takes {self.spec.image_size}")
         with torch.no_grad(), self._autocast(), self.attention():
             outputs = self.extract(images.contiguous(memory_format=torch.channels_last))
-            return tuple(output.float() for output in outputs)
+            outputs = tuple(output.float() for output in outputs)
+        if not outputs[0].is_meta and not all(torch.isfinite(output).all() for output in outputs):
+            raise InputError(
+                f"{self.spec.name} with weights {self.spec.source} gives values that are not finite numbers; check the "
+                "weights, or give --precision fp32"
+            )
+        return outputs
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         dtype = AUTOCAST.get(self.spec.precision)

@@ -66,8 +66,7 @@ class Gaussian:
         self.mean = mean.double()
         self.covariance = covariance.double()
         if inverse is None:
-            ridge = RIDGE * torch.eye(len(self.mean), dtype=torch.float64, device=self.mean.device)
-            inverse = torch.linalg.inv(self.covariance + ridge)
+            inverse = _inverse(self.covariance)
         self.inverse = (inverse.double() + inverse.double().mT) / 2
         self.root = _square_root(self.inverse)
 
@@ -146,6 +145,19 @@ class GaussianFit:
             shrunk, _ = ledoit_wolf(torch.cat(self.vectors).double().numpy())
             covariance = torch.from_numpy(shrunk).to(covariance)
         return Gaussian(self.moments.mean, covariance)
+
+
+def _inverse(covariance: Tensor) -> Tensor:
+    """Inverse [D, D] of (covariance + 1e-6 I).
+
+    Where the ridge is lost to rounding, beside a variance of 1e11 or more, no variance counts as less than the ridge.
+    """
+    ridged = covariance + RIDGE * torch.eye(len(covariance)).to(covariance)
+    inverse, failed = torch.linalg.inv_ex(ridged)
+    if failed or not torch.isfinite(inverse).all():
+        values, vectors = torch.linalg.eigh(ridged)
+        inverse = (vectors / values.clamp(min=RIDGE)) @ vectors.mT
+    return inverse
 
 
 def _square_root(inverse: Tensor) -> Tensor:

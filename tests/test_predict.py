@@ -175,12 +175,13 @@ def test_no_thresholds_no_verdict():
         np.zeros((4, 4, 3), np.float32),
         np.zeros((4, 4, 4), np.uint8),
         7,
-        "gone.png",
     ],
 )
 def test_other_images_are_refused(image):
     with pytest.raises(InputError):
         usad_with()([image])
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        usad_with()(["gone.png"])
 
 
 def test_scores_that_are_not_finite_are_refused():

@@ -94,7 +94,7 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
         fail("terminated")
         code = 143
     except OSError as error:
-        fail(f"{error.filename or 'system'}: {error.strerror or error}")
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
         code = 1
     except Exception as error:
         code = 1

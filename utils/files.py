@@ -30,6 +30,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # of a full disk, for instance, which does not say for which file
+        error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

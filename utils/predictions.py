@@ -69,7 +69,11 @@ class Table:
                 "" if boxes is None else json.dumps(boxes),
             )
         )
-        self._file.flush()
+        try:
+            self._file.flush()
+        except OSError as error:
+            error.filename = self._file.name
+            raise
         self.rows += 1
         self.alarms += bool(alarm)
         if self._json_lines is not None:

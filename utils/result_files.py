@@ -81,8 +81,10 @@ def write_scores(path: Path, results: Results) -> None:
 
 def write_map(folder: Path, item: Item, anomaly_map: np.ndarray) -> None:
     """The raw float32 map [S, S] as <folder>/<defect>/<stem>.tiff."""
+    content = io.BytesIO()  # on a full disk Pillow writes half a TIFF and says nothing
+    Image.fromarray(anomaly_map).save(content, "TIFF")
     with atomic_write(_result_path(folder, item, ".tiff")) as temporary:
-        Image.fromarray(anomaly_map).save(temporary)
+        temporary.write_bytes(content.getvalue())
 
 
 def write_heatmaps(folder: Path, items: Sequence[Item], thumbnails: Thumbnails, scale: tuple[float, float]) -> None:

@@ -1,0 +1,174 @@
+"""Disks that fill up or may not be written: one line, exit code 1, and nothing but whole files, old or new."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from tiny import draw_category, run_in_process, small_flags
+
+from datasets.coalad import extract
+from utils.files import atomic_write, write_text
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory):
+    """A disk of 24 MB of its own; only root may mount one."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    path = tmp_path_factory.mktemp("disk")
+    options = ["-t", "tmpfs", "-o", "size=24m", "tmpfs", str(path)]
+    if subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.fixture
+def place(disk, trained):
+    """That disk with the trained folder and its fusion on it, emptied afterwards."""
+    root = disk / "work"
+    shutil.copytree(trained, root)
+    yield root
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    for path in disk.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def leave_free(disk, kilobytes: int) -> None:
+    """Fill the disk up to so much."""
+    usage = shutil.disk_usage(disk)
+    (disk / "filler").write_bytes(bytes(max(usage.free - 1024 * kilobytes, 0)))
+
+
+def contents(root) -> dict:
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def command(root, script: str) -> list:
+    """A script's command line on the place, none of whose files the earlier runs wrote in the same way."""
+    if script == "predict":
+        flags = ["--models-dir", root / "models", "--category", "belt", "--device", "cpu", "--threshold", -1e9]
+        frames = [root / "data" / "belt" / "test", *sorted(root.glob("*.avi"))]
+        return [script, *frames, *flags, "--pixel-threshold", 0, "--out", root / "predictions"]
+    if script == "make_demo_data":
+        size = ("--train", 4, "--good", 2, "--anomalous", 2, "--size", 128, "--workers", 1)
+        return [script, "--data-root", root / "data", "--category", "demo", *size]
+    flags = small_flags(root, script)
+    if script == "test_fusion":
+        place = flags.index("--weights")
+        flags = [*flags[:place], *flags[place + 2 :], "--false-alarm-rate", 0.4]
+    else:
+        flags += ["--holdout-ratio", 0.25, "--seed", 5]
+    return [script, *flags, "--save-maps"]
+
+
+NAMED = set()  # suffixes of the files that the errors named
+FULL = {
+    "train_pc": (0, 12, 100, 250),
+    "test_fusion": (0, 8, 250, 700),
+    "predict": (0, 4, 30, 120),
+    "make_demo_data": (0, 60),
+}
+
+
+@pytest.mark.parametrize(("script", "kilobytes"), [(script, size) for script, sizes in FULL.items() for size in sizes])
+def test_full_disk(place, disk, script, kilobytes):
+    """Where the disk is full in the middle of the run: whatever there is, is whole."""
+    if script == "predict":
+        video = cv2.VideoWriter(str(place / "belt.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (72, 56))
+        for value in (60, 90, 120):
+            video.write(np.full((56, 72, 3), value, np.uint8))
+        video.release()
+    before = contents(place)
+    leave_free(disk, kilobytes)
+    finished = run_in_process(*command(place, script))
+    assert finished.code == 1, finished
+    *_, last = finished.err.splitlines()
+    assert last.startswith("error: ") and re.search("No space left on device|is the disk full", last), finished.err
+    assert "Traceback" not in finished.err and len(finished.err.splitlines()) <= 2  # a warning may stand before it
+    found = contents(place)
+    if kilobytes == 0:
+        assert found == before
+    (disk / "filler").unlink()
+    finished = run_in_process(*command(place, script))
+    assert finished.code == 0, finished
+    after = contents(place)
+    for path, content in found.items():
+        whole = content in (before.get(path), after.get(path)) or (path.name == "report.html" and b"</html>" in content)
+        if path.name == "config.json":
+            whole = isinstance(json.loads(content), dict)
+        if path.name == "predictions.csv":  # rows of a run that says it is not finished
+            unfinished = b'"finished": false' in found[path.with_name("config.json")]
+            whole = content == after[path] or (unfinished and after[path].startswith(content))
+        assert whole, path
+    assert before.keys() <= found.keys()
+    NAMED.add(named.group(1) if (named := re.search(r"(\.\w+): (No space|the video)", last)) else None)
+    assert not [path for path in after if path.name.startswith(".") and path.name != ".usad_demo.json"]
+
+
+def test_the_sizes_reach_every_kind_of_file(disk):
+    assert NAMED - {None} >= {".safetensors", ".tiff", ".png", ".json", ".html", ".jpg"}
+
+
+def test_read_only_disk(place, disk):
+    before = contents(place)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for script in FULL:
+        finished = run_in_process(*command(place, script))
+        assert finished.code == 1, finished
+        assert len(finished.err.splitlines()) == 1 and re.search("cannot be written|Read-only", finished.err)
+    assert contents(place) == before
+
+
+def test_unpacking_onto_a_full_disk(place, disk, tmp_path):
+    from hardness import corpus
+
+    (disk / "data set").mkdir()
+    archive = corpus.archives(tmp_path / "archives")[0]
+    leave_free(disk, 0)
+    with pytest.raises(OSError, match="No space") as error:
+        extract(archive, disk / "data set")
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_no_file_may_grow(tmp_path):
+    """Where no disk can be mounted: a limit on the size of files stands for a full one."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "metrics.json"
+    write_text(path, "whole")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write_text(path, "x" * 3000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename == str(path)
+    assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_disk_is_told_to_keep_it_before_the_name_changes(tmp_path, monkeypatch):
+    """After a power cut there is the old file or the new one: the content is on the disk before the name."""
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (done.append(name), real(*a)))
+    with atomic_write(tmp_path / "a") as temporary:
+        temporary.write_text("x")
+    assert done == ["fsync", "replace"]
+
+
+def test_a_full_disk_while_the_data_set_is_drawn(place, disk):
+    draw_category(place / "data" / "other")
+    leave_free(disk, 30)
+    finished = run_in_process(*command(place, "make_demo_data"))
+    assert finished.code == 1 and not list((place / "data").glob("*demo*"))
