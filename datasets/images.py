@@ -69,7 +69,7 @@ def mask_to_tensor(mask: Image.Image, size: int) -> Tensor:
 
 def _to_8_bits(image: Image.Image) -> np.ndarray:
     """16 bits / 257, rounded, in whole numbers: floats of a large image would take much memory."""
-    return ((np.asarray(image).clip(0, 65535) + 128) // 257).astype(np.uint8)
+    return ((np.asarray(image, np.int32).clip(0, 65535) + 128) // 257).astype(np.uint8)
 
 
 class _open:

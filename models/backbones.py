@@ -63,8 +63,8 @@ class BackboneSpec:
         sides = [spec.image_size] if spec.position_size is None else [spec.image_size, spec.position_size]
         if not (isinstance(spec.name, str) and all(type(side) is int and 0 < side <= MAX_SIDE for side in sides)):
             raise ValueError("a network's name, image size or position size that cannot be")
-        if type(spec.seed) is not int or not 0 <= spec.seed < 2**32:
-            raise ValueError("a seed that cannot be")
+        if type(spec.seed) is not int or not 0 <= spec.seed < 2**32 or spec.kind not in ("tokens", "maps"):
+            raise ValueError("a seed or a kind of features that cannot be")
         return spec
 
 

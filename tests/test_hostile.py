@@ -1,0 +1,200 @@
+"""Files from strangers: a few hundred of the fuzzers' cases, and those that once found something.
+
+The long campaign, in processes of its own, is tests/hardness/run.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+import re
+import struct
+import sys
+import tarfile
+import zlib
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from datasets.coalad import extract
+from datasets.images import read_image
+from models import PatchCore
+from utils.cards import html_text
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.errors import InputError, UnreadableError
+from utils.tables import safe_cell
+
+if sys.platform != "linux":
+    pytest.skip("the watch over memory and time is Linux's", allow_module_level=True)
+
+from hardness import fuzzing
+
+CASES = {"weights (.pth)": 25, "weights (.safetensors)": 25}
+KINDS = [
+    *("checkpoints", "operating points", "published tensors", "published k-means", "weights (.pth)"),
+    *("weights (.safetensors)", "archives", "images", "masks"),
+]
+
+
+@pytest.fixture(scope="module")
+def targets(trained, tmp_path_factory):
+    return fuzzing.targets(tmp_path_factory.mktemp("corpus"), trained / "models" / "belt")
+
+
+@pytest.fixture(scope="module")
+def watch():
+    return fuzzing.Watch()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_hostile_files_are_refused_or_harmless(targets, watch, tmp_path, kind):
+    target, rng = targets[kind], random.Random(kind)
+    for _ in range(CASES.get(kind, 60)):
+        seed = rng.choice(target.seeds)
+        data = rng.choice(target.mutations)(rng, seed.read_bytes())
+        assert fuzzing.try_case(watch, target, seed, data, tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_good_files_are_taken(targets, watch, tmp_path, kind):
+    """Else nothing would be tested: every mutation would be refused for what the file was before."""
+    target = targets[kind]
+    for seed in target.seeds:
+        assert fuzzing.try_case(watch, target, seed, seed.read_bytes(), tmp_path) == []
+        target.read(seed)
+
+
+def test_the_watch_sees(watch, tmp_path):
+    import os
+    import pickle
+    import socket
+    import subprocess
+
+    (tmp_path / "inside").mkdir()
+
+    def connect():
+        with socket.socket() as client:
+            client.settimeout(0.1)
+            client.connect_ex(("127.0.0.1", 9))
+
+    acts = {
+        "socket.connect": connect,
+        "subprocess.Popen": lambda: subprocess.run(["true"]),
+        "os.system": lambda: os.system("true"),
+        "open": lambda: (tmp_path / "x").write_text("x"),
+        "os.rename": lambda: (tmp_path / "x").rename(tmp_path / "y"),
+        "os.remove": (tmp_path / "y").unlink,
+        "pickle.find_class": lambda: pickle.loads(b"\x80\x04cos\nsystem\n."),
+    }
+    for event, act in acts.items():
+        with watch.over(tmp_path / "inside") as seen:
+            act()
+        assert len(seen) == 1 and seen[0].startswith(event), (event, seen)
+    with watch.over(tmp_path / "inside") as seen:
+        (tmp_path / "inside" / "x").write_text("x")
+    assert seen == []
+
+
+# What the fuzzers found
+
+
+@pytest.mark.parametrize("size", [b"77777777777", b"\x80" + b"\x00" * 6 + b"\x10" + b"\x00" * 4])
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+def test_a_tar_header_that_asks_for_much_memory(tmp_path, kind, size):
+    info = tarfile.TarInfo("coal_ad/train/good/a.png")
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    header[156:157], header[124:136] = kind, size.ljust(12, b"\x00")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\x00 " % sum(header)
+    archive = tmp_path / "coal_ad_train.tar"
+    archive.write_bytes(header + bytes(20 * 512))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=r"coal_ad_train\.tar is"):
+        extract(archive, tmp_path / "out")
+
+
+LIES = [("image_size", 2**56), ("image_size", 0), ("image_size", True), ("position_size", -1), ("name", ["a"])]
+
+
+@pytest.mark.parametrize(("key", "value"), [*LIES, ("seed", 10**30), ("seed", 1.5), ("weights", "x"), ("kind", 1)])
+def test_a_checkpoint_whose_network_cannot_be(trained, tmp_path, key, value):
+    tensors, metadata = load_checkpoint(trained / "models/belt/pc.safetensors")
+    metadata["backbone"][key] = value
+    save_checkpoint(tmp_path / "pc.safetensors", tensors, metadata)
+    with pytest.raises(InputError, match=r"pc\.safetensors"):
+        PatchCore.load(tmp_path / "pc.safetensors")
+
+
+# Images that are large, or seem so
+
+
+def png(width: int, height: int, data: bytes) -> bytes:
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0), b"IDAT": data, b"IEND": b""}
+    packed = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks.items()]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+@pytest.mark.parametrize(("width", "height"), [(100_000, 100_000), (2**31 - 1, 1), (9_500, 9_500)])
+def test_decompression_bombs(tmp_path, watch, width, height):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png(width, height, zlib.compress(bytes(10**7), 9)))
+    with pytest.raises(UnreadableError, match=r"bomb\.png"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (30_000, 10), (10, 30_000)])
+def test_odd_sizes_are_taken(tmp_path, size):
+    Image.new("RGB", size, (9, 8, 7)).save(tmp_path / "odd.png")
+    assert read_image(tmp_path / "odd.png").size == size
+
+
+def test_all_sixteen_bits_become_eight_as_division_by_257_rounds(tmp_path):
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(values).save(tmp_path / "all.png")
+    assert (np.asarray(read_image(tmp_path / "all.png"))[..., 0] == (values / 257).round()).all()
+
+
+# Names
+
+
+HOSTILE = st.text(st.sampled_from("=+-@\t\r\n'\"<>&;,|\\ ‮﻿＝a1é/") | st.characters(codec="utf-8"), max_size=20)
+
+
+@settings(max_examples=300, deadline=None)
+@given(HOSTILE)
+def test_a_cell_is_one_cell_and_no_formula(name):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow([safe_cell(name), "1.5"])
+    ((cell, score),) = csv.reader(io.StringIO(text.getvalue(), newline=""))
+    written = name.replace("\r", "\\r")
+    assert score == "1.5" and cell in (written, "'" + written)
+    shown = cell.lstrip(" ﻿")
+    assert not shown.startswith(("=", "+", "-", "@", "\t", "\r", "＝"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(HOSTILE)
+def test_a_name_in_the_report_stays_text(name):
+    found = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            found.append((tag, attrs))
+
+        def handle_data(self, data):
+            found.append(data)
+
+    reader = Reader(convert_charrefs=True)
+    reader.feed(f'<p data-name="{html_text(name)}">{html_text(name)}</p>')
+    reader.close()
+    (start, attrs), *text = found
+    assert start == "p" and [key for key, _ in attrs] == ["data-name"]
+    assert all(isinstance(part, str) for part in text)
+    if not re.search(r"[\x00\r]", name):  # which HTML cannot say
+        assert "".join(text) == name and attrs[0][1] == name

@@ -1,0 +1,205 @@
+"""Numbers at their limits: every score and map is finite, or the run is refused with the reason."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import draw_category, run_in_process, small_flags
+
+from models import MACLU, USAD, MA2Patch, PatchCore
+from models.backbones import BackboneSpec, build_backbone
+from models.gaussian import Gaussian, GaussianFit
+from models.networks import full_network
+from models.weights import random_state_dict
+from utils.errors import InputError
+
+ODD = {
+    "black": np.zeros((56, 72, 3), np.uint8),
+    "white": np.full((56, 72, 3), 255, np.uint8),
+    "grey": np.full((56, 72, 3), 127, np.uint8),
+    "saturated": np.tile(np.array([255, 0, 0], np.uint8), (56, 72, 1)),
+    "checks": np.tile(np.array([[0, 255], [255, 0]], np.uint8)[..., None], (28, 36, 3)),
+    "one pixel": np.zeros((1, 1, 3), np.uint8),
+}
+
+
+@pytest.fixture(scope="module")
+def usad(trained):
+    return USAD.load(trained / "models" / "belt")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_frames_get_finite_scores_and_maps(usad, name):
+    (prediction,) = usad([ODD[name]])
+    values = [(prediction.score, prediction.map), *prediction.branches.values()]
+    assert all(np.isfinite(score) and np.isfinite(found).all() for score, found in values)
+    assert prediction.map.shape == ODD[name].shape[:2] and len(values) == 4
+
+
+def replace_training(belt, frames) -> None:
+    for path in (belt / "train" / "good").iterdir():
+        path.unlink()
+    for index, frame in enumerate(frames):
+        Image.fromarray(frame).save(belt / "train" / "good" / f"{index:03d}.png")
+
+
+TRAINING = {
+    "identical": lambda frame: [frame] * 6,
+    "identical and black": lambda frame: [ODD["black"]] * 6,
+    "black and white": lambda frame: [ODD["black"], ODD["white"]] * 3,
+    "one": lambda frame: [frame],
+    "one black": lambda frame: [ODD["black"]],
+}
+REFUSED = {
+    ("train_ma_clu", "one"): "1 training image",
+    ("train_ma_clu", "one black"): "1 training image",
+    ("train_ma2patch", "one"): "1 training image",
+    ("train_ma2patch", "one black"): "1 training image",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("script", ["train_ma_clu", "train_ma2patch", "train_pc"])
+@pytest.mark.parametrize("kind", TRAINING)
+def test_odd_training_images(tmp_path, script, kind):
+    """Results are finite numbers (evaluate refuses others), or one line says why there are none."""
+    belt = draw_category(tmp_path / "data" / "belt")
+    frame = np.asarray(Image.open(belt / "train" / "good" / "000.png"))
+    replace_training(belt, TRAINING[kind](frame))
+    for name, odd in ODD.items():
+        Image.fromarray(odd).save(belt / "test" / "good" / f"{name}.png")
+    finished = run_in_process(script, *small_flags(tmp_path, script), "--train-ratio", 1, "--no-images")
+    said = finished.err.splitlines()
+    if finished.code == 0:
+        assert (script, kind) not in REFUSED and all(line.startswith("warning: ") for line in said)
+        return
+    assert finished.code == 2 and said[-1].startswith("error: ")
+    assert (script, kind) in REFUSED and REFUSED[script, kind] in said[-1], said
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("script", ["train_ma_clu", "train_ma2patch", "train_pc"])
+def test_a_network_that_gives_no_numbers(tmp_path, script, value):
+    draw_category(tmp_path / "data" / "belt")
+    name = "test_resnet" if script == "train_pc" else "test_vit"
+    state = random_state_dict(lambda: full_network(name), 22)
+    key = next(key for key in state if key.endswith("weight") and state[key].dim() > 1)
+    state[key].view(-1)[0] = value
+    save_file(state, tmp_path / "spoilt.safetensors")
+    finished = run_in_process(script, *small_flags(tmp_path, script), "--weights", tmp_path / "spoilt.safetensors")
+    assert finished.code == 2 and len(finished.err.splitlines()) == 1
+    assert "not finite" in finished.err and "spoilt.safetensors" in finished.err
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e6, 1e12, 1e30])
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_a_covariance_singular_to_machine_precision(scale, rank):
+    generator = torch.Generator().manual_seed(rank)
+    vectors = scale * (torch.randn(40, rank, generator=generator) @ torch.randn(rank, 16, generator=generator) + 1)
+    fit = GaussianFit()
+    fit.update(vectors)
+    gaussian = fit.finish()
+    far = scale * torch.randn(5, 16, generator=generator).double() * 1e3
+    assert torch.isfinite(gaussian.distance(torch.cat([vectors.double(), far]))).all()
+    assert torch.isfinite(gaussian.distance(gaussian.mean)) and gaussian.distance(gaussian.mean) < 1e-5
+
+
+def test_an_inverse_that_rounding_spoils_is_that_of_the_rounded_eigenvalues():
+    """Beside a variance of 1e40 the ridge is nothing: distances along other axes are those that it alone would give."""
+    covariance = torch.diag(torch.tensor([1e40, 0.0, 0.0], dtype=torch.float64))
+    gaussian = Gaussian(torch.zeros(3), covariance)
+    distance = gaussian.distance(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]]))
+    assert torch.allclose(distance, torch.tensor([1e3, 2e3], dtype=torch.float64), rtol=1e-6)
+
+
+def test_no_patch_in_one_cluster(stand_in):
+    """An image that is all belt, or all coal."""
+    branch = MACLU(stand_in(12, (2, 2), 3))
+    branch.gaussian = Gaussian(torch.zeros(3), torch.eye(3))
+    branch.centers = torch.tensor([[0.0, 0, 0], [9.0, 9, 9]])
+    for patches in (torch.zeros(1, 4, 3), torch.full((1, 4, 3), 9.0)):
+        scores, maps = branch.score((torch.zeros(1, 3), patches))
+        assert torch.isfinite(scores).all() and torch.isfinite(maps).all()
+
+
+def test_ma2patch_at_the_mean_itself(stand_in):
+    branch = MA2Patch(stand_in(12, (2, 2), 3))
+    branch.gaussian = Gaussian(torch.zeros(3), torch.zeros(3, 3))
+    scores, maps = branch.score(torch.zeros(1, 4, 3))
+    assert torch.isfinite(scores).all() and (maps == 0).all()
+
+
+def test_a_bank_of_one_entry_and_copies(stand_in):
+    branch = PatchCore(stand_in(12, (2, 2), 3))
+    for bank in (torch.zeros(1, 3), torch.zeros(5, 3)):
+        branch.load_state({"bank": bank})
+        scores, maps = branch.score(torch.zeros(1, 4, 3))
+        assert torch.isfinite(scores).all() and torch.isfinite(maps).all()
+
+
+# The same numbers
+
+
+def results(root) -> dict[str, bytes]:
+    paths = [*(root / "result").rglob("*.tiff"), *(root / "result").rglob("scores.csv")]
+    paths += [*(root / "result").rglob("metrics.json"), *(root / "models").rglob("*.safetensors")]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("script", ["train_ma_clu", "train_ma2patch", "train_pc"])
+def test_workers_change_no_byte(tmp_path, script):
+    belt = draw_category(tmp_path / "data" / "belt")
+    found = []
+    for workers in (0, 1, 3):
+        root = tmp_path / str(workers)
+        (root / "data").mkdir(parents=True)
+        shutil.copytree(belt, root / "data" / "belt")
+        flags = [
+            *small_flags(root, script),
+            "--workers",
+            workers,
+            "--holdout-ratio",
+            0.25,
+            "--save-maps",
+            "--no-images",
+        ]
+        assert run_in_process(script, *flags).code == 0
+        found.append(results(root))
+    assert found[0] == found[1] == found[2] and len(found[0]) == 10
+
+
+BF16 = {"tokens": 0.03, "maps": 0.03}  # of the root mean square feature
+
+
+@pytest.mark.parametrize(("kind", "name", "size"), [("tokens", "test_vit", 96), ("maps", "test_resnet", 64)])
+def test_bf16_against_fp32(kind, name, size):
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
+    spec = BackboneSpec(kind, name, size, weights="random")
+    exact, rough = (build_backbone(spec, precision=precision)(images) for precision in ("fp32", "bf16"))
+    for one, other in zip(exact, rough, strict=True):
+        assert 0 < (one - other).square().mean().sqrt() < BF16[kind] * one.square().mean().sqrt()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_against_cpu(trained):
+    """fp32 on both: scores agree to 1e-3 of themselves, maps to 1e-3 of their range."""
+    images = sorted((trained / "data/belt/test").glob("*/*.png"))
+    cpu, gpu = (USAD.load(trained / "models/belt", device, "fp32")(images) for device in ("cpu", "cuda"))
+    for one, other in zip(cpu, gpu, strict=True):
+        assert other.score == pytest.approx(one.score, rel=1e-3)
+        assert np.abs(one.map - other.map).max() < 1e-3 * np.ptp(one.map) + 1e-6
+
+
+def test_half_precision_weights_that_overflow_are_said_so(tmp_path):
+    state = random_state_dict(lambda: full_network("test_resnet"), 22)
+    path = tmp_path / "large.safetensors"
+    save_file({key: value * 1e30 if value.dim() > 1 else value for key, value in state.items()}, path)
+    assert load_file(path)
+    spec = BackboneSpec("maps", "test_resnet", 64).with_weights(str(path))
+    with pytest.raises(InputError, match="not finite"):
+        build_backbone(spec)(torch.ones(1, 3, 64, 64))
