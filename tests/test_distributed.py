@@ -163,6 +163,20 @@ def test_shards_are_whole_batches_in_order(monkeypatch, count, batch_size, proce
     assert max(batches) - min(batches) <= 1 and len(shards[0]) >= min(count, batch_size)
 
 
+def test_every_process_gets_a_gpu_of_its_own(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(distributed, "local_rank", lambda: 1)
+    monkeypatch.setattr(distributed, "local_size", lambda: 2)
+    assert distributed.own_gpu("cuda") == "cuda:1" and chosen == [1]
+    with pytest.raises(InputError, match="use auto"):
+        distributed.own_gpu("cuda:0")
+    monkeypatch.setattr(distributed, "local_size", lambda: 3)
+    with pytest.raises(InputError, match="3 processes for 2 GPUs"):
+        distributed.own_gpu("cuda")
+
+
 def test_machines_with_different_images_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 2)
     monkeypatch.setattr(distributed, "all_rows", lambda mark: torch.cat([mark, other]))

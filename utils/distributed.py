@@ -2,7 +2,7 @@
 
 Images are dealt out in contiguous shards. What a pass over them gathers is held by accumulators, objects with
 `state()`, a dictionary of tensors, and `merge(state)`. `collect` brings them together on the first process, which alone
-selects, writes and speaks; `from_first` hands what it found to all.
+selects and speaks, and writes all but the others' pictures; `from_first` hands what it found to all.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the process that selects, writes and speaks."""
+    """Whether this is the process that selects and speaks."""
     return rank() == 0
 
 
@@ -102,7 +102,9 @@ def own_gpu(name: str) -> str:
     if name != "cuda":
         raise InputError(f"--device {name} is one GPU for {local_size()} processes; use auto, which gives each its own")
     if local_size() > gpus:
-        raise InputError(f"{local_size()} processes for {gpus} GPUs on this machine; lower torchrun's --nproc-per-node")
+        raise InputError(
+            f"{local_size()} processes for {gpus} GPUs here; lower torchrun's --nproc-per-node or use --device cpu"
+        )
     torch.cuda.set_device(local_rank())
     return f"cuda:{local_rank()}"
 
