@@ -65,7 +65,7 @@ def comma_separated(table: Table, sections: list[tuple[Section, list[dict[str, A
 
 
 def plot(path: Path, section: Section, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
-    """The section's figures over its values, evenly spaced; bars are standard deviations, a dot stands alone."""
+    """The section's figures over its values, evenly spaced; bars are standard deviations."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -83,7 +83,8 @@ def plot(path: Path, section: Section, rows: list[dict[str, Any]], columns: dict
             axes.axvline(x, color="0.6", linestyle=":", zorder=0, label=IN_FORCE)
     axes.set(xlabel=section.title, xlim=(-0.4, len(rows) - 0.6))
     axes.grid(axis="y", color="0.9")
-    figure.legend(loc="outside upper center", ncols=4, fontsize="small", frameon=False)
+    if axes.get_legend_handles_labels()[1]:
+        figure.legend(loc="outside upper center", ncols=4, fontsize="small", frameon=False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary)
 

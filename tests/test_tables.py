@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import itertools
 import json
 import os
@@ -264,6 +265,16 @@ def test_standardized(place):
     whole = means(rows_of(place, "ablation")["ma_clu + ma2patch + pc"])
     figures = fused(place, "--fusion", "standardized")
     assert {name: whole[name] for name in FIGURES} == pytest.approx(figures, abs=1e-6)
+
+
+def test_without_anomalous_images_figures_are_null(workplace):
+    for folder in ("test/rope", "ground_truth"):
+        shutil.rmtree(workplace / "data/belt" / folder)
+    assert reproduce(workplace, "--tables", "ablation").err == ""
+    row = rows_of(workplace, "ablation")["pc"]["figures"]
+    assert [row[name]["mean"] for name in FIGURES] == [None] * 8 and row["n_images"]["mean"] == 3
+    if importlib.util.find_spec("matplotlib"):
+        assert reproduce(workplace, "--tables", "sensitivity", "--sweeps", "covariance,train_ratio").err == ""
 
 
 # What is kept
