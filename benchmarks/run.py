@@ -3,7 +3,7 @@
 python benchmarks/run.py --quick                               # small networks and sizes: whether it works
 python benchmarks/run.py --images data/coal_ad/train/good      # the full sizes: an hour or two on a CPU
 python benchmarks/run.py --stages coreset,neighbors --sizes coreset=1000,100000
-python benchmarks/run.py --stages extract --device cuda --precision bf16 --batch-size 32
+python benchmarks/run.py --stages extract,fused --device cuda --precision bf16 --batch-size 32
 
 Writes results.json, table.md and cost.png to --out.
 """
@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by its path,
 import torch
 from tqdm import tqdm
 
-from benchmarks import processes, stages
+from benchmarks import metric_stages, processes, stages
 from benchmarks.measure import Row, product_rate
 from benchmarks.plot import plot
-from benchmarks.stages import Settings
+from benchmarks.settings import Settings
 from utils.cli import PRECISIONS, Parser, choose_device, default_batch_size, number, run
 from utils.errors import InputError
 from utils.files import write_json, write_text
@@ -35,12 +35,13 @@ from utils.timing import processor
 # Stage, sizes of a full and of a quick run, what the size counts.
 STAGES: dict[str, tuple[Callable[[Settings, int], Iterator[Row]], list[int], list[int]]] = {
     "extract": (stages.extract, [50, 200, 1000], [4]),
+    "fused": (stages.fused, [50, 200, 1000], [4]),
     "coreset": (stages.coreset, [1_000, 10_000, 100_000], [300, 1_000]),
     "sample": (stages.sample, [60], [8]),
     "neighbors": (stages.neighbors, [1_000, 10_000, 100_000, 1_000_000], [100, 1_000]),
     "postprocess": (stages.postprocess, [140, 406, 1_022], [140]),
-    "pro": (stages.pro, [10, 100], [3]),
-    "pixel_auroc": (stages.pixel_auroc, [50, 200], [4]),
+    "pro": (metric_stages.pro, [10, 100], [3]),
+    "pixel_auroc": (metric_stages.pixel_auroc, [50, 200], [4]),
     "fusion": (processes.fusion, [44], [4]),
     "patchcore": (processes.patchcore, [18], [4]),
     "memory": (processes.memory, [1_000], [100]),
@@ -149,6 +150,8 @@ def line(row: Row) -> str:
     """One row in words."""
     ratio = f"{row.ratio:.2f} x faster than {row.against}" if row.ratio else f"against {row.against}"
     parts = [f"{row.stage}, {row.size:,} {row.unit}: {row.ours:.4g} s", ratio, row.agreement]
+    if "cpu_seconds" in row.details:
+        parts.append("processor time {cpu_seconds:.1f} s against {reference_cpu_seconds:.1f} s".format(**row.details))
     if "share_of_product_rate" in row.details:
         parts.append(f"{row.details['share_of_product_rate']:.0%} of the product rate")
     if "share_of_distances" in row.details:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cv2
@@ -13,54 +10,22 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks import reference, reference_metrics
-from benchmarks.measure import Row, apart, gflop, pair, product_rate, seconds
+from benchmarks import reference
+from benchmarks.measure import Row, pair, seconds
+from benchmarks.settings import SEED, Settings
 from datasets.images import EXTENSIONS, to_tensor
 from datasets.scenes import draw_scene
-from models import networks
+from models import USAD
 from models.backbones import BackboneSpec, build_backbone, empty_backbone
 from models.coreset import LazyGreedy, sparse_projection
 from models.neighbors import NearestNeighbors
 from models.patch_store import PatchStore
 from models.patchcore import patch_features
 from models.postprocess import gaussian_blur, min_max, resize_maps
-from utils.metrics import PixelMetrics
-from utils.published_pro import PublishedPro, region_areas
 
-SEED = 22
-PAPER = {
-    "ma_clu": ("vit_small_patch14_dinov2", 350),
-    "ma2patch": ("vit_base_patch14_dinov2", 406),
-    "pc": ("wide_resnet50_2", 238),
-}
-SMALL = {"ma_clu": ("test_vit", 64), "ma2patch": ("test_vit", 96), "pc": ("resnet18", 64)}
 QUERY_BUDGET = 3e9  # bytes of the whole distance matrix and bank up to which the reference is run
-
-
-@dataclasses.dataclass
-class Settings:
-    """What the flags say."""
-
-    device: str
-    precision: str
-    batch_size: int
-    quick: bool
-    images: Path | None  # a folder of real images, or None for drawn ones alone
-    reference_images: int  # the published loop is timed on so many images at most
-    work: Path
-    category: Path | None = None  # a category in MVTec layout, for the stages that run whole scripts
-    anomalib_python: Path | None = None
-
-    @property
-    def networks(self) -> dict[str, tuple[str, int]]:
-        return SMALL if self.quick else PAPER
-
-    @functools.cached_property
-    def rate(self) -> float:
-        """GFLOP/s of the fastest matrix product at this precision."""
-        return max(product_rate(self.device, self.precision, 512 if self.quick else 4096).values())
 
 
 def extract(settings: Settings, images: int) -> Iterator[Row]:
@@ -68,14 +33,11 @@ def extract(settings: Settings, images: int) -> Iterator[Row]:
     for branch, (name, size) in settings.networks.items():
         tokens = branch != "pc"
         spec = BackboneSpec("tokens" if tokens else "maps", name, size, weights="random", seed=SEED)
-        with torch.device("cpu"):
-            backbone = build_backbone(spec, settings.device, precision=settings.precision)
-        make = reference.untrained_vit if tokens else lambda name, _, seed: reference.untrained_resnet(name, seed)
-        net = make(name, size, SEED).to(settings.device)
+        backbone = build_backbone(spec, settings.device, precision=settings.precision)
+        net = plain_network(branch, settings)
         batch = torch.randn(settings.batch_size, 3, size, size, generator=torch.Generator().manual_seed(SEED))
         batch = batch.to(settings.device)
-        cut = networks.vit(name, size) if tokens else networks.cnn(name, (8, 16))
-        operations = gflop(cut.to_empty(device="meta").eval(), torch.empty(1, 3, size, size, device="meta"))
+        operations = settings.gflop(branch)
 
         def ours(backbone=backbone, batch=batch) -> Tensor:
             for start in range(0, images, len(batch)):
@@ -108,9 +70,64 @@ def extract(settings: Settings, images: int) -> Iterator[Row]:
                 "product_gflop_per_second": settings.rate,
                 "share_of_product_rate": rate / settings.rate,
                 "reference_share_of_product_rate": operations * few / reference_took / settings.rate,
-                "peak_gpu_mb": torch.cuda.max_memory_allocated() / 1e6 if settings.device.startswith("cuda") else None,
+                "peak_gpu_mb": peak_gpu(settings, ours),
             },
         )
+
+
+def fused(settings: Settings, images: int) -> Iterator[Row]:
+    """The three branches and their fusion on images in memory, against the published loop; fitted on noise."""
+    branches = settings.branches
+    usad, size = USAD(list(branches.values())), max(branch.image_size for branch in branches.values())
+    nets = {name: plain_network(name, settings) for name in branches}
+    states = {name: branch.state() for name, branch in branches.items()}
+    loop = reference.PublishedLoop(nets, states, {name: branch.image_size for name, branch in branches.items()})
+    batch = torch.randn(settings.batch_size, 3, size, size, generator=torch.Generator().manual_seed(SEED + 1))
+    batch, few = batch.to(settings.device), min(images, settings.reference_images)
+
+    def ours() -> Tensor:
+        for start in range(0, images, len(batch)):
+            scores, maps = usad.predict(batch[: images - start])
+            maps.cpu()
+        return scores.cpu()
+
+    def plain() -> float:
+        scores = [loop(batch[index % len(batch)][None])["fusion"][0] for index in range(few)]
+        return scores[0]
+
+    took, reference_took, _, expected = pair(ours, plain)
+    near = abs(float(usad.predict(batch)[0][0]) / expected - 1)
+    rate = sum(settings.gflop(name) for name in branches) * images / took
+    yield Row(
+        f"fused inference {settings.precision}",
+        images,
+        "images",
+        took,
+        reference_took * images / few,
+        "published loop, fp32" + (f" (timed on {few} images)" if few < images else ""),
+        f"score within {near:.1e}",
+        {
+            "gflop_per_second": rate,
+            "share_of_product_rate": rate / settings.rate,
+            "peak_gpu_mb": peak_gpu(settings, ours),
+        },
+    )
+
+
+def plain_network(branch: str, settings: Settings) -> nn.Module:
+    """The branch's whole network in fp32, with the same untrained values."""
+    name, size = settings.networks[branch]
+    net = reference.untrained_resnet(name, SEED) if branch == "pc" else reference.untrained_vit(name, size, SEED)
+    return net.to(settings.device)
+
+
+def peak_gpu(settings: Settings, work: Callable[[], Any]) -> float | None:
+    """Peak memory of one more call on the GPU, in MB with all that lies there already; None on a CPU."""
+    if not settings.device.startswith("cuda"):
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated() / 1e6
 
 
 def coreset(settings: Settings, rows: int) -> Iterator[Row]:
@@ -245,73 +262,6 @@ def postprocess(settings: Settings, side: int) -> Iterator[Row]:
     near = _difference(maps, torch.from_numpy(expected))
     agreement = f"maps within {near:.1e}"
     yield Row("post-processing", 16 * side**2, "pixels", took, plain_took, "OpenCV and SciPy, map by map", agreement)
-
-
-def drawn_maps(count: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth anomaly maps [count, side, side] (float32) that partly find the regions of their masks (bool)."""
-    rng = np.random.default_rng(SEED)
-    maps, masks = np.empty((count, side, side), np.float32), np.zeros((count, side, side), np.uint8)
-    for scores, mask in zip(maps, masks, strict=True):
-        for _ in range(rng.integers(1, 4)):
-            center = tuple(int(place) for place in rng.integers(side // 8, side - side // 8, 2))
-            cv2.circle(mask, center, int(rng.integers(side // 40 + 1, side // 10 + 2)), 1, -1)
-        noise = cv2.resize(rng.random((side // 8, side // 8), np.float32), (side, side))
-        scores[:] = gaussian_filter(noise + 0.5 * mask * rng.random(), 4)
-    return maps, masks > 0
-
-
-def pro(settings: Settings, count: int) -> Iterator[Row]:
-    """`pro_as_published` and the exact AUPRO of anomalous maps, against 200 thresholds on every image."""
-    maps, masks = drawn_maps(count, 64 if settings.quick else 406)
-
-    def published() -> float | None:
-        metric = PublishedPro()
-        for scores, mask in zip(maps, masks, strict=True):
-            metric.update(scores, mask, *region_areas(mask))
-        return metric.compute()
-
-    def exact() -> float | None:
-        metrics = PixelMetrics()
-        metrics.update(maps, masks, np.ones(count, bool))
-        return metrics.compute()["aupro"]
-
-    for name, ours, plain in (
-        ("pro_as_published", published, reference_metrics.pro_as_published),
-        ("aupro, exact, with all pixel metrics", exact, reference_metrics.aupro),
-    ):
-        took, plain_took, found, expected = pair(ours, lambda plain=plain: plain(maps, masks))
-        agreement = f"{found:.5f} against {expected:.5f}"
-        yield Row(name, count, "maps", took, plain_took, "200 thresholds on every image", agreement)
-
-
-def pixel_auroc(settings: Settings, count: int) -> Iterator[Row]:
-    """Time and memory of the pixel AUROC, all other pixel metrics included, against lists of floats."""
-    side = 64 if settings.quick else 406
-    took, memory, found = apart(_our_auroc, count, side)
-    plain_took, plain_memory, expected = apart(_plain_auroc, count, side)
-    drawing, maps_memory, _ = apart(drawn_maps, count, side)
-    yield Row(
-        "pixel AUROC, with all pixel metrics",
-        count,
-        "maps",
-        max(took - drawing, 1e-9),
-        plain_took - drawing,
-        "lists of floats, scikit-learn",
-        f"{found:.6f} against {expected:.6f}",
-        {"mb_above_maps": memory - maps_memory, "reference_mb_above_maps": plain_memory - maps_memory},
-    )
-
-
-def _our_auroc(count: int, side: int) -> float:
-    maps, masks = drawn_maps(count, side)
-    metrics = PixelMetrics()
-    for start in range(0, count, 4):
-        metrics.update(maps[start : start + 4], masks[start : start + 4], np.ones(len(maps[start : start + 4]), bool))
-    return metrics.compute()["pixel_auroc"]
-
-
-def _plain_auroc(count: int, side: int) -> float:
-    return reference_metrics.pixel_auroc(*drawn_maps(count, side))
 
 
 def _difference(ours: Tensor, expected: Tensor) -> float:

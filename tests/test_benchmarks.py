@@ -11,7 +11,7 @@ import torch
 from tiny import run_in_process, small_flags
 
 from benchmarks import measure, plain_fusion, reference, reference_metrics
-from benchmarks.stages import drawn_maps
+from benchmarks.metric_stages import drawn_maps
 from models.coreset import greedy_k_center
 from models.neighbors import NearestNeighbors
 from models.patchcore import patch_features
