@@ -31,6 +31,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:  # of a full disk, for instance, which does not say for which file
+        if error.errno is None:  # a library's own words
+            raise OSError(errno.EIO, str(error), str(path)) from error
         error.filename = str(path)
         raise
     finally:
