@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import cv2
 import numpy as np
@@ -143,7 +144,7 @@ def draw_all(folder: Path, settings: Settings, workers: int) -> None:
         for frame in progress(todo):
             task(frame)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), leave_signals_to_parent)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), follow_parent)
     try:
         with signals_held():
             drawn = pool.map(task, todo, chunksize=4)
@@ -151,6 +152,12 @@ def draw_all(folder: Path, settings: Settings, workers: int) -> None:
             pass
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def follow_parent() -> None:
+    """A process that draws leaves signals to the script, and ends with it even if that is killed."""
+    leave_signals_to_parent()
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def main() -> None:

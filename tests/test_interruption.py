@@ -119,6 +119,21 @@ def test_signals(tmp_path, number, code, whole_group):
     PatchCore.load(tmp_path / written[0])
 
 
+@posix
+def test_no_process_outlives_a_killed_script(tmp_path):
+    flags = ["--data-root", tmp_path, "--category", "a", "--size", 64, "--train", 99_999, "--workers", 2]
+    process = start("make_demo_data", flags)
+    while not list(tmp_path.rglob("000.png")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
 def start(script: str, flags: list) -> subprocess.Popen:
     """The script as a process, the first of a group of its own."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
