@@ -16,6 +16,7 @@ from models.inference import linear
 from utils.timing import peak_memory_mb
 
 LONG = 5.0  # seconds from which on one timed run is enough
+VERY_LONG = 60.0  # seconds from which on a run warms itself up
 
 
 @dataclasses.dataclass
@@ -55,16 +56,19 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 def pair(ours: Callable[[], Any], reference: Callable[[], Any] | None, repeats: int = 3) -> tuple[Any, ...]:
     """Time both in turn, after a warm-up round: (seconds, seconds or None, result, result or None).
 
-    What takes longer than `LONG` in the warm-up round is timed once more only.
+    A side whose warm-up takes longer than `LONG` is timed once more; longer than `VERY_LONG`, it is not run again.
     """
     sides = [work for work in (ours, reference) if work is not None]
-    warm_up = [seconds(work)[0] for work in sides]
+    first, results = zip(*(seconds(work) for work in sides), strict=True)
+    results = [*results, *[None] * (2 - len(sides))]
+    rounds = [repeats if took < LONG else 1 if took < VERY_LONG else 0 for took in first]
     times: list[list[float]] = [[] for _ in sides]
-    results: list[Any] = [None, None]
-    for _ in range(1 if max(warm_up) > LONG else repeats):
+    for turn in range(max(rounds)):
         for number, work in enumerate(sides):
-            took, results[number] = seconds(work)
-            times[number].append(took)
+            if turn < rounds[number]:
+                took, results[number] = seconds(work)
+                times[number].append(took)
+    times = [side or [took] for side, took in zip(times, first, strict=True)]
     medians = [statistics.median(side) for side in times]
     return (*medians, *[None] * (2 - len(medians)), *results)
 
