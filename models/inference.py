@@ -56,8 +56,8 @@ def onednn_available() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` of float32 matrices [n, D] and [m, D] (and [m]) -> [n, m], by the fastest kernel there is."""
-    if x.device.type == "cpu" and onednn_available():
+    """`F.linear` of matrices [n, D] and [m, D] (and [m]) -> [n, m], by the fastest kernel there is."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and onednn_available():
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
     return F.linear(x, weight, bias)
 

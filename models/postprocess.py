@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.inference import linear
+
 
 def resize_maps(maps: Tensor, size: int) -> Tensor:
     """Bilinear resize [B, h, w] -> [B, size, size] with half-pixel centres (OpenCV's convention)."""
@@ -35,8 +37,10 @@ def gaussian_blur(maps: Tensor, sigma: float, radius: int | None = None, edge_re
     Written as two matrix products, which any border rule fits and every device runs at full speed.
     """
     radius = int(4 * sigma + 0.5) if radius is None else radius
-    rows, columns = (_blur_matrix(length, sigma, radius, edge_repeated).to(maps) for length in maps.shape[-2:])
-    return rows @ maps @ columns.mT
+    for _ in range(2):  # along the columns; then, transposed, along the rows
+        matrix = _blur_matrix(maps.shape[-1], sigma, radius, edge_repeated).to(maps)
+        maps = linear(maps.flatten(0, 1), matrix).view_as(maps).mT
+    return maps
 
 
 @functools.lru_cache(maxsize=16)
