@@ -21,6 +21,7 @@ from models.branch import Branch
 from models.networks import full_network, load_weights
 from models.operating_point import FORMAT
 from models.weights import random_state_dict, read_state_dict
+from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 from utils.published import KMEANS_FILE as KMEANS
 from utils.published import MA2PATCH, MA_CLU, PATCHCORE
@@ -70,6 +71,9 @@ def weights_reader() -> Callable[[Path], object]:
 
 def load_and_predict(branch_class: type[Branch], path: Path) -> None:
     """Reads a checkpoint and, if it is taken, looks at an image with it."""
+    network = load_checkpoint(path)[1].get("backbone")
+    if isinstance(network, dict) and network.get("weights") == "pretrained":
+        raise InputError("loading it downloads that network, as its training did: the one promised exception")
     branch = branch_class.load(path)
     if branch.image_size > 512:  # as large as it says, which takes as long as it takes
         return
