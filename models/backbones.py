@@ -59,7 +59,8 @@ class BackboneSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BackboneSpec:
         """What `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
-        spec = cls(**values | {"mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        given = {"mean": tuple(values["mean"]), "std": tuple(values["std"]), "weights": values["weights"]}
+        spec = cls(**values | given)  # no default for the weights: it would be a download
         sides = [spec.image_size] if spec.position_size is None else [spec.image_size, spec.position_size]
         if not (isinstance(spec.name, str) and all(type(side) is int and 0 < side <= MAX_SIDE for side in sides)):
             raise ValueError("a network's name, image size or position size that cannot be")

@@ -131,6 +131,14 @@ def test_a_checkpoint_whose_network_cannot_be(trained, tmp_path, key, value):
         PatchCore.load(tmp_path / "pc.safetensors")
 
 
+def test_a_checkpoint_that_does_not_say_which_weights_downloads_none(trained, tmp_path):
+    tensors, metadata = load_checkpoint(trained / "models/belt/pc.safetensors")
+    del metadata["backbone"]["weights"]
+    save_checkpoint(tmp_path / "pc.safetensors", tensors, metadata)
+    with pytest.raises(InputError, match="metadata"):
+        PatchCore.load(tmp_path / "pc.safetensors")
+
+
 # Images that are large, or seem so
 
 
