@@ -57,20 +57,26 @@ def main() -> None:
     parser.add_argument("--findings", type=Path, help="folder for hostile files that went wrong")
     args = parser.parse_args()
     tally = Tally()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if args.kills or args.signals:
-            disturb(args, folder / "scripts", tally)
-        if args.cases or args.frames:
-            models = train(folder / "trained")
-        if args.cases:
-            fuzz(args, folder / "files", models / "belt", tally)
-        if args.frames:
-            words, wrong = long_run.verdict(long_run.measure(folder, models, args.frames))
-            print(words)
-            tally.add(f"{args.frames} frames through predict.py", wrong)
-    print(tally.table())
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            work(args, Path(name), tally)
+    finally:  # of an interrupted run, too
+        print(tally.table(), flush=True)
     sys.exit(tally.failed.total() > 0)
+
+
+def work(args, folder: Path, tally: Tally) -> None:
+    """All that the flags ask for."""
+    if args.kills or args.signals:
+        disturb(args, folder / "scripts", tally)
+    if args.cases or args.frames:
+        models = train(folder / "trained")
+    if args.cases:
+        fuzz(args, folder / "files", models / "belt", tally)
+    if args.frames:
+        words, wrong = long_run.verdict(long_run.measure(folder, models, args.frames))
+        print(words)
+        tally.add(f"{args.frames} frames through predict.py", wrong)
 
 
 def disturb(args, folder: Path, tally: Tally) -> None:
