@@ -178,7 +178,7 @@ def extract(archive: Path, folder: Path) -> None:
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("no end mark")
-    except (tarfile.TarError, ValueError, RecursionError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{archive.name} is damaged or not an uncompressed tar ({error}): run again to download it anew"
         ) from error
