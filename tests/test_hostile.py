@@ -107,9 +107,9 @@ def test_the_watch_sees(watch, tmp_path):
 @pytest.mark.parametrize(
     "size", [b"77777777777", b"\x80" + b"\x00" * 6 + b"\x10" + b"\x00" * 4, b"\x80" + b"\x7f" * 11]
 )
-@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K", b"5"])
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K", b"0"])
 def test_a_tar_header_that_asks_for_much(tmp_path, kind, size):
-    info = tarfile.TarInfo("coal_ad/train/good/a.png")
+    info = tarfile.TarInfo("coal_ad/train/good/._a.png")  # which is passed over
     header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
     header[156:157], header[124:136] = kind, size.ljust(12, b"\x00")
     header[148:156] = b" " * 8
