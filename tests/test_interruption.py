@@ -211,6 +211,16 @@ def test_a_lock_leaves_nothing_and_frees_at_an_error(tmp_path):
         pass
 
 
+def test_a_lock_is_lifted_where_open_files_cannot_be_removed(tmp_path, monkeypatch):
+    def unlink(path, missing_ok=False):
+        raise PermissionError(13, "in use by a process", str(path))
+
+    for _ in range(2):
+        with monkeypatch.context() as windows, folder_lock(tmp_path / "a"):
+            windows.setattr(Path, "unlink", unlink)
+            assert (tmp_path / "a" / ".lock").exists()
+
+
 # Leftovers
 
 

@@ -51,7 +51,8 @@ def _lock(lock_path: Path, target: Path, unfinished: Callable[[], Iterable[Path]
             path.unlink(missing_ok=True)
         yield
     finally:
-        lock_path.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # Windows removes no open file; there FileLock does, once released
+            lock_path.unlink(missing_ok=True)
         lock.release()
         with contextlib.suppress(OSError):  # not empty
             for folder in made:
