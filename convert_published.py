@@ -18,7 +18,7 @@ from models.ma2patch import MA2Patch
 from models.ma_clu import MACLU
 from models.patchcore import PatchCore
 from utils.checkpoint import check_replaceable
-from utils.cli import Parser, category_name, run
+from utils.cli import Parser, category_name, run, weights_by_branch
 from utils.errors import InputError
 from utils.locks import file_lock
 from utils.published import PublishedCheckpoints, read_published
@@ -50,16 +50,12 @@ def main() -> None:
         for path in paths.values():
             check_replaceable(path)
             locks.enter_context(file_lock(path))
-        branches = [convert(branch, published, weights_of(args, branch), args.source) for branch in NETWORKS]
+        weights = weights_by_branch(args, NETWORKS)
+        branches = [convert(branch, published, weights[branch.name], args.source) for branch in NETWORKS]
         for branch in branches:
             branch.training = {"category": args.category, "source": "the authors' checkpoint files"}
             branch.save(paths[type(branch)])
             print(f"{args.category}: wrote {paths[type(branch)]}")
-
-
-def weights_of(args: Any, branch_class: type[Branch]) -> str:
-    """The value of the branch's own weights flag."""
-    return getattr(args, branch_class.weights_flag.removeprefix("--").replace("-", "_"))
 
 
 def convert(branch_class: type[Branch], published: PublishedCheckpoints, weights: str, source: Path) -> Branch:
