@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.files import write_json
+from utils.files import digest_of_lines, write_json
 
 VERSION = 1  # rises when a figure is computed in another way: no cell of an earlier version is used again
 
@@ -122,5 +121,4 @@ def spread(values: list[float | None]) -> dict[str, Any]:
 
 def digest(needs: Any) -> str:
     """A name for JSON values."""
-    text = json.dumps([VERSION, needs], sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return digest_of_lines([json.dumps([VERSION, needs], sort_keys=True)])[:32]
