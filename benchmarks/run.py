@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import metric_stages, processes, stages
-from benchmarks.measure import Row, product_rate
+from benchmarks.measure import Row
 from benchmarks.plot import plot
 from benchmarks.settings import Settings
 from utils.cli import PRECISIONS, Parser, choose_device, default_batch_size, number, run
@@ -64,7 +64,7 @@ def main() -> None:
         args.anomalib_python,
     )
     settings.work.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"machine": machine(device), "product_gflop_per_second": rates(settings), "rows": []}
+    report: dict[str, Any] = {"machine": machine(device), "product_gflop_per_second": settings.rates, "rows": []}
     rows, skipped = [], {}
     plan = [(name, size) for name in args.stages for size in args.sizes.get(name, STAGES[name][2 if args.quick else 1])]
     for name, size in (bar := tqdm(plan, unit="size", disable=None)):
@@ -139,11 +139,6 @@ def machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-
-
-def rates(settings: Settings) -> dict[str, float]:
-    """GFLOP/s of matrix products on the device."""
-    return product_rate(settings.device, settings.precision, 512 if settings.quick else 4096)
 
 
 def line(row: Row) -> str:
