@@ -6,6 +6,7 @@ Whatever the file, its reader must return or raise InputError. `campaign` counts
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -109,7 +110,7 @@ class Watch:
             self._check(event, f"/proc/self/fd/{place}/{path}" if isinstance(place, int) and place > 0 else path)
 
     def _check(self, event: str, path: object) -> None:
-        inside = isinstance(path, str | os.PathLike) and os.path.realpath(path).startswith(self.folder)
+        inside = isinstance(path, str | os.PathLike) and Path(os.path.realpath(path)).is_relative_to(self.folder)
         if not inside and path != os.devnull:
             self.seen.append(f"{event} {path!r} outside of its folder")
 
@@ -193,6 +194,6 @@ def campaign(target: Target, cases: int, seed: int, folder: Path) -> Iterator[tu
 def save_finding(folder: Path, name: str, data: bytes, wrong: list[str]) -> None:
     """Keep a case that went wrong, for a test."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{name} {abs(hash(data)):x}".replace(" ", "_").replace("(", "").replace(")", "")
+    stem = f"{name} {hashlib.sha256(data).hexdigest()[:16]}".replace(" ", "_").replace("(", "").replace(")", "")
     (folder / stem).write_bytes(data)
     (folder / f"{stem}.json").write_text(json.dumps(wrong, indent=1))
