@@ -112,6 +112,8 @@ def parse_args() -> Any:
     for path, flag in ((args.images, "--images"), (args.category, "--category")):
         if path is not None and not path.is_dir():
             parser.error(f"{flag} {path} is no folder")
+    if args.images is not None and not stages.image_files(args.images):
+        parser.error(f"--images {args.images} holds no images; give a folder that does, or leave it out")
     args.sizes = dict(sizes(text, args.stages) for text in args.sizes)
     args.out = args.out.absolute()
     return args

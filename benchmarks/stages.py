@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -212,9 +213,14 @@ def picture(settings: Settings, number: int, size: int, kind: str) -> Tensor:
     if kind == "drawn":
         image = Image.fromarray(np.ascontiguousarray(draw_scene((SEED, number), size)[0][..., ::-1]))
     else:
-        files = sorted(path for path in settings.images.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        files = image_files(settings.images)
         image = Image.open(files[number % len(files)]).convert("RGB")
     return to_tensor(image, size, "bilinear")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in `folder` and its folders."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
 
 
 def neighbors(settings: Settings, rows: int) -> Iterator[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +89,7 @@ def test_a_quick_run_leaves_sane_figures(tmp_path):
         (["--stages", "coreset", "--sizes", "coreset=many"], "--sizes coreset=many: write STAGE=SIZE"),
         (["--stages", "coreset", "--sizes", "pro=3"], "with a stage that is run (coreset)"),
         (["--images", "nowhere"], "--images nowhere is no folder"),
+        (["--images", str(Path(__file__).parent / "hardness")], "hardness holds no images"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
