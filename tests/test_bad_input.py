@@ -42,12 +42,6 @@ def refused(root: Path, script: str, flags: list, *words: str, code: int = 2) ->
     return lines[0]
 
 
-def fusion_flags(root: Path, *categories: str) -> list:
-    flags = small_flags(root, "test_fusion", *categories)
-    place = flags.index("--weights")
-    return flags[:place] + flags[place + 2 :]
-
-
 @pytest.fixture
 def nothing_is_built(monkeypatch):
     """Fails a test whose script gets as far as a network."""
@@ -134,7 +128,7 @@ BAD_FLAGS = [
 @pytest.mark.usefixtures("nothing_is_built")
 @pytest.mark.parametrize(("script", "flags", "words"), BAD_FLAGS)
 def test_flags(trained, script, flags, words):
-    standard = fusion_flags(trained) if script == "test_fusion" else small_flags(trained, script)
+    standard = small_flags(trained, script)
     refused(trained, script, [*standard, *flags.split()], *words.split())
 
 
@@ -147,7 +141,7 @@ def test_nothing_is_downloaded_before_flags_are_checked(trained, flags):
 @pytest.mark.usefixtures("nothing_is_built")
 def test_missing_checkpoints_are_found_before_the_download(trained):
     words = "ma_clu.safetensors, ma2patch.safetensors, pc.safetensors", "train", "convert_published.py"
-    refused(trained, "test_fusion", fusion_flags(trained, "coal_ad"), *words)
+    refused(trained, "test_fusion", small_flags(trained, "test_fusion", "coal_ad"), *words)
 
 
 # Data
@@ -217,7 +211,7 @@ def test_truncated_training_image(workplace, workers):
 )
 def test_test_images(workplace, spoil, words):
     spoil(workplace / "data" / "belt")
-    refused(workplace, "test_fusion", fusion_flags(workplace), *words)
+    refused(workplace, "test_fusion", small_flags(workplace, "test_fusion"), *words)
 
 
 def test_one_training_image(workplace):
@@ -289,7 +283,7 @@ CHECKPOINTS = {
 def test_checkpoints(workplace, kind):
     spoil, words = CHECKPOINTS[kind]
     spoil(workplace / "models" / "belt" / "pc.safetensors")
-    refused(workplace, "test_fusion", fusion_flags(workplace), "pc", *words)
+    refused(workplace, "test_fusion", small_flags(workplace, "test_fusion"), "pc", *words)
 
 
 def test_json_that_is_no_dictionary(tmp_path):
@@ -316,13 +310,15 @@ def test_damaged_checkpoints_never_raise_anything_else(trained, tmp_path, seed):
 
 def test_no_held_out_statistics(workplace):
     assert run_in_process("train_pc", *small_flags(workplace, "train_pc"), "--no-eval").code == 0
-    flags = [*fusion_flags(workplace), "--fusion", "standardized"]
+    flags = [*small_flags(workplace, "test_fusion"), "--fusion", "standardized"]
     refused(workplace, "test_fusion", flags, "'pc'", "--holdout-ratio")
 
 
 def test_a_missing_checkpoint_of_the_second_category_is_found_first(workplace):
     draw_category(workplace / "data" / "second")
-    refused(workplace, "test_fusion", fusion_flags(workplace, "belt", "second"), "second", "pc.safetensors")
+    refused(
+        workplace, "test_fusion", small_flags(workplace, "test_fusion", "belt", "second"), "second", "pc.safetensors"
+    )
 
 
 # Weights given as files
@@ -346,16 +342,16 @@ def test_weights_that_moved_or_changed(workplace, weights):
     assert run_in_process("train_pc", *flags).code == 0
     moved = weights("moved.safetensors", 1)
     path.unlink()
-    refused(workplace, "test_fusion", fusion_flags(workplace), "net.pth", "no such file")
+    refused(workplace, "test_fusion", small_flags(workplace, "test_fusion"), "net.pth", "no such file")
     other = weights("other.pth", 2)
     refused(
         workplace,
         "test_fusion",
-        [*fusion_flags(workplace), "--pc-weights", other],
+        [*small_flags(workplace, "test_fusion"), "--pc-weights", other],
         "other.pth",
         "--pc-weights",
     )
-    assert run_in_process("test_fusion", *fusion_flags(workplace), "--pc-weights", moved).code == 0
+    assert run_in_process("test_fusion", *small_flags(workplace, "test_fusion"), "--pc-weights", moved).code == 0
 
 
 def test_weights_that_do_not_fit(workplace, weights, tmp_path):

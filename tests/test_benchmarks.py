@@ -20,9 +20,7 @@ from utils.metrics import PixelMetrics
 
 
 def test_the_published_program_gives_what_test_fusion_gives(workplace):
-    flags = small_flags(workplace, "test_fusion")
-    flags = [*flags[: flags.index("--weights")], *flags[flags.index("--weights") + 2 :]]
-    finished = run_in_process("test_fusion", *flags, "--no-images")
+    finished = run_in_process("test_fusion", *small_flags(workplace, "test_fusion"), "--no-images")
     assert finished.code == 0, finished.err
     plain_fusion.main(workplace / "models" / "belt", workplace / "data" / "belt", workplace / "plain.json")
     plain = json.loads((workplace / "plain.json").read_text())

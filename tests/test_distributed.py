@@ -44,11 +44,7 @@ def torchrun(script: str, *arguments) -> subprocess.CompletedProcess:
 
 def flags_of(root: Path, script: str) -> list:
     """Small batches, so that two processes have images each but for those held out."""
-    flags = small_flags(root, script)
-    if script == "test_fusion":
-        place = flags.index("--weights")
-        del flags[place : place + 2]
-    return [*flags, *FLAGS[script], "--batch-size", 2, "--skip-unreadable"]
+    return [*small_flags(root, script), *FLAGS[script], "--batch-size", 2, "--skip-unreadable"]
 
 
 @pytest.fixture(scope="module")

@@ -32,13 +32,7 @@ NAMES = [*(f"good/{index:03d}" for index in range(3)), *(f"rope/{index:03d}" for
 
 def fuse(root: Path, *flags, category: str = "belt"):
     """Run test_fusion.py on `root`'s models."""
-    return run_in_process("test_fusion", *small_fusion_flags(root, category), *flags)
-
-
-def small_fusion_flags(root: Path, *categories: str) -> list:
-    flags = small_flags(root, "test_fusion", *categories)
-    place = flags.index("--weights")
-    return flags[:place] + flags[place + 2 :]
+    return run_in_process("test_fusion", *small_flags(root, "test_fusion", category), *flags)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +225,7 @@ def test_several_categories_and_their_average(workplace):
     for script in SMALL_NETWORKS:
         finished = run_in_process(script, *small_flags(workplace, script, "all"), "--no-images")
         assert finished.code == 0 and "average of 3 categories" in finished.out
-    finished = run_in_process("test_fusion", *small_fusion_flags(workplace, "belt", "second", "third"))
+    finished = run_in_process("test_fusion", *small_flags(workplace, "test_fusion", "belt", "second", "third"))
     assert finished.code == 0 and "average of 3 categories" in finished.out
     for part in (*BRANCH_OF.values(), "fusion"):
         average = json.loads((workplace / "result" / f"average_{part}.json").read_text(encoding="utf-8"))

@@ -64,8 +64,7 @@ def command(root, script: str) -> list:
         return [script, "--data-root", root / "data", "--category", "demo", *size]
     flags = small_flags(root, script)
     if script == "test_fusion":
-        place = flags.index("--weights")
-        flags = [*flags[:place], *flags[place + 2 :], "--false-alarm-rate", 0.4]
+        flags += ["--false-alarm-rate", 0.4]
     else:
         flags += ["--holdout-ratio", 0.25, "--seed", 5]
     return [script, *flags, "--save-maps"]

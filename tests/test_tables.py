@@ -38,15 +38,8 @@ FIGURES = [
 ]
 
 
-def flags_of(root: Path, category: str = "belt") -> list:
-    """small_flags without what only trainings take."""
-    flags = small_flags(root, "reproduce_tables", category)
-    place = flags.index("--weights")
-    return flags[:place] + flags[place + 2 :]
-
-
 def reproduce(root: Path, *flags, category: str = "belt", code: int = 0):
-    finished = run_in_process("reproduce_tables", *flags_of(root, category), *flags)
+    finished = run_in_process("reproduce_tables", *small_flags(root, "reproduce_tables", category), *flags)
     assert finished.code == code, finished.err
     return finished
 
@@ -63,7 +56,7 @@ def means(row: dict) -> dict[str, float]:
 
 def fused(root: Path, *flags, models: str = "models") -> dict[str, float]:
     """The figures that test_fusion.py gives."""
-    arguments = [*flags_of(root), "--models-dir", root / models, *flags, "--no-images"]
+    arguments = [*small_flags(root, "test_fusion"), "--models-dir", root / models, *flags, "--no-images"]
     finished = run_in_process("test_fusion", *arguments)
     assert finished.code == 0, finished.err
     metrics = json.loads((root / "result/belt/fusion/metrics.json").read_text(encoding="utf-8"))
@@ -289,7 +282,13 @@ def kept(root: Path) -> dict[str, int]:
 
 def test_goes_on_after_a_kill(trained, ablated, tmp_path):
     root = shutil.copytree(trained, tmp_path / "root")
-    command = [sys.executable, ROOT / "reproduce_tables.py", *flags_of(root), "--tables", "ablation"]
+    command = [
+        sys.executable,
+        ROOT / "reproduce_tables.py",
+        *small_flags(root, "reproduce_tables"),
+        "--tables",
+        "ablation",
+    ]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(list(root.glob("result/belt/tables/cells/[!.]*.json"))) < 3 and process.poll() is None:
         pass

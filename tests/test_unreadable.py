@@ -17,9 +17,7 @@ HELD = ("--holdout-ratio", 0.25, "--train-ratio", 1)
 
 
 def fusion(root, *flags):
-    standard = small_flags(root, "test_fusion")
-    place = standard.index("--weights")
-    return run_in_process("test_fusion", *standard[:place], *standard[place + 2 :], *flags)
+    return run_in_process("test_fusion", *small_flags(root, "test_fusion"), *flags)
 
 
 def break_some(belt, train: int, good: int, masks: int) -> set[str]:

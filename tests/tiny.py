@@ -80,9 +80,10 @@ SMALL_NETWORKS = {
 
 
 def small_flags(root: Path, script: str, *categories: str) -> list:
-    """Flags of a training script that takes a second; everything is read and written below `root`."""
+    """Flags with which a script takes a second; everything is read and written below `root`."""
+    trained = script in SMALL_NETWORKS
     return [
         *("--data-root", root / "data", "--models-dir", root / "models", "--results-dir", root / "result"),
-        *("--category", *(categories or ("belt",)), "--weights", "random", "--device", "cpu", "--workers", 0),
-        *SMALL_NETWORKS.get(script, ()),
+        *("--category", *(categories or ("belt",)), "--device", "cpu", "--workers", 0),
+        *(("--weights", "random", *SMALL_NETWORKS[script]) if trained else ()),
     ]
