@@ -59,7 +59,7 @@ def main() -> None:
         args.quick,
         args.images,
         args.reference_images,
-        args.out / "work",
+        args.out / "work" / ("quick" if args.quick else "full"),  # checkpoints of the one are not the other's
         args.category,
         args.anomalib_python,
     )
