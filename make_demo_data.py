@@ -44,7 +44,7 @@ class Settings:
     good: int
     anomalous: int
     seed: int
-    version: int = 1
+    version: int = 2
 
 
 @dataclass(frozen=True)

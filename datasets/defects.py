@@ -13,6 +13,17 @@ import numpy as np
 
 from datasets.drawing import Array, Canvas, Piece, Point, Random, coat, turned, wave
 
+# Colours of the material itself, BGR against grey; weather and dirt take a part of them away.
+WOOD = ((0.5, 0.88, 1.25), (0.68, 0.95, 1.15), (0.6, 0.8, 1.2))
+FIBRE = ((0.6, 0.95, 1.2), (1.35, 1.0, 0.65), (0.85, 1.25, 0.75), (0.55, 0.85, 1.35))
+PLASTIC = ((1.3, 1.05, 0.75), (1.15, 1.02, 0.9), (0.6, 1.0, 1.15), (0.85, 1.2, 0.85))
+
+
+def faded(rng: Random, colours: tuple[tuple[float, float, float], ...]) -> Array:
+    """One of the colours [3] BGR, more or less faded."""
+    colour = np.array(colours[int(rng.integers(len(colours)))])
+    return 1 + rng.uniform(0.35, 1.0) * (colour - 1) + rng.normal(0, 0.03, 3)
+
 
 def curve(rng: Random, length: int, angle: float, bend: float, scale: float) -> Array:
     """A path [length, 2] of (x, y) about (0, 0), a pixel a step; its direction wanders by `bend` radians."""
@@ -70,8 +81,8 @@ def stick(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) 
     if rng.random() < 0.35:  # a slat
         height = np.minimum(height, 0.45 * width)
     height = height + unit * (rng.uniform(0.4, 1.0) * grain + 0.3 * rough)
-    brown = 1 + rng.uniform(0, 1) ** 2 * np.array([-0.22, -0.03, 0.12])
-    albedo = coat(tone * (1 + 0.16 * grain + 0.06 * rough + 0.06 * fine), brown, dust * (0.8 + 0.3 * rough))
+    shade = tone * (1 + 0.16 * grain + 0.06 * rough + 0.06 * fine)
+    albedo = coat(shade, faded(rng, WOOD), dust * (0.8 + 0.3 * rough))
     return Piece(rows, columns, shape, np.float32(height), albedo)
 
 
@@ -104,7 +115,7 @@ def rope(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) -
     shape &= (arc > 0) & (arc < length - 1 - width * np.abs(rough))
     height = height + unit * (0.6 * fibre + 0.5 * rough + 0.3 * fine)
     shade = tone * (1 + 0.16 * fibre + 0.08 * rough + 0.06 * fine)
-    albedo = coat(shade, 1 + rng.normal(0, 0.03, 3), dust * (0.8 + 0.3 * rough))
+    albedo = coat(shade, faded(rng, FIBRE), dust * (0.8 + 0.3 * rough))
     return Piece(rows, columns, shape, np.float32(height), albedo, drapes=True)
 
 
@@ -127,7 +138,7 @@ def net(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) ->
     height = np.maximum(*strands) + 0.5 * np.minimum(*strands)  # higher where they are knotted
     shape = (height > 0.3 * unit) & (reach < radius)
     height = height + unit * (2 + 2 * broad + 0.5 * rough)
-    albedo = coat(tone * (1 + 0.14 * rough), 1 + rng.normal(0, 0.03, 3), dust * (0.8 + 0.3 * rough))
+    albedo = coat(tone * (1 + 0.14 * rough), faded(rng, FIBRE), dust * (0.8 + 0.3 * rough))
     return Piece(rows, columns, shape, np.float32(height), albedo, drapes=True)
 
 
@@ -169,7 +180,7 @@ def bag(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) ->
         height = height + 0.4 * unit * np.sin(u * thread) * np.sin(v * thread)
     height = cv2.GaussianBlur(np.float32(height), (0, 0), 0.7 * unit) + unit * (0.3 * rough + 0.15 * fine)
     shade = tone * (1 + 0.08 * rough + 0.06 * broad + 0.05 * fine)
-    albedo = coat(shade, 1 + rng.normal(0, 0.03, 3), dust * (0.8 + 0.3 * broad))
+    albedo = coat(shade, faded(rng, PLASTIC), dust * (0.8 + 0.3 * broad))
     opacity = rng.uniform(0.6, 0.9) if rng.random() < 0.2 else 1.0
     return Piece(rows, columns, shape, height, albedo, rng.uniform(0.0, 0.4), opacity, drapes=True)
 

@@ -128,7 +128,7 @@ def lump(rng: Random, canvas: Canvas, centre: Point, radius: float, tone: float,
     shade = tone * (1 + 0.08 * rough + 0.06 * broad + 0.06 * grit * fine)
     settled = dust * (0.8 + 0.2 * broad + 0.12 * rough) * np.where(flat, 1.0, 0.55)
     tint = 1 + rng.normal(0, 0.015, 3)
-    if rng.random() < 0.12:  # rusty
-        tint *= (0.9, 0.98, 1.06)
+    if rng.random() < 0.08:  # rusty
+        tint *= (0.95, 0.99, 1.03)
     gloss = rng.uniform(0.5, 1.0) if rng.random() < 0.12 else rng.uniform(0.0, 0.2)
     return Piece(rows, columns, shape, height, coat(shade, tint, settled), gloss)
