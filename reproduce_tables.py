@@ -34,6 +34,7 @@ from utils.cli import (
     add_loading_flags,
     add_skip_flag,
     add_weights_flags,
+    check_fusion,
     number,
     run,
     settle_fusion,
@@ -55,6 +56,7 @@ def main() -> None:
     args = parse_args()
     settle_run(args)
     names = find_categories(args.data_root, args.category)
+    settle_fusion(args, [args.models_dir / name for name in names])
     fusions = {name: fusions_by_seed(args, args.models_dir / name) for name in names}
     baselines = None
     if "comparison" in args.tables:
@@ -107,7 +109,7 @@ def parse_args() -> argparse.Namespace:
     add_loading_flags(parser)
     add_skip_flag(parser)
     args = parser.parse_args()
-    settle_fusion(parser, args)
+    check_fusion(args)
     for flag, table in (
         ("sweeps", "sensitivity"),
         ("baselines", "comparison"),

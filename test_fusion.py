@@ -25,6 +25,7 @@ from utils.cli import (
     add_run_flags,
     add_skip_flag,
     add_weights_flags,
+    check_fusion,
     number,
     run,
     settle_fusion,
@@ -43,6 +44,7 @@ def main() -> None:
     args = parse_args()
     device = settle_run(args)
     names = find_categories(args.data_root, args.category)
+    settle_fusion(args, [args.models_dir / name for name in names])
     average = average_path(args.results_dir, USAD.name)
     with contextlib.ExitStack() as locks:
         for name in names:
@@ -79,7 +81,7 @@ def parse_args() -> argparse.Namespace:
     add_run_flags(parser)
     add_skip_flag(parser)
     args = parser.parse_args()
-    settle_fusion(parser, args)
+    check_fusion(args)
     return args
 
 

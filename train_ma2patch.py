@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from models.ma2patch import MA2Patch
 from utils.cli import run
-from utils.training import add_token_flags, run_training, training_parser
+from utils.training import add_token_flags, parse_training, run_training, training_parser
 
 
 def main() -> None:
     parser = training_parser(__doc__, "vit_base_patch14_dinov2.lvd142m", image_size=406, train_ratio=1.0)
     add_token_flags(parser)
-    args = parser.parse_args()
+    args = parse_training(parser, covariance="ledoit-wolf")
     run_training(args, MA2Patch, covariance=args.covariance)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from models.ma_clu import MACLU
 from utils.cli import number, run
-from utils.training import add_budget_flag, add_token_flags, run_training, training_parser
+from utils.training import add_budget_flag, add_token_flags, parse_training, run_training, training_parser
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         help="foreground confidence above which a patch is surely coal (default: 1.14)",
     )
     add_budget_flag(parser, default=1.0)
-    args = parser.parse_args()
+    args = parse_training(parser, covariance="ledoit-wolf", patch_budget=0.1)
     run_training(args, MACLU, threshold=args.threshold, covariance=args.covariance, patch_budget=args.patch_budget)
 
 

@@ -6,9 +6,11 @@ python train_pc.py --category my_belt --train-ratio 1 --coreset-ratio 0.1
 
 from __future__ import annotations
 
+import argparse
+
 from models.patchcore import PatchCore
 from utils.cli import number, run
-from utils.training import add_budget_flag, run_training, share, training_parser
+from utils.training import add_budget_flag, parse_training, run_training, share, training_parser
 
 
 def main() -> None:
@@ -25,8 +27,14 @@ def main() -> None:
         default=3,
         help="bank entries around the nearest one, itself included, that weight the score (default: 3)",
     )
+    parser.add_argument(
+        "--whiten",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="whiten the patch features by the training patches' covariance",
+    )
     add_budget_flag(parser, default=8.0)
-    args = parser.parse_args()
+    args = parse_training(parser, train_ratio=1.0, coreset_ratio=0.05, whiten=True)
     run_training(
         args,
         PatchCore,
@@ -34,6 +42,7 @@ def main() -> None:
         neighbors=args.neighbors,
         patch_budget=args.patch_budget,
         seed=args.seed,
+        whiten=args.whiten,
     )
 
 

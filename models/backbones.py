@@ -7,12 +7,15 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasets.images import IMAGENET_MEAN, IMAGENET_STD
 from models import networks
+from models.demo_network import NAME as DEMO_NETWORK
+from models.demo_network import STRIDE, WaveletPyramid
 from models.inference import OneDNNAttention, fold_batch_norms, onednn_available, use_onednn
-from models.weights import pretrained_state_dict, random_state_dict, read_state_dict
+from models.weights import fingerprint, pretrained_state_dict, random_state_dict, read_state_dict
 from utils.errors import InputError
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,8 +28,8 @@ class BackboneSpec:
     """Everything that decides what a backbone computes; stored in checkpoints.
 
     `kind` is "tokens" or "maps". `weights` is "pretrained", "demo", "random" or "file" (then `file` is its
-    path). `position_size` None stands for the image size. `build_backbone` fills in `fingerprint` and
-    `precision`.
+    path). `position_size` None stands for the image size. With `normalize_contrast` each image is first brought to
+    one mean and contrast. `build_backbone` fills in `fingerprint` and `precision`.
     """
 
     kind: str
@@ -40,6 +43,7 @@ class BackboneSpec:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     fingerprint: str | None = None
+    normalize_contrast: bool = False
 
     def with_weights(self, weights: str) -> BackboneSpec:
         """This network with the weights a flag names: "pretrained", "demo", "random", or a file's path."""
@@ -95,6 +99,8 @@ class Backbone(nn.Module):
         """Normalised images [B, 3, S, S], S the spec's image size; raises InputError where the result is not finite."""
         if images.shape[-2:] != (self.spec.image_size,) * 2:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, the backbone takes {self.spec.image_size}")
+        if self.spec.normalize_contrast:
+            images = self._normalize_contrast(images)
         with torch.no_grad(), self._autocast(), self.attention():
             outputs = self.extract(images.contiguous(memory_format=torch.channels_last))
             outputs = tuple(output.float() for output in outputs)
@@ -104,6 +110,12 @@ class Backbone(nn.Module):
                 "weights, or give --precision fp32"
             )
         return outputs
+
+    def _normalize_contrast(self, images: Tensor) -> Tensor:
+        """Each image less its mean colour, over the standard deviation of its grey values."""
+        pixels = images * images.new_tensor(self.spec.std)[:, None, None]
+        pixels = pixels - pixels.mean((2, 3), keepdim=True)
+        return pixels / pixels.mean(1, keepdim=True).std((2, 3), keepdim=True).clamp(min=1e-3)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         dtype = AUTOCAST.get(self.spec.precision)
@@ -163,17 +175,65 @@ class CNNTokens(TokenBackbone):
         return last.mean((2, 3)), last.flatten(2).transpose(1, 2)
 
 
-class MapBackbone(Backbone):
-    """Images [B, 3, S, S] -> a CNN's maps of stride 8 and 16, [B, C, h, w] (a ResNet's layer2 and layer3).
+class DemoTokens(TokenBackbone):
+    """The network that ships: of each of its channels the value and the absolute deviation from the image's mean.
 
-    `grid` is the finer map's (h, w), `dim` both maps' channels together.
+    A patch token covers 16 pixels; CLS holds the channels' means and logarithmic standard deviations over the image.
     """
+
+    def __init__(self, net: WaveletPyramid, spec: BackboneSpec) -> None:
+        super().__init__(net, spec)
+        self.grid = (spec.image_size // (2 * STRIDE),) * 2
+        self.dim = 2 * sum(net.widths)
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        maps = torch.cat(self.net(images), 1)
+        mean = maps.mean((2, 3), keepdim=True)
+        deviations = (maps - mean).abs()
+        cls = torch.cat([mean.flatten(1), (deviations.square().mean((2, 3)).sqrt() + 1e-3).log()], 1)
+        return cls, F.avg_pool2d(torch.cat([maps, deviations], 1), 2).flatten(2).transpose(1, 2)
+
+
+class MapBackbone(Backbone):
+    """Images [B, 3, S, S] -> maps [B, C, h, w], the finest first.
+
+    `grid` is its (h, w), `widths` the maps' channels, `dim` all of them together; `neighborhood` is the side of the
+    square over which PatchCore averages a map.
+    """
+
+    grid: tuple[int, int]
+    widths: list[int]
+    neighborhood: int
+
+    @property
+    def dim(self) -> int:
+        return sum(self.widths)
+
+
+class DemoMaps(MapBackbone):
+    """The network that ships, without its second order; its maps are local averages already."""
+
+    neighborhood = 1
+
+    def __init__(self, net: WaveletPyramid, spec: BackboneSpec) -> None:
+        super().__init__(net, spec)
+        self.grid = (spec.image_size // STRIDE,) * 2
+        self.widths = net.widths
+
+    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.net(images))
+
+
+class CNNMaps(MapBackbone):
+    """A CNN's maps of stride 8 and 16 (a ResNet's layer2 and layer3)."""
+
+    neighborhood = 3
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
         self.shapes = networks.map_shapes(net, spec.image_size)
         self.grid = self.shapes[0][1:]
-        self.dim = sum(channels for channels, *_ in self.shapes)
+        self.widths = [channels for channels, *_ in self.shapes]
         if min(self.shapes[-1][1:]) < SMALLEST_MAP:
             raise InputError(
                 f"--image-size {spec.image_size} is too small for {spec.name}: its coarser map must have "
@@ -200,15 +260,7 @@ def build_backbone(
     if weights is not None:
         spec = spec.with_weights(weights)
     backbone = empty_backbone(spec)
-    if spec.weights == "file":
-        state = read_state_dict(spec.file)
-    elif spec.weights == "pretrained":
-        state = pretrained_state_dict(spec.name, flag)
-    elif spec.weights == "random":
-        state = random_state_dict(lambda: networks.full_network(spec.name), spec.seed)
-    else:
-        raise InputError(f"{flag} demo: no demo network ships yet; use pretrained, random, or a file")
-    mark = networks.load_weights(backbone.net, spec.name, state, spec.source)
+    mark = _load_weights(backbone.net, spec, flag)
     if spec.fingerprint not in (None, mark):
         raise InputError(
             f"fitted with weights {spec.fingerprint[:12]} of {spec.name}, but {spec.source} has {mark[:12]}; "
@@ -229,6 +281,8 @@ def empty_backbone(spec: BackboneSpec) -> TokenBackbone | MapBackbone:
 
     Raises InputError where the name is unknown, or network and sizes do not go together.
     """
+    if spec.weights == "demo":
+        return _demo_backbone(spec)
     networks.check_name(spec.name)
     if spec.kind == "tokens" and networks.is_vit(spec.name):
         networks.check_divisible(spec.name, spec.image_size, "--image-size")
@@ -237,7 +291,34 @@ def empty_backbone(spec: BackboneSpec) -> TokenBackbone | MapBackbone:
         raise InputError(f"--position-size has no effect with {spec.name}, which is no ViT; leave it out")
     if spec.kind == "tokens":
         return CNNTokens(networks.cnn(spec.name, None), spec)
-    return MapBackbone(networks.cnn(spec.name, (8, 16)), spec)
+    return CNNMaps(networks.cnn(spec.name, (8, 16)), spec)
+
+
+def _demo_backbone(spec: BackboneSpec) -> DemoTokens | DemoMaps:
+    if spec.name != DEMO_NETWORK:
+        raise InputError(
+            f"the demo network is {DEMO_NETWORK}, not {spec.name}; leave out --backbone, or take other weights"
+        )
+    if spec.position_size is not None:
+        raise InputError("--position-size has no effect with --weights demo, whose network is no ViT; leave it out")
+    side = 2 * STRIDE
+    if spec.image_size % side or spec.image_size < 4 * side:
+        raise InputError(f"--image-size {spec.image_size}: the demo network takes {4 * side}, {5 * side}, {6 * side} …")
+    tokens = spec.kind == "tokens"
+    return (DemoTokens if tokens else DemoMaps)(WaveletPyramid(second_order=tokens), spec)
+
+
+def _load_weights(net: nn.Module, spec: BackboneSpec, flag: str) -> str:
+    """Put the weights of `spec` in place; returns their fingerprint."""
+    if spec.weights == "demo":
+        return fingerprint(net.state_dict())
+    if spec.weights == "file":
+        state = read_state_dict(spec.file)
+    elif spec.weights == "pretrained":
+        state = pretrained_state_dict(spec.name, flag)
+    else:
+        state = random_state_dict(lambda: networks.full_network(spec.name), spec.seed)
+    return networks.load_weights(net, spec.name, state, spec.source)
 
 
 def resolve_precision(recorded: str, asked: str, device: str) -> str:

@@ -17,7 +17,7 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError
 from utils.timing import Stopwatch
 
-STATISTICS = ("score_mean", "score_std", "map_mean", "map_std")  # of a calibration
+STATISTICS = ("score_mean", "score_std", "peak_mean", "peak_std", "map_mean", "map_std")  # of a calibration
 Parts = dict[str, tuple[Tensor, Tensor]]  # name -> scores [B], maps [B, H, W]
 
 
@@ -32,6 +32,7 @@ class Branch(abc.ABC):
 
     name: ClassVar[str]
     score_weight: ClassVar[float] = 1.0  # factor of this branch's score in the paper's fused score
+    map_weight: ClassVar[float] = 1.0  # of this branch's map in the standardized fusion
     backbone_kind: ClassVar[str] = "tokens"  # or "maps"
     weights_flag: ClassVar[str] = "--weights"  # how test_fusion.py is told where this branch's weights are
 

@@ -14,25 +14,27 @@ from utils.errors import InputError
 
 
 def calibrate(branch: Branch, loader: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Mean and standard deviation of the branch's scores, and of its maps' pixels.
+    """Mean and standard deviation of the branch's scores, of its maps' highest values, and of their pixels.
 
     The maps are those before any per-image min-max. The loader gives two images or more.
     """
     branch.rescale_maps = False
-    scores, sums = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, 3, dtype=torch.float64)]
+    scores, sums = [torch.zeros(0, 2, dtype=torch.float64)], [torch.zeros(0, 3, dtype=torch.float64)]
     for batch in loader:
         batch_scores, maps = branch.predict(batch["image"].to(branch.device, non_blocking=True))
-        scores.append(batch_scores.double().cpu())
         maps = maps.double()
+        scores.append(torch.stack([batch_scores.double(), maps.amax((1, 2))], 1).cpu())
         sums.append(torch.tensor([[maps.numel(), maps.sum(), maps.square().sum()]], dtype=torch.float64))
     branch.rescale_maps = True
-    scores = all_rows(torch.cat(scores))
+    scores, peaks = all_rows(torch.cat(scores)).unbind(1)
     pixels, total, squares = all_rows(torch.cat(sums)).sum(0).tolist()
     mean = total / pixels
     statistics = {
         "images": len(scores),
         "score_mean": float(scores.mean()),
         "score_std": max(float(scores.std()), 1e-12),
+        "peak_mean": float(peaks.mean()),
+        "peak_std": max(float(peaks.std()), 1e-12),
         "map_mean": mean,
         "map_std": max(math.sqrt(max(squares / pixels - mean**2, 0.0)), 1e-12),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from models.coreset import greedy_k_center, sparse_projection
 from models.neighbors import NearestNeighbors
 from models.patch_store import PatchStore
 from models.postprocess import gaussian_blur, min_max, resize_maps
+from models.whitening import Whitening
 from utils.checkpoint import take
 from utils.distributed import collect
 from utils.errors import InputError
@@ -29,6 +30,7 @@ class PatchCore(Branch):
     """
 
     name = "pc"
+    map_weight = 4.0  # the one map that follows small objects closely; equal weights blur it
     backbone_kind = "maps"
     weights_flag = "--pc-weights"
 
@@ -39,8 +41,11 @@ class PatchCore(Branch):
         neighbors: int = 3,
         patch_budget: float = 8.0,
         seed: int = 22,
+        whiten: bool = False,
     ) -> None:
         super().__init__(backbone)
+        self.whiten = whiten
+        self.whitening: Whitening | None = None
         self.coreset_ratio = coreset_ratio
         self.neighbors = neighbors
         self.patch_budget = patch_budget
@@ -61,15 +66,21 @@ class PatchCore(Branch):
             raise InputError(
                 f"--coreset-ratio {self.coreset_ratio} of {len(patches)} patches leaves none; raise the ratio"
             )
+        if self.whiten:
+            self.whitening = Whitening.fit(patches, self.backbone.widths)
+            self.whitening.apply_(patches)
+            self.whitening = self.whitening.to(self.device)
         projected = sparse_projection(patches, PROJECTION_EPS, self.seed).to(self.device)
         chosen = greedy_k_center(projected, size)
         self.bank = NearestNeighbors(patches[chosen.cpu()].to(self.device))
 
     def extract(self, images: Tensor) -> Tensor:
-        """Patch features [B, h*w, D] on the grid of the stride-8 map."""
-        return patch_features(*self.backbone(images))
+        """Patch features [B, h*w, D] on the grid of the finest map, not yet whitened."""
+        return patch_features(self.backbone(images), self.backbone.neighborhood)
 
     def measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        if self.whitening:
+            features = self.whitening(features)
         batch, count, width = features.shape
         distances, nearest = self.bank.search(features.reshape(-1, width), 1)
         distances, nearest = distances.view(batch, count), nearest.view(batch, count)
@@ -105,20 +116,23 @@ class PatchCore(Branch):
             "neighbors": self.neighbors,
             "patch_budget": self.patch_budget,
             "seed": self.seed,
+            "whiten": self.whiten,
         }
 
     def state(self) -> dict[str, Tensor]:
-        return {"bank": self.bank.bank}
+        return {"bank": self.bank.bank, **(self.whitening.state() if self.whitening else {})}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
+        if self.whiten:
+            self.whitening = Whitening.from_state(tensors, self.backbone.dim).to(self.device)
         self.bank = NearestNeighbors(take(tensors, "bank", None, self.backbone.dim).to(self.device))
 
 
-def patch_features(fine: Tensor, coarse: Tensor) -> Tensor:
-    """Layer maps [B, C2, h, w] and [B, C3, h', w'] -> patch features [B, h*w, C2 + C3].
+def patch_features(maps: Sequence[Tensor], neighborhood: int = 3) -> Tensor:
+    """Layer maps [B, C, h, w], the finest first -> patch features [B, h*w, all channels].
 
-    Each map is averaged over 3x3 neighbourhoods (stride 1, no padding) and pooled adaptively to the finer grid.
+    Each map is averaged over square neighbourhoods (stride 1, no padding) and pooled adaptively to the finest grid.
     """
-    grid = fine.shape[-2:]
-    pooled = [F.adaptive_avg_pool2d(F.avg_pool2d(maps, 3, 1), grid) for maps in (fine, coarse)]
+    grid = maps[0].shape[-2:]
+    pooled = [F.adaptive_avg_pool2d(F.avg_pool2d(layer, neighborhood, 1), grid) for layer in maps]
     return torch.cat(pooled, 1).flatten(2).mT.contiguous()

@@ -14,6 +14,7 @@ from models.branch import Branch, Parts
 from models.operating_point import OperatingPoint, checkpoint_digests
 from models.postprocess import gaussian_blur, resize_images, resize_maps
 from models.prediction import ImageLike, Prediction, predict_images
+from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 from utils.timing import Stopwatch
 
@@ -26,8 +27,9 @@ class USAD:
     paper: M = product of the maps; s = Σ weight · branch score + lambda_map · max M; the returned map is M after
     a 5x5 Gaussian blur. A branch's weight is its `score_weight` (MACLU 0.01, PatchCore 1, MA2Patch 0) unless
     `score_weights` names it.
-    standardized: every score and map is standardised by its branch's statistics on held-out normal images, then
-    averaged; for small data sets, where the raw scales mean little.
+    standardized: for small data sets, where the raw scales mean little. Each branch's score, highest map value and
+    map are standardised by its statistics on held-out normal images; s is the mean of scores and highest values, M
+    the mean of the maps, weighted by the branches' `map_weight` (PatchCore 4, the others 1).
     """
 
     name = "fusion"
@@ -74,7 +76,8 @@ class USAD:
 
         `weights` says by branch name where weights given as files are now; `options` are the constructor's. Without
         options, the fusion and the thresholds are those of the operating point stored in the folder, if there is one;
-        with them, the thresholds are taken if they were made for these options.
+        with them, the thresholds are taken if they were made for these options. Where neither says so, the fusion is
+        the one that the checkpoints call for.
         Raises InputError naming every checkpoint that is missing, or what is wrong with one or the operating point.
         """
         folder = Path(folder)
@@ -88,6 +91,7 @@ class USAD:
                     "again, or delete it"
                 )
             options = point.fusion
+        options = {"fusion": default_fusion(folder)} | options
         branches = [
             branch.load(path, (weights or {}).get(branch.name), device, precision) for branch, path in paths.items()
         ]
@@ -146,13 +150,28 @@ class USAD:
         return scores, gaussian_blur(product, sigma=1.0, radius=2, edge_repeated=False)
 
     def _standardized(self, parts: Parts) -> tuple[Tensor, Tensor]:
-        scores, maps = [], []
+        scores, maps = [], 0.0
         for branch in self.branches:
             raw_scores, raw_maps = parts[branch.name]
             statistics = branch.calibration
             scores.append((raw_scores.double() - statistics["score_mean"]) / statistics["score_std"])
-            maps.append((raw_maps - statistics["map_mean"]) / statistics["map_std"])
-        return torch.stack(scores).mean(0), torch.stack(maps).mean(0)
+            scores.append((raw_maps.amax((1, 2)).double() - statistics["peak_mean"]) / statistics["peak_std"])
+            maps = maps + branch.map_weight * (raw_maps - statistics["map_mean"]) / statistics["map_std"]
+        return torch.stack(scores).mean(0), maps / sum(branch.map_weight for branch in self.branches)
+
+
+def default_fusion(folder: Path) -> str:
+    """The fusion that the checkpoints in `folder` call for: standardized if all are of the demo network.
+
+    Raises InputError where one is missing or damaged.
+    """
+    contents = [load_checkpoint(path)[1] for path in checkpoint_paths(folder).values()]
+    return "standardized" if all(map(_of_demo_network, contents)) else "paper"
+
+
+def _of_demo_network(metadata: dict[str, Any]) -> bool:
+    network = metadata.get("backbone")
+    return isinstance(network, dict) and network.get("weights") == "demo" and metadata.get("calibration") is not None
 
 
 def checkpoint_paths(folder: Path) -> dict[type[Branch], Path]:

@@ -21,7 +21,7 @@ class StandIn(nn.Module):
     def __init__(self, image_size: int, grid: tuple[int, int], dim: int) -> None:
         super().__init__()
         self.spec = types.SimpleNamespace(image_size=image_size)
-        self.grid, self.dim = grid, dim
+        self.grid, self.dim, self.neighborhood = grid, dim, 3
         self.device = torch.device("cpu")
 
     def forward(self, features):

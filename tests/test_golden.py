@@ -99,13 +99,13 @@ def patchcore(golden, stand_in, batches):
         stand_in(int(data["image_size"]), (16, 16), dim), coreset_ratio=ratio, neighbors=int(data["k_nearest"])
     )
     branch.fit(batches([{"image": Given(*(layer[:train] for layer in layers)), "index": torch.arange(train)}], train))
-    return branch, patch_features(*(layer[train:] for layer in layers)), data
+    return branch, patch_features([layer[train:] for layer in layers]), data
 
 
 def test_patchcore_features_and_bank(patchcore):
     branch, _, data = patchcore
     layers = torch.from_numpy(data["layer2"]), torch.from_numpy(data["layer3"])
-    features = patch_features(*layers)[: int(data["n_train"])].reshape(-1, 32)
+    features = patch_features(layers)[: int(data["n_train"])].reshape(-1, 32)
     np.testing.assert_allclose(features, data["patch_features"], atol=1e-5)
     index = greedy_k_center(torch.from_numpy(data["patch_features"]), int(data["coreset_size"]), progress=False)
     np.testing.assert_array_equal(index, data["coreset_index"])

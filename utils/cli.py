@@ -164,22 +164,34 @@ def add_data_flags(parser: Parser) -> None:
 
 
 def add_fusion_flags(parser: Parser) -> None:
-    """How the branches are fused; `settle_fusion` fills in the defaults."""
+    """How the branches are fused; `check_fusion` and `settle_fusion` belong to them."""
     from models.usad import FUSIONS
 
     group = parser.add_argument_group("fusion")
-    group.add_argument("--fusion", choices=FUSIONS, default="paper", help="default: paper")
+    group.add_argument("--fusion", choices=FUSIONS, help="default: paper; with the demo network standardized")
     group.add_argument("--lambda-obj", type=number(float, 0), help="factor of MACLU's score (default: 0.01)")
     group.add_argument("--lambda-map", type=number(float, 0), help="factor of the fused map's maximum (default: 1)")
 
 
-def settle_fusion(parser: Parser, args: argparse.Namespace) -> None:
-    """Fill in the factors that were not given; an error where they are given and have no effect."""
-    for flag, default in (("lambda_obj", 0.01), ("lambda_map", 1.0)):
-        if getattr(args, flag) is None:
-            setattr(args, flag, default)
-        elif args.fusion == "standardized":
-            parser.error(f"--{flag.replace('_', '-')} has no effect with --fusion standardized; leave it out")
+def check_fusion(args: argparse.Namespace) -> None:
+    """Raise InputError where a factor is given that has no effect."""
+    for flag in ("lambda_obj", "lambda_map"):
+        if args.fusion == "standardized" and getattr(args, flag) is not None:
+            raise InputError(f"--{flag.replace('_', '-')} has no effect with --fusion standardized; leave it out")
+
+
+def settle_fusion(args: argparse.Namespace, folders: Iterable[Path]) -> None:
+    """Fill in what was not given: the fusion that the checkpoints in `folders` call for, and the paper's factors."""
+    from models.usad import default_fusion
+
+    if args.fusion is None:
+        fusions = {default_fusion(folder) for folder in folders}
+        if len(fusions) > 1:
+            raise InputError("some of the categories' checkpoints are of the demo network, some are not; give --fusion")
+        (args.fusion,) = fusions
+    check_fusion(args)
+    args.lambda_obj = 0.01 if args.lambda_obj is None else args.lambda_obj
+    args.lambda_map = 1.0 if args.lambda_map is None else args.lambda_map
 
 
 def add_run_flags(parser: Parser) -> None:

@@ -16,6 +16,7 @@ from datasets.mvtec import Category, ImageDataset, ImageLoader, Item, find_categ
 from models.backbones import MAX_SIDE, BackboneSpec, build_backbone, empty_backbone
 from models.branch import Branch
 from models.calibration import calibrate
+from models.demo_network import NAME as DEMO_NETWORK
 from models.gaussian import COVARIANCES
 from utils import distributed
 from utils.checkpoint import check_replaceable
@@ -38,6 +39,15 @@ share = number(float, 0, 1, above=True)
 side = number(int, 1, MAX_SIDE)  # of a square input in pixels
 
 
+# What suits the network that ships, and the small data sets that it is for.
+DEMO_DEFAULTS = {
+    "backbone": DEMO_NETWORK,
+    "image_size": 400,
+    "holdout_ratio": 0.2,
+    "normalize_contrast": True,
+}
+
+
 def training_parser(description: str, backbone: str, image_size: int, train_ratio: float) -> Parser:
     """The flags that all three training scripts take, with the branch's own defaults."""
     parser = Parser(description)
@@ -53,9 +63,16 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
     group.add_argument(
         "--weights",
         default="pretrained",
-        help="pretrained, random (untrained), or a .safetensors/.pth file (default: pretrained)",
+        help="pretrained, demo (the network that ships), random (untrained), or a .safetensors/.pth file "
+        "(default: pretrained)",
     )
     group.add_argument("--image-size", type=side, default=image_size, help=f"default: {image_size}")
+    group.add_argument(
+        "--normalize-contrast",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="bring each image to one mean colour and one contrast first",
+    )
     group = parser.add_argument_group("fit")
     group.add_argument("--train-ratio", type=share, default=train_ratio, help=f"default: {train_ratio:g}")
     group.add_argument(
@@ -70,6 +87,19 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
     add_skip_flag(parser)
     parser.add_argument("--no-eval", action="store_true", help="stop after the checkpoint is written")
     return parser
+
+
+def parse_training(parser: Parser, **demo_defaults: Any) -> argparse.Namespace:
+    """The flags as given; with `--weights demo` its defaults, said aloud, stand for those that are not given."""
+    args = parser.parse_args()
+    if args.weights != "demo":
+        return args
+    defaults = DEMO_DEFAULTS | demo_defaults
+    parser.set_defaults(**defaults)
+    args = parser.parse_args()
+    in_force = (f"{key.replace('_', '-')} {getattr(args, key)}" for key in defaults)
+    print(f"with --weights demo: {', '.join(in_force)}", flush=True)
+    return args
 
 
 def add_token_flags(parser: Parser) -> None:
@@ -109,6 +139,7 @@ def run_training(args: argparse.Namespace, branch_class: type[Branch], **setting
         args.image_size,
         position_size=getattr(args, "position_size", None),
         seed=args.seed,
+        normalize_contrast=args.normalize_contrast,
     ).with_weights(args.weights)
     empty_backbone(spec)  # sizes that do not suit the network are found before anything is downloaded
     if spec.weights == "file" and not Path(spec.file).is_file():
@@ -224,7 +255,8 @@ def fitted_digest(items: Sequence[Item], held: Sequence[Item]) -> str:
 
 
 def test_branch(args: argparse.Namespace, category: Category, branch: Branch) -> dict[str, Any]:
-    """The branch's own results at its own input size."""
+    """The branch's own results at its own input size; its maps as the fusion will take them."""
+    branch.rescale_maps = branch.backbone.spec.weights != "demo" or branch.calibration is None
     dataset = ImageDataset(category.test_items(), branch.image_size, "bicubic")
     folder = args.results_dir / category.name / branch.name
     config = {
