@@ -5,20 +5,13 @@ set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 . tools/environment.sh
 
-# The demo's networks, one for the two token branches and one for PatchCore.
-DEMO_TOKENS=(--weights random --backbone vit_tiny_patch16_224 --image-size 224)
-DEMO_MAPS=(--weights random --backbone resnet18)
-DEMO_NOTE="The demo's networks are small and untrained: it shows that everything runs. Its numbers mean nothing."
+DEMO_NOTE="Drawn scenes, and the network that ships (docs/demo_network.md): these are not the paper's figures."
 
 usage="usage: ./run.sh [--demo]   (--demo: drawn scenes; without: CoalAD with pretrained networks)"
 [ $# -le 1 ] || die "too many arguments; $usage"
 case "${1-}" in
-  "") category=coal_ad; tokens=(--category coal_ad); maps=(--category coal_ad) ;;
-  --demo)
-    category=coal_demo
-    tokens=(--category coal_demo "${DEMO_TOKENS[@]}")
-    maps=(--category coal_demo "${DEMO_MAPS[@]}")
-    ;;
+  "") category=coal_ad; training=(); testing=() ;;
+  --demo) category=coal_demo; training=(--weights demo); testing=(--false-alarm-rate 0.05) ;;
   -h | --help) echo "$usage"; exit 0 ;;
   *) die "unknown argument $1; $usage" ;;
 esac
@@ -61,11 +54,12 @@ if [ "$category" = coal_demo ]; then
   echo "$DEMO_NOTE"
   step "Drawing the scenes" make_demo_data.py
 fi
-step "MACLU" train_ma_clu.py "${tokens[@]}"
-step "MA2Patch" train_ma2patch.py "${tokens[@]}"
-step "PatchCore" train_pc.py "${maps[@]}"
+# ${…[@]+…}: an empty list is an error to the Bash of macOS.
+step "MACLU" train_ma_clu.py --category "$category" ${training[@]+"${training[@]}"}
+step "MA2Patch" train_ma2patch.py --category "$category" ${training[@]+"${training[@]}"}
+step "PatchCore" train_pc.py --category "$category" ${training[@]+"${training[@]}"}
 copy_checkpoints
-step "Fusion" test_fusion.py --category "$category"
+step "Fusion" test_fusion.py --category "$category" ${testing[@]+"${testing[@]}"}
 
 results=result/$category/fusion
 echo

@@ -290,8 +290,10 @@ def test_statistics_on_held_out_images(usad):
     branch.rescale_maps = False
     scores, maps = branch.predict(images)
     branch.rescale_maps = True
-    expected = [scores.mean(), scores.std(), maps.double().mean(), maps.double().std(correction=0)]
-    found = [statistics[key] for key in ("score_mean", "score_std", "map_mean", "map_std")]
+    peaks = maps.amax((1, 2))
+    expected = [scores.mean(), scores.std(), peaks.mean(), peaks.std()]
+    expected += [maps.double().mean(), maps.double().std(correction=0)]
+    found = [statistics[f"{part}_{figure}"] for part in ("score", "peak", "map") for figure in ("mean", "std")]
     assert statistics["images"] == 6
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -306,9 +308,10 @@ def test_standardized_fusion(usad, test_images):
         for branch in branches:
             raw, statistics = parts[branch.name], branch.calibration
             scores.append((raw[0].double() - statistics["score_mean"]) / statistics["score_std"])
+            scores.append((raw[1].double().amax((1, 2)) - statistics["peak_mean"]) / statistics["peak_std"])
             maps.append((raw[1].double() - statistics["map_mean"]) / statistics["map_std"])
-        np.testing.assert_allclose(parts["fusion"][0], sum(scores) / 3, rtol=1e-6)
-        assert close(parts["fusion"][1], sum(maps) / 3, 1e-5)
+        np.testing.assert_allclose(parts["fusion"][0], sum(scores) / 6, rtol=1e-6)
+        assert close(parts["fusion"][1], (maps[0] + maps[1] + 4 * maps[2]) / 6, 1e-5)
         branches[1].calibration = None
         with pytest.raises(InputError, match="--holdout-ratio"):
             USAD(branches, fusion="standardized")

@@ -1,0 +1,183 @@
+"""The network that ships, what small data sets need beside it, and what `--weights demo` makes of the scripts."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.signal
+import torch
+from conftest import Batches
+from tiny import draw_category, run_in_process
+
+from datasets.images import IMAGENET_MEAN, IMAGENET_STD
+from models.backbones import BackboneSpec, build_backbone
+from models.demo_network import NAME, ORIENTATIONS, SCALES, WaveletPyramid
+from models.patchcore import PatchCore
+from models.weights import fingerprint
+from models.whitening import FLOOR, Whitening
+
+
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
+    return (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+
+
+def backbone(kind: str, size: int = 96, contrast: bool = True):
+    return build_backbone(BackboneSpec(kind, NAME, size, weights="demo", normalize_contrast=contrast))
+
+
+def test_the_filters_are_the_same_to_the_last_bit_everywhere():
+    mark = fingerprint(WaveletPyramid(second_order=True).state_dict())
+    assert mark == fingerprint(WaveletPyramid(second_order=False).state_dict())
+    assert mark.startswith("952af22f10b0144b")
+
+
+def test_moduli_against_a_plain_convolution():
+    net = WaveletPyramid(second_order=False)
+    image = torch.rand(1, 1, 40, 40, generator=torch.Generator().manual_seed(0))
+    padded = np.pad(image[0, 0].numpy(), 3, mode="reflect")
+    for index in range(ORIENTATIONS):
+        wave = (net.filters[index, 0] + 1j * net.filters[index + ORIENTATIONS, 0]).numpy()
+        assert abs(wave.sum()) < 1e-4
+        expected = np.abs(scipy.signal.correlate2d(padded, wave.conj(), mode="valid"))[::2, ::2]
+        np.testing.assert_allclose(net.moduli(image)[0, index], expected, atol=2e-6)
+
+
+def test_the_widths_are_those_of_the_maps():
+    for second_order in (False, True):
+        net = WaveletPyramid(second_order)
+        maps = net(torch.rand(2, 3, 96, 96))
+        assert [tuple(layer.shape) for layer in maps] == [(2, width, 12, 12) for width in net.widths]
+    assert net.widths[-1] == SCALES * (SCALES - 1) // 2 * ORIENTATIONS**2
+
+
+def test_tokens_hold_values_and_deviations():
+    tokens = backbone("tokens")
+    cls, patches = tokens(normalised(torch.rand(2, 3, 96, 96)))
+    assert patches.shape == (2, 6 * 6, tokens.dim) and cls.shape == (2, tokens.dim) and tokens.grid == (6, 6)
+    half = tokens.dim // 2
+    torch.testing.assert_close(patches[..., :half].mean(1), cls[:, :half], atol=1e-4, rtol=1e-4)
+    assert (patches[..., half:] >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["tokens", "maps"])
+def test_contrast_normalisation_takes_brightness_and_contrast_away(kind):
+    pixels = torch.rand(2, 3, 96, 96)
+    other = 0.4 * pixels + torch.tensor([0.1, 0.2, 0.05])[:, None, None]
+    for contrast in (True, False):
+        same = [
+            torch.allclose(a, b, atol=2e-3)
+            for a, b in zip(
+                backbone(kind, contrast=contrast)(normalised(pixels)),
+                backbone(kind, contrast=contrast)(normalised(other)),
+                strict=True,
+            )
+        ]
+        assert all(same) if contrast else not any(same)
+
+
+def test_whitening_gives_each_map_the_same_share():
+    mixing = torch.randn(9, 9, dtype=torch.float64)
+    patches = (torch.randn(20_000, 9, dtype=torch.float64) @ mixing * torch.logspace(-3, 3, 9)).float()
+    whitened = Whitening.fit(patches, [2, 7])(patches).double()
+    for block, width in ((slice(0, 2), 2), (slice(2, 9), 7)):
+        correlation = np.corrcoef(patches[:, block].double().T)
+        values = np.linalg.eigvalsh(correlation)
+        expected = np.sort(values / (values + FLOOR)) * 9 / (2 * width)
+        found = np.linalg.eigvalsh(np.cov(whitened[:, block].T, bias=True))
+        np.testing.assert_allclose(found, expected, rtol=1e-2)
+        total = whitened[:, block].var(0).sum().item()
+        assert total == pytest.approx(9 / 2, rel=0.1)
+
+
+def test_a_whitened_bank_survives_the_checkpoint(tmp_path):
+    images = normalised(torch.rand(4, 3, 96, 96))
+    branch = PatchCore(backbone("maps"), coreset_ratio=0.2, whiten=True)
+    branch.fit(Batches([{"image": images, "index": torch.arange(4)}], 4))
+    branch.save(tmp_path / "pc.safetensors")
+    again = PatchCore.load(tmp_path / "pc.safetensors")
+    for expected, found in zip(branch.predict(images), again.predict(images), strict=True):
+        assert torch.equal(expected, found)
+    plain = PatchCore(backbone("maps"), coreset_ratio=0.2)
+    plain.fit(Batches([{"image": images, "index": torch.arange(4)}], 4))
+    assert not torch.allclose(plain.bank.bank, branch.bank.bank)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The three branches trained with `--weights demo` on tiny frames."""
+    folder = tmp_path_factory.mktemp("demo")
+    draw_category(folder / "data" / "belt", train=12, good=4, anomalous=6, size=(120, 96))
+    for script in ("train_ma_clu", "train_ma2patch", "train_pc"):
+        own = ("--weights", "demo", "--models-dir", folder / "models", "--image-size", 96, "--batch-size", 4)
+        done = run_in_process(script, *flags(folder), *own)
+        assert done.code == 0, done.err
+    return folder
+
+
+def flags(folder):
+    return "--data-root", folder / "data", "--category", "belt", "--results-dir", folder / "result", *COMMON
+
+
+COMMON = ("--workers", 0, "--no-images")
+
+
+def with_demo(folder, *more):
+    return *flags(folder), "--weights", "demo", "--models-dir", folder / "other", *more
+
+
+def test_the_defaults_are_said_and_a_flag_overrides_them(trained):
+    folder = trained
+    done = run_in_process("train_pc", *with_demo(folder, "--image-size", 96, "--coreset-ratio", 0.2, "--no-whiten"))
+    assert done.code == 0, done.err
+    assert "with --weights demo:" in done.out.splitlines()[0]
+    for said in (f"backbone {NAME}", "image-size 96", "coreset-ratio 0.2", "whiten False", "holdout-ratio 0.2"):
+        assert said in done.out.splitlines()[0]
+    settings = json.loads((folder / "result/belt/pc/config.json").read_text())["settings"]
+    assert (settings["coreset_ratio"], settings["whiten"], settings["normalize_contrast"]) == (0.2, False, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--backbone", "resnet18"), [NAME, "resnet18", "--backbone"]),
+        (("--image-size", 100), ["--image-size 100", "64"]),
+        (("--image-size", 48), ["--image-size 48", "64"]),
+    ],
+)
+def test_what_does_not_go_with_the_demo_network(tmp_path, more, words):
+    draw_category(tmp_path / "data" / "belt")
+    done = run_in_process("train_pc", *with_demo(tmp_path, *more))
+    assert done.code == 2 and len(done.err.splitlines()) == 1
+    assert all(word in done.err for word in words)
+    done = run_in_process("train_ma_clu", *with_demo(tmp_path, "--position-size", 96))
+    assert done.code == 2 and "--position-size" in done.err
+
+
+def test_the_fusion_follows_the_checkpoints(trained):
+    run = ("test_fusion", *flags(trained), "--models-dir", trained / "models")
+    done = run_in_process(*run)
+    assert done.code == 0, done.err
+    folder = trained / "result/belt/fusion"
+    assert json.loads((folder / "config.json").read_text())["settings"]["fusion"] == "standardized"
+    assert json.loads((folder / "metrics.json").read_text())["branches"]["pc"]["image_auroc"] > 0.9
+    done = run_in_process(*run, "--fusion", "paper")
+    assert done.code == 0, done.err
+    assert json.loads((folder / "config.json").read_text())["settings"]["fusion"] == "paper"
+    done = run_in_process(*run, "--lambda-map", 2)
+    assert done.code == 2 and "--lambda-map" in done.err and "standardized" in done.err
+
+
+def test_it_finds_what_it_has_never_seen(tmp_path):
+    """Drawn scenes of another seed than the demo's, few and small: far above chance, at images and at pixels."""
+    drawn = run_in_process(
+        "make_demo_data", "--data-root", tmp_path, "--size", 256, "--seed", 5, "--workers", 2,
+        *("--train", 30, "--good", 12, "--anomalous", 18),
+    )  # fmt: skip
+    assert drawn.code == 0, drawn.err
+    done = run_in_process(
+        "train_pc", "--data-root", tmp_path, "--category", "coal_demo", "--weights", "demo", "--image-size", 256,
+        *("--models-dir", tmp_path / "models", "--results-dir", tmp_path / "result", *COMMON),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    metrics = json.loads((tmp_path / "result/coal_demo/pc/metrics.json").read_text())
+    assert metrics["image_auroc"] > 0.8 and metrics["pixel_auroc"] > 0.95
