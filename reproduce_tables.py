@@ -146,8 +146,8 @@ def items_in_use(args: argparse.Namespace, category: Category) -> list[Item]:
 
 
 def like_patchcore(fusion: Fusion) -> list[str]:
-    """The baselines' weights: untrained ones beside an untrained PatchCore, else pretrained ones."""
-    return ["random" if fusion.variants["pc"].network.weights == "random" else "pretrained"]
+    """The baselines' weights: untrained ones beside a PatchCore without pretrained weights, else pretrained ones."""
+    return ["random" if fusion.variants["pc"].network.weights in ("random", "demo") else "pretrained"]
 
 
 def reproduce(args: argparse.Namespace, category: Category, fusions: list[Fusion], baselines: Baselines | None) -> None:

@@ -204,7 +204,7 @@ def wide_features(settings: Settings, rows: int, kind: str) -> Tensor:
     for start in range(0, needed, 8):
         numbers = range(start, min(start + 8, needed))
         batch = torch.stack([picture(settings, number, size, kind) for number in numbers])
-        parts.append(patch_features(*backbone(batch.to(settings.device))).flatten(0, 1).cpu())
+        parts.append(patch_features(backbone(batch.to(settings.device))).flatten(0, 1).cpu())
     return torch.cat(parts)[:rows]
 
 

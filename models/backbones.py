@@ -316,8 +316,10 @@ def _load_weights(net: nn.Module, spec: BackboneSpec, flag: str) -> str:
         state = read_state_dict(spec.file)
     elif spec.weights == "pretrained":
         state = pretrained_state_dict(spec.name, flag)
-    else:
+    elif spec.weights == "random":
         state = random_state_dict(lambda: networks.full_network(spec.name), spec.seed)
+    else:
+        raise InputError(f"{flag} '{spec.weights}' is not pretrained, demo, random or a file")
     return networks.load_weights(net, spec.name, state, spec.source)
 
 

@@ -53,7 +53,7 @@ def test_plain_coreset_neighbours_and_features_agree():
     assert torch.equal(indices[:, 0], rows)
     torch.testing.assert_close(distances[:, 0].double(), expected, atol=1e-6, rtol=1e-5)
     fine, coarse = torch.randn(1, 6, 10, 10, generator=generator), torch.randn(1, 9, 5, 5, generator=generator)
-    torch.testing.assert_close(patch_features(fine, coarse)[0], reference.patch_features(fine, coarse))
+    torch.testing.assert_close(patch_features([fine, coarse])[0], reference.patch_features(fine, coarse))
 
 
 def test_a_quick_run_leaves_sane_figures(tmp_path):
