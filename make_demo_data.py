@@ -26,10 +26,8 @@ from tqdm import tqdm
 
 from datasets.defects import DEFECTS
 from datasets.scenes import draw_scene
-from utils.cli import Parser, category_name, number, run
 from utils.errors import InputError
 from utils.files import write_json
-from utils.locks import file_lock
 from utils.stopping import leave_signals_to_parent, signals_held
 
 MARKER = ".usad_demo.json"
@@ -161,6 +159,9 @@ def follow_parent() -> None:
 
 
 def main() -> None:
+    from utils.cli import Parser, category_name, number
+    from utils.locks import file_lock
+
     parser = Parser(__doc__)
     count = number(int, 0, 99_999)
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="default: data")
@@ -189,4 +190,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from utils.cli import run  # here: the drawing processes import this file, and need no torch
+
     run(main)

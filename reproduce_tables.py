@@ -42,6 +42,7 @@ from utils.cli import (
     some_of,
     weights_by_branch,
 )
+from utils.errors import InputError
 from utils.evaluate import environment
 from utils.files import write_json
 from utils.locks import folder_lock
@@ -57,6 +58,7 @@ def main() -> None:
     settle_run(args)
     names = find_categories(args.data_root, args.category)
     settle_fusion(args, [args.models_dir / name for name in names])
+    settle_sweeps(args)
     fusions = {name: fusions_by_seed(args, args.models_dir / name) for name in names}
     baselines = None
     if "comparison" in args.tables:
@@ -121,9 +123,16 @@ def parse_args() -> argparse.Namespace:
     if args.seeds and args.tables == ["speed"]:
         parser.error("--seeds has no effect on the table speed alone; leave it out")
     args.seeds = args.seeds and list(dict.fromkeys(args.seeds))
-    args.sweeps = args.sweeps or list(SWEEPS)
     args.baselines = args.baselines or list(BASELINES)
     return args
+
+
+def settle_sweeps(args: argparse.Namespace) -> None:
+    """All sweeps where none are named; raises InputError for a named one that the fusion does not have."""
+    factors = {"lambda_obj", "lambda_map"} & set(args.sweeps or ())
+    if args.fusion == "standardized" and factors:
+        raise InputError(f"--sweeps {min(factors)} has no effect with --fusion standardized; leave it out")
+    args.sweeps = args.sweeps or list(SWEEPS)
 
 
 def fusions_by_seed(args: argparse.Namespace, folder: Path) -> list[Fusion]:

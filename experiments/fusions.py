@@ -14,8 +14,8 @@ from experiments.cells import Cell, Row, Section, Table
 from experiments.measurements import Measurements
 from experiments.variants import Variant
 from models import MACLU, USAD, PatchCore
+from models.backbones import size_step
 from models.gaussian import COVARIANCES
-from models.networks import size_step
 from models.postprocess import resize_maps
 from utils.metrics import image_metrics
 
@@ -203,7 +203,7 @@ def sweeps(fusion: Fusion, kinds: list[str]) -> dict[str, Sweep]:
         ),
     }
     for name, variant in fusion.variants.items():
-        size, step = variant.network.image_size, size_step(variant.network.name)
+        size, step = variant.network.image_size, size_step(variant.network)
         found[f"image_size_{name}"] = Sweep(
             f"Input resolution of {name} in pixels",
             [max(round(size * factor / step), 1) * step for factor in SWEEPS["image_size"]],

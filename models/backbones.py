@@ -20,6 +20,7 @@ from utils.errors import InputError
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SIDE = 4096  # pixels of a square input
+DEMO_SIZE_STEP = 2 * STRIDE  # its patch tokens cover two places of its maps
 SMALLEST_MAP = 3  # PatchCore pools 3 x 3 without padding
 
 
@@ -183,7 +184,7 @@ class DemoTokens(TokenBackbone):
 
     def __init__(self, net: WaveletPyramid, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
-        self.grid = (spec.image_size // (2 * STRIDE),) * 2
+        self.grid = (spec.image_size // DEMO_SIZE_STEP,) * 2
         self.dim = 2 * sum(net.widths)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,9 +302,9 @@ def _demo_backbone(spec: BackboneSpec) -> DemoTokens | DemoMaps:
         )
     if spec.position_size is not None:
         raise InputError("--position-size has no effect with --weights demo, whose network is no ViT; leave it out")
-    side = 2 * STRIDE
-    if spec.image_size % side or spec.image_size < 4 * side:
-        raise InputError(f"--image-size {spec.image_size}: the demo network takes {4 * side}, {5 * side}, {6 * side} …")
+    step = DEMO_SIZE_STEP
+    if spec.image_size % step or spec.image_size < 4 * step:
+        raise InputError(f"--image-size {spec.image_size}: the demo network takes {4 * step}, {5 * step}, {6 * step} …")
     tokens = spec.kind == "tokens"
     return (DemoTokens if tokens else DemoMaps)(WaveletPyramid(second_order=tokens), spec)
 
@@ -321,6 +322,13 @@ def _load_weights(net: nn.Module, spec: BackboneSpec, flag: str) -> str:
     else:
         raise InputError(f"{flag} '{spec.weights}' is not pretrained, demo, random or a file")
     return networks.load_weights(net, spec.name, state, spec.source)
+
+
+def size_step(spec: BackboneSpec) -> int:
+    """The step in which input sizes suit the network: a ViT's patch, else 8 pixels, a place of a stride-8 map."""
+    if spec.weights == "demo":
+        return DEMO_SIZE_STEP
+    return max(networks.outline(spec.name).patch_embed.patch_size) if networks.is_vit(spec.name) else 8
 
 
 def resolve_precision(recorded: str, asked: str, device: str) -> str:

@@ -90,11 +90,6 @@ def check_divisible(name: str, size: int, flag: str) -> None:
         raise InputError(f"{flag} {size} is not a multiple of the patch size {patch} of {name}; nearest: {nearest}")
 
 
-def size_step(name: str) -> int:
-    """The step in which input sizes suit network `name`: a ViT's patch, else 8 pixels, a place of a stride-8 map."""
-    return max(outline(name).patch_embed.patch_size) if is_vit(name) else 8
-
-
 def cnn(name: str, strides: Sequence[int] | None) -> nn.Module:
     """Network for `maps`, without anything that comes after the last one; weights not yet loaded.
 

@@ -367,6 +367,7 @@ def test_a_strangers_folder_is_left_alone(workplace):
         (("--fusion", "standardized", "--lambda-map", 2), "--lambda-map has no effect"),
         (("--baselines-weights", "gone.pth"), "gone.pth"),
         (("--baselines-python", "/no/python"), "anomalib"),
+        (("--fusion", "standardized", "--sweeps", "lambda_map"), "--sweeps lambda_map has no effect"),
         (("--save-maps",), "--save-maps"),
     ],
 )
