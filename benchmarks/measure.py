@@ -80,7 +80,8 @@ def apart(work: Callable[..., Any], *arguments: Any) -> tuple[float, float, Any]
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, torch.get_num_threads(), work, arguments))
+    settings = multiprocessing.get_start_method(), torch.get_num_threads()
+    process = context.Process(target=_child, args=(sender, *settings, work, arguments))
     process.start()
     sender.close()
     try:
@@ -92,7 +93,8 @@ def apart(work: Callable[..., Any], *arguments: Any) -> tuple[float, float, Any]
         process.join()
 
 
-def _child(sender: Any, threads: int, work: Callable[..., Any], arguments: tuple) -> None:
+def _child(sender: Any, start_method: str, threads: int, work: Callable[..., Any], arguments: tuple) -> None:
+    multiprocessing.set_start_method(start_method, force=True)  # else its loaders' workers would be spawned, too
     torch.set_num_threads(threads)
     before = peak_memory_mb()["host"]
     took, result = seconds(lambda: work(*arguments))
