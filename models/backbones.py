@@ -282,14 +282,16 @@ def empty_backbone(spec: BackboneSpec) -> TokenBackbone | MapBackbone:
 
     Raises InputError where the name is unknown, or network and sizes do not go together.
     """
-    if spec.weights == "demo":
-        return _demo_backbone(spec)
-    networks.check_name(spec.name)
-    if spec.kind == "tokens" and networks.is_vit(spec.name):
+    demo = spec.weights == "demo"
+    if not demo:
+        networks.check_name(spec.name)
+    if spec.kind == "tokens" and not demo and networks.is_vit(spec.name):
         networks.check_divisible(spec.name, spec.image_size, "--image-size")
         return ViTTokens(networks.vit(spec.name, spec.position_size or spec.image_size), spec)
     if spec.position_size is not None:
         raise InputError(f"--position-size has no effect with {spec.name}, which is no ViT; leave it out")
+    if demo:
+        return _demo_backbone(spec)
     if spec.kind == "tokens":
         return CNNTokens(networks.cnn(spec.name, None), spec)
     return CNNMaps(networks.cnn(spec.name, (8, 16)), spec)
@@ -300,8 +302,6 @@ def _demo_backbone(spec: BackboneSpec) -> DemoTokens | DemoMaps:
         raise InputError(
             f"the demo network is {DEMO_NETWORK}, not {spec.name}; leave out --backbone, or take other weights"
         )
-    if spec.position_size is not None:
-        raise InputError("--position-size has no effect with --weights demo, whose network is no ViT; leave it out")
     step = DEMO_SIZE_STEP
     if spec.image_size % step or spec.image_size < 4 * step:
         raise InputError(f"--image-size {spec.image_size}: the demo network takes {4 * step}, {5 * step}, {6 * step} …")

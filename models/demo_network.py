@@ -19,8 +19,8 @@ ORIENTATIONS = 6
 COLOUR_SCALES = 3
 SURROUNDINGS = 16  # pixels: the coarser of the two scales at which colours are kept
 NOISE = 0.02  # added to a modulus before its logarithm, in standard deviations of the image
-OPPONENTS = ((1 / 3, 1 / 3, 1 / 3), (8.0, -8.0, 0.0), (-4.0, -4.0, 8.0))  # brightness, red-green, blue-yellow: the
-# differences of colour are small in grey scenes, and count eightfold
+# Brightness, red-green, blue-yellow: differences of colour are small in grey scenes, and count eightfold.
+OPPONENTS = ((1 / 3, 1 / 3, 1 / 3), (8.0, -8.0, 0.0), (-4.0, -4.0, 8.0))
 WIDTH = 7  # of a filter
 FREQUENCY = 0.55 * math.pi  # radians a pixel
 SPREAD = 1.5  # standard deviation along the wave in pixels; across it is longer
