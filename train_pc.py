@@ -33,8 +33,14 @@ def main() -> None:
         default=False,
         help="whiten the patch features by the training patches' covariance",
     )
+    parser.add_argument(
+        "--average-bank",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="make each entry of the bank the mean of the training patches nearest to it",
+    )
     add_budget_flag(parser, default=8.0)
-    args = parse_training(parser, train_ratio=1.0, coreset_ratio=0.05, whiten=True)
+    args = parse_training(parser, train_ratio=1.0, coreset_ratio=0.05, whiten=True, average_bank=True)
     run_training(
         args,
         PatchCore,
@@ -43,6 +49,7 @@ def main() -> None:
         patch_budget=args.patch_budget,
         seed=args.seed,
         whiten=args.whiten,
+        average_bank=args.average_bank,
     )
 
 

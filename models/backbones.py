@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from datasets.images import IMAGENET_MEAN, IMAGENET_STD
 from models import networks
 from models.demo_network import NAME as DEMO_NETWORK
-from models.demo_network import STRIDE, WaveletPyramid
+from models.demo_network import STRIDE, WaveletPyramid, class_token, patch_tokens
 from models.inference import OneDNNAttention, fold_batch_norms, onednn_available, use_onednn
 from models.weights import fingerprint, pretrained_state_dict, random_state_dict, read_state_dict
 from utils.errors import InputError
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SIDE = 4096  # pixels of a square input
-DEMO_SIZE_STEP = 2 * STRIDE  # its patch tokens cover two places of its maps
 SMALLEST_MAP = 3  # PatchCore pools 3 x 3 without padding
 
 
@@ -114,9 +113,14 @@ class Backbone(nn.Module):
 
     def _normalize_contrast(self, images: Tensor) -> Tensor:
         """Each image less its mean colour, over the standard deviation of its grey values."""
-        pixels = images * images.new_tensor(self.spec.std)[:, None, None]
+        pixels = self.pixels(images)
         pixels = pixels - pixels.mean((2, 3), keepdim=True)
         return pixels / pixels.mean(1, keepdim=True).std((2, 3), keepdim=True).clamp(min=1e-3)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, S, S] -> what they were before, of 0 to 1."""
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.spec.mean, self.spec.std))
+        return images * std + mean
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         dtype = AUTOCAST.get(self.spec.precision)
@@ -133,10 +137,11 @@ class Backbone(nn.Module):
 
 
 class TokenBackbone(Backbone):
-    """Images [B, 3, S, S] -> CLS [B, D], patch tokens [B, N, D] row by row: `grid` h * w = N, `dim` D."""
+    """Images [B, 3, S, S] -> CLS [B, E], patch tokens [B, N, D] row by row: `grid` h * w = N, `dim` D, `cls_dim` E."""
 
     grid: tuple[int, int]
     dim: int
+    cls_dim: int
 
 
 class ViTTokens(TokenBackbone):
@@ -149,7 +154,7 @@ class ViTTokens(TokenBackbone):
         super().__init__(net, spec)
         patch_height, patch_width = net.patch_embed.patch_size
         self.grid = spec.image_size // patch_height, spec.image_size // patch_width
-        self.dim = net.embed_dim
+        self.dim = self.cls_dim = net.embed_dim
 
     def finish(self) -> None:
         """Resample the position embeddings to the image size once, instead of in every pass."""
@@ -169,7 +174,7 @@ class CNNTokens(TokenBackbone):
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
         ((self.dim, *grid),) = networks.map_shapes(net, spec.image_size)
-        self.grid = tuple(grid)
+        self.cls_dim, self.grid = self.dim, tuple(grid)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
         (last,) = networks.maps(self.net, images)
@@ -177,22 +182,18 @@ class CNNTokens(TokenBackbone):
 
 
 class DemoTokens(TokenBackbone):
-    """The network that ships: of each of its channels the value and the absolute deviation from the image's mean.
-
-    A patch token covers 16 pixels; CLS holds the channels' means and logarithmic standard deviations over the image.
-    """
+    """The network that ships: a patch token says how unusual its place is in the image, CLS what the image is like."""
 
     def __init__(self, net: WaveletPyramid, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
-        self.grid = (spec.image_size // DEMO_SIZE_STEP,) * 2
-        self.dim = 2 * sum(net.widths)
+        self.grid = (spec.image_size // STRIDE,) * 2
+        *first, second = net.widths
+        self.dim, self.cls_dim = 2 * sum(first) + second, 4 * sum(first) + 2 * second
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        maps = torch.cat(self.net(images), 1)
-        mean = maps.mean((2, 3), keepdim=True)
-        deviations = (maps - mean).abs()
-        cls = torch.cat([mean.flatten(1), (deviations.square().mean((2, 3)).sqrt() + 1e-3).log()], 1)
-        return cls, F.avg_pool2d(torch.cat([maps, deviations], 1), 2).flatten(2).transpose(1, 2)
+        *first, second = self.net(self.pixels(images))
+        first = torch.cat(first, 1)
+        return class_token(first, second), patch_tokens(first, second)
 
 
 class MapBackbone(Backbone):
@@ -222,7 +223,7 @@ class DemoMaps(MapBackbone):
         self.widths = net.widths
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.net(images))
+        return tuple(self.net(self.pixels(images)))
 
 
 class CNNMaps(MapBackbone):
@@ -302,9 +303,13 @@ def _demo_backbone(spec: BackboneSpec) -> DemoTokens | DemoMaps:
         raise InputError(
             f"the demo network is {DEMO_NETWORK}, not {spec.name}; leave out --backbone, or take other weights"
         )
-    step = DEMO_SIZE_STEP
-    if spec.image_size % step or spec.image_size < 4 * step:
-        raise InputError(f"--image-size {spec.image_size}: the demo network takes {4 * step}, {5 * step}, {6 * step} …")
+    if spec.normalize_contrast:
+        raise InputError(
+            f"--normalize-contrast has no effect with {spec.name}, which sets each image's contrast itself; leave it out"
+        )
+    if spec.image_size % STRIDE or spec.image_size < 8 * STRIDE:
+        sizes = ", ".join(str(places * STRIDE) for places in (8, 9, 10))
+        raise InputError(f"--image-size {spec.image_size}: the demo network takes {sizes} …")
     tokens = spec.kind == "tokens"
     return (DemoTokens if tokens else DemoMaps)(WaveletPyramid(second_order=tokens), spec)
 
@@ -327,7 +332,7 @@ def _load_weights(net: nn.Module, spec: BackboneSpec, flag: str) -> str:
 def size_step(spec: BackboneSpec) -> int:
     """The step in which input sizes suit the network: a ViT's patch, else 8 pixels, a place of a stride-8 map."""
     if spec.weights == "demo":
-        return DEMO_SIZE_STEP
+        return STRIDE
     return max(networks.outline(spec.name).patch_embed.patch_size) if networks.is_vit(spec.name) else 8
 
 

@@ -17,7 +17,7 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError
 from utils.timing import Stopwatch
 
-STATISTICS = ("score_mean", "score_std", "peak_mean", "peak_std", "map_mean", "map_std")  # of a calibration
+STATISTICS = ("score_mean", "score_std", "top_mean", "top_std", "map_mean", "map_std")  # of a calibration
 Parts = dict[str, tuple[Tensor, Tensor]]  # name -> scores [B], maps [B, H, W]
 
 

@@ -17,35 +17,37 @@ STRIDE = 8  # pixels of the input between two places of a map
 SCALES = 5  # octaves, the finest about 4 pixels long
 ORIENTATIONS = 6
 COLOUR_SCALES = 3
-SURROUNDINGS = 16  # pixels: the coarser of the two scales at which colours are kept
 NOISE = 0.02  # added to a modulus before its logarithm, in standard deviations of the image
-# Brightness, red-green, blue-yellow: differences of colour are small in grey scenes, and count eightfold.
-OPPONENTS = ((1 / 3, 1 / 3, 1 / 3), (8.0, -8.0, 0.0), (-4.0, -4.0, 8.0))
+SHADOW = 0.2  # of an image's mean brightness, added before brightness divides: colours of the dark are mostly noise
+COLOUR_GAIN = 8.0  # differences of colour are small beside those of brightness
 WIDTH = 7  # of a filter
 FREQUENCY = 0.55 * math.pi  # radians a pixel
 SPREAD = 1.5  # standard deviation along the wave in pixels; across it is longer
 SLANT = 0.55
+ORDINARY = 1.5  # standard deviations of its image up to which a patch is not unusual
+EXTREME = 0.005  # share of an image's places beyond its low and its high extreme
+# What a channel's deviation weighs beside its excess, and second order beside first, in tokens.
+DEVIATION_WEIGHT, SECOND_DEVIATION_WEIGHT, SECOND_CLASS_WEIGHT = 0.3, 0.1, 0.3
 
 
 class WaveletPyramid(nn.Module):
-    """Images [B, 3, S, S] -> maps [B, C, S/8, S/8]: colour, its surroundings, colour moduli, brightness moduli.
+    """Pixels [B, 3, S, S] of 0 to 1 -> maps [B, C, S/8, S/8]: colour, moduli of colour, moduli of brightness.
 
-    C is 3, 3, 6 and 30; with `second_order` a fifth map follows, of 360 moduli of the brightness moduli at coarser
-    scales.
+    C is 3, 6 and 30; with `second_order` a fourth map follows, of 360 moduli of the brightness moduli at coarser
+    scales. Moduli are logarithmic; those of brightness are averaged over 24 pixels, the others over 8.
     """
 
     def __init__(self, second_order: bool) -> None:
         super().__init__()
         self.second_order = second_order
         pairs = SCALES * (SCALES - 1) // 2
-        self.widths = [3, 3, 2 * COLOUR_SCALES, SCALES * ORIENTATIONS] + [pairs * ORIENTATIONS**2] * second_order
+        self.widths = [3, 2 * COLOUR_SCALES, SCALES * ORIENTATIONS] + [pairs * ORIENTATIONS**2] * second_order
         self.register_buffer("filters", _gabor_filters())
-        self.register_buffer("opponents", torch.tensor(OPPONENTS))
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        grid = images.shape[-1] // STRIDE
-        image = torch.einsum("oc,bchw->bohw", self.opponents, images)
-        colour, surroundings = _to_grid(image, grid), _to_grid(F.avg_pool2d(image, SURROUNDINGS), grid)
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        grid = pixels.shape[-1] // STRIDE
+        image = brightness_and_colour(pixels)
+        colour = _to_grid(image, grid)
         first, second, colour_moduli, finer = [], [], [], []
         for scale in range(SCALES):
             moduli = self.moduli(image[:, :1])
@@ -57,8 +59,8 @@ class WaveletPyramid(nn.Module):
                 second += [_log_on_grid(self.moduli(maps), grid, NOISE / 4) for maps in finer]
                 finer = [F.avg_pool2d(maps, 2) for maps in finer] + [moduli]
             image = F.avg_pool2d(image, 2)
-        groups = [colour_moduli, first, *([second] if self.second_order else [])]
-        return [colour, surroundings, *(torch.cat(group, 1) for group in groups)]
+        texture = F.avg_pool2d(torch.cat(first, 1), 3, stride=1, padding=1, count_include_pad=False)
+        return [colour, torch.cat(colour_moduli, 1), texture, *([torch.cat(second, 1)] if self.second_order else [])]
 
     def moduli(self, maps: Tensor) -> Tensor:
         """Maps [B, C, h, w] -> moduli of their six wavelet transforms [B, 6 C, h/2, w/2]."""
@@ -66,6 +68,54 @@ class WaveletPyramid(nn.Module):
         padded = F.pad(maps.flatten(0, 1)[:, None], [WIDTH // 2] * 4, mode="reflect")
         real, imaginary = F.conv2d(padded, self.filters, stride=2).chunk(2, 1)
         return (real.square() + imaginary.square() + 1e-12).sqrt().unflatten(0, (batch, channels)).flatten(1, 2)
+
+
+def brightness_and_colour(pixels: Tensor) -> Tensor:
+    """Pixels [B, 3, S, S] of 0 to 1 -> logarithmic brightness, red-green, blue-yellow [B, 3, S, S].
+
+    Neither depends on the exposure, and colour hardly on how brightly a place is lit: it is a difference over the
+    brightness there. Each has the image's mean zero, brightness also the standard deviation one.
+    """
+    pixels = pixels / pixels.mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
+    brightness = pixels.mean(1, keepdim=True) + SHADOW
+    red, green, blue = (COLOUR_GAIN * pixels / brightness).split(1, 1)
+    differences = torch.cat([red - green, blue - (red + green) / 2], 1)
+    brightness = brightness.log()
+    brightness = brightness - brightness.mean((2, 3), keepdim=True)
+    brightness = brightness / brightness.std((2, 3), keepdim=True).clamp(min=1e-3)
+    return torch.cat([brightness, differences - differences.mean((2, 3), keepdim=True)], 1)
+
+
+def class_token(first: Tensor, second: Tensor) -> Tensor:
+    """Maps [B, C, h, w] and [B, E, h, w] of the second order -> [B, 4 C + 2 E]: what an image's places are like.
+
+    The channels' means, logarithmic standard deviations and, of the first order, low and high extremes.
+    """
+    places = first.flatten(2)
+    count = max(1, round(EXTREME * places.shape[2]))
+    low = places.kthvalue(count, 2).values
+    high = places.kthvalue(places.shape[2] + 1 - count, 2).values
+    moments = [_mean_and_spread(first), SECOND_CLASS_WEIGHT * _mean_and_spread(second)]
+    return torch.cat([*moments, low, high], 1)
+
+
+def patch_tokens(first: Tensor, second: Tensor) -> Tensor:
+    """Maps [B, C, h, w] and [B, E, h, w] of the second order -> [B, h*w, 2 C + E]: how unusual a place is in its image.
+
+    The channels' absolute deviations from the image's mean and, of the first order, what exceeds 1.5 standard
+    deviations of the image, in such.
+    """
+    deviation, second_deviation = (maps - maps.mean((2, 3), keepdim=True) for maps in (first, second))
+    spread = deviation.square().mean((2, 3), keepdim=True).sqrt() + 1e-3
+    excess = ((deviation / spread).abs() - ORDINARY).clamp(min=0)
+    weighted = [DEVIATION_WEIGHT * deviation.abs(), excess, SECOND_DEVIATION_WEIGHT * second_deviation.abs()]
+    return torch.cat(weighted, 1).flatten(2).transpose(1, 2)
+
+
+def _mean_and_spread(maps: Tensor) -> Tensor:
+    mean = maps.mean((2, 3), keepdim=True)
+    spread = (maps - mean).square().mean((2, 3)).sqrt() + 1e-3
+    return torch.cat([mean.flatten(1), spread.log()], 1)
 
 
 def _to_grid(maps: Tensor, grid: int) -> Tensor:

@@ -59,7 +59,7 @@ class MACLU(Branch):
             self.centers = _foreground_and_background(patches.rows()).to(self.device)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """CLS token [B, D] and patch tokens [B, N, D]."""
+        """CLS token [B, E] and patch tokens [B, N, D]."""
         return self.backbone(images)
 
     def measure(self, features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ class MACLU(Branch):
         return {**self.gaussian.state(), "centers": self.centers}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.gaussian = Gaussian.from_state(tensors, self.backbone.dim).to(self.device)
+        self.gaussian = Gaussian.from_state(tensors, self.backbone.cls_dim).to(self.device)
         self.centers = take(tensors, "centers", 2, self.backbone.dim).to(self.device)
 
 

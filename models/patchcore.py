@@ -14,7 +14,7 @@ from models.coreset import greedy_k_center, sparse_projection
 from models.neighbors import NearestNeighbors
 from models.patch_store import PatchStore
 from models.postprocess import gaussian_blur, min_max, resize_maps
-from models.whitening import Whitening
+from models.whitening import ROWS, Whitening
 from utils.checkpoint import take
 from utils.distributed import collect
 from utils.errors import InputError
@@ -26,11 +26,13 @@ PROJECTION_EPS = 0.9  # Johnson-Lindenstrauss distortion that sets the projectio
 class PatchCore(Branch):
     """Global: reweighted distance of the strangest patch to a memory bank. Local: every patch's distance to it.
 
-    The bank is a greedy k-centre coreset of the training patches, chosen after a sparse random projection.
+    The bank is a greedy k-centre coreset of the training patches, chosen after a sparse random projection. With
+    `average_bank` each entry is then the mean of the training patches that are nearest to it: a coreset seeks out the
+    noisiest patches, near which small differences go unseen.
     """
 
     name = "pc"
-    map_weight = 4.0  # the one map that follows small objects closely; equal weights blur it
+    map_weight = 8.0  # its map follows objects most closely by far; equal weights blur it
     backbone_kind = "maps"
     weights_flag = "--pc-weights"
 
@@ -42,9 +44,11 @@ class PatchCore(Branch):
         patch_budget: float = 8.0,
         seed: int = 22,
         whiten: bool = False,
+        average_bank: bool = False,
     ) -> None:
         super().__init__(backbone)
         self.whiten = whiten
+        self.average_bank = average_bank
         self.whitening: Whitening | None = None
         self.coreset_ratio = coreset_ratio
         self.neighbors = neighbors
@@ -72,7 +76,10 @@ class PatchCore(Branch):
             self.whitening = self.whitening.to(self.device)
         projected = sparse_projection(patches, PROJECTION_EPS, self.seed).to(self.device)
         chosen = greedy_k_center(projected, size)
-        self.bank = NearestNeighbors(patches[chosen.cpu()].to(self.device))
+        bank = NearestNeighbors(patches[chosen.cpu()].to(self.device))
+        if self.average_bank:
+            bank = NearestNeighbors(means_around(bank, patches).to(self.device))
+        self.bank = bank
 
     def extract(self, images: Tensor) -> Tensor:
         """Patch features [B, h*w, D] on the grid of the finest map, not yet whitened."""
@@ -117,6 +124,7 @@ class PatchCore(Branch):
             "patch_budget": self.patch_budget,
             "seed": self.seed,
             "whiten": self.whiten,
+            "average_bank": self.average_bank,
         }
 
     def state(self) -> dict[str, Tensor]:
@@ -136,3 +144,17 @@ def patch_features(maps: Sequence[Tensor], neighborhood: int = 3) -> Tensor:
     grid = maps[0].shape[-2:]
     pooled = [F.adaptive_avg_pool2d(F.avg_pool2d(layer, neighborhood, 1), grid) for layer in maps]
     return torch.cat(pooled, 1).flatten(2).mT.contiguous()
+
+
+def means_around(bank: NearestNeighbors, patches: Tensor) -> Tensor:
+    """Means [m, D] of those of the patches [n, D] that lie nearest to each entry of the bank, where there are any.
+
+    Summed up on the CPU, where the order of the sum is always the same.
+    """
+    sums, counts = torch.zeros(bank.bank.shape, dtype=torch.float64), torch.zeros(len(bank.bank), dtype=torch.int64)
+    for rows in patches.split(ROWS):
+        nearest = bank.search(rows.to(bank.bank.device), 1)[1][:, 0].cpu()
+        sums.index_add_(0, nearest, rows.double())
+        counts += nearest.bincount(minlength=len(counts))
+    taken = counts > 0
+    return (sums[taken] / counts[taken, None]).float()

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from models.inference import linear
 
+TOP_SHARE = 0.01  # of a map's pixels
+
 
 def resize_maps(maps: Tensor, size: int) -> Tensor:
     """Bilinear resize [B, h, w] -> [B, size, size] with half-pixel centres (OpenCV's convention)."""
@@ -28,6 +30,12 @@ def min_max(maps: Tensor) -> Tensor:
     low = maps.amin((1, 2), keepdim=True)
     span = maps.amax((1, 2), keepdim=True) - low
     return torch.where(span < 1e-8, 0.0, (maps - low) / span.clamp(min=1e-8))
+
+
+def mean_of_top(maps: Tensor) -> Tensor:
+    """Mean [B] of the highest hundredth of each map [B, H, W]: steadier than its one highest value."""
+    pixels = maps.flatten(1)
+    return pixels.topk(max(1, round(TOP_SHARE * pixels.shape[1])), sorted=False).values.mean(1)
 
 
 def gaussian_blur(maps: Tensor, sigma: float, radius: int | None = None, edge_repeated: bool = True) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.branch import Branch, Parts
 from models.operating_point import OperatingPoint, checkpoint_digests
-from models.postprocess import gaussian_blur, resize_images, resize_maps
+from models.postprocess import gaussian_blur, mean_of_top, resize_images, resize_maps
 from models.prediction import ImageLike, Prediction, predict_images
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
@@ -27,9 +27,11 @@ class USAD:
     paper: M = product of the maps; s = Σ weight · branch score + lambda_map · max M; the returned map is M after
     a 5x5 Gaussian blur. A branch's weight is its `score_weight` (MACLU 0.01, PatchCore 1, MA2Patch 0) unless
     `score_weights` names it.
-    standardized: for small data sets, where the raw scales mean little. Each branch's score, highest map value and
-    map are standardised by its statistics on held-out normal images; s is the mean of scores and highest values, M
-    the mean of the maps, weighted by the branches' `map_weight` (PatchCore 4, the others 1).
+    standardized: for small data sets, where the raw scales mean little. Each branch's score, map, and mean of the
+    map's highest hundredth are standardised by its statistics on held-out normal images. M is the mean of the maps,
+    and t that of their highest hundredths, weighted by the branches' `map_weight` (PatchCore 8, the others 1). s
+    combines t and the scores as Fisher combines tests: minus the sum of the logarithms of the probabilities that a
+    normal image has more, under a normal distribution.
     """
 
     name = "fusion"
@@ -150,14 +152,19 @@ class USAD:
         return scores, gaussian_blur(product, sigma=1.0, radius=2, edge_repeated=False)
 
     def _standardized(self, parts: Parts) -> tuple[Tensor, Tensor]:
-        scores, maps = [], 0.0
+        scores, tops, fused = [], 0.0, 0.0
+        total = sum(branch.map_weight for branch in self.branches)
         for branch in self.branches:
-            raw_scores, raw_maps = parts[branch.name]
-            statistics = branch.calibration
-            scores.append((raw_scores.double() - statistics["score_mean"]) / statistics["score_std"])
-            scores.append((raw_maps.amax((1, 2)).double() - statistics["peak_mean"]) / statistics["peak_std"])
-            maps = maps + branch.map_weight * (raw_maps - statistics["map_mean"]) / statistics["map_std"]
-        return torch.stack(scores).mean(0), maps / sum(branch.map_weight for branch in self.branches)
+            raw_scores, maps = parts[branch.name]
+            weight = branch.map_weight / total
+            scores.append(_standardize(raw_scores.double(), branch.calibration, "score"))
+            tops = tops + weight * _standardize(mean_of_top(maps).double(), branch.calibration, "top")
+            fused = fused + weight * _standardize(maps, branch.calibration, "map")
+        return -torch.special.log_ndtr(-torch.stack([*scores, tops])).sum(0), fused
+
+
+def _standardize(values: Tensor, statistics: dict[str, float], part: str) -> Tensor:
+    return (values - statistics[f"{part}_mean"]) / statistics[f"{part}_std"]
 
 
 def default_fusion(folder: Path) -> str:

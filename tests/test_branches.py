@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import timm
 import torch
 import torch.nn.functional as F
@@ -282,6 +283,12 @@ def test_saving_twice_gives_the_same_bytes(usad, tmp_path):
     assert len(contents) == 1
 
 
+def highest_hundredth(maps):
+    """Mean of the highest hundredth of each map's pixels."""
+    pixels = np.sort(maps.double().flatten(1).numpy(), 1)
+    return pixels[:, -max(1, round(pixels.shape[1] / 100)) :].mean(1)
+
+
 def test_statistics_on_held_out_images(usad):
     branch = usad.branches[2]
     images = random_images(6, branch.image_size, seed=6)
@@ -290,10 +297,10 @@ def test_statistics_on_held_out_images(usad):
     branch.rescale_maps = False
     scores, maps = branch.predict(images)
     branch.rescale_maps = True
-    peaks = maps.amax((1, 2))
-    expected = [scores.mean(), scores.std(), peaks.mean(), peaks.std()]
+    tops = highest_hundredth(maps)
+    expected = [scores.mean(), scores.std(), tops.mean(), tops.std(ddof=1)]
     expected += [maps.double().mean(), maps.double().std(correction=0)]
-    found = [statistics[f"{part}_{figure}"] for part in ("score", "peak", "map") for figure in ("mean", "std")]
+    found = [statistics[f"{part}_{figure}"] for part in ("score", "top", "map") for figure in ("mean", "std")]
     assert statistics["images"] == 6
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -304,14 +311,16 @@ def test_standardized_fusion(usad, test_images):
         branch.calibration = calibrate(branch, FittingImages(random_images(6, branch.image_size, seed=6), 4))
     try:
         parts = USAD(branches, fusion="standardized").predict_parts(test_images)
-        scores, maps = [], []
+        deviations, tops, maps = [], [], []
         for branch in branches:
             raw, statistics = parts[branch.name], branch.calibration
-            scores.append((raw[0].double() - statistics["score_mean"]) / statistics["score_std"])
-            scores.append((raw[1].double().amax((1, 2)) - statistics["peak_mean"]) / statistics["peak_std"])
+            deviations.append((raw[0].double() - statistics["score_mean"]) / statistics["score_std"])
+            tops.append((highest_hundredth(raw[1]) - statistics["top_mean"]) / statistics["top_std"])
             maps.append((raw[1].double() - statistics["map_mean"]) / statistics["map_std"])
-        np.testing.assert_allclose(parts["fusion"][0], sum(scores) / 6, rtol=1e-6)
-        assert close(parts["fusion"][1], (maps[0] + maps[1] + 4 * maps[2]) / 6, 1e-5)
+        deviations.append((tops[0] + tops[1] + 8 * tops[2]) / 10)
+        expected = -sum(scipy.stats.norm.logsf(np.asarray(deviation)) for deviation in deviations)
+        np.testing.assert_allclose(parts["fusion"][0], expected, rtol=1e-6)
+        assert close(parts["fusion"][1], (maps[0] + maps[1] + 8 * maps[2]) / 10, 1e-5)
         branches[1].calibration = None
         with pytest.raises(InputError, match="--holdout-ratio"):
             USAD(branches, fusion="standardized")

@@ -44,7 +44,6 @@ DEMO_DEFAULTS = {
     "backbone": DEMO_NETWORK,
     "image_size": 400,
     "holdout_ratio": 0.2,
-    "normalize_contrast": True,
 }
 
 
