@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasets.images import IMAGENET_MEAN, IMAGENET_STD
@@ -305,7 +304,7 @@ def _demo_backbone(spec: BackboneSpec) -> DemoTokens | DemoMaps:
         )
     if spec.normalize_contrast:
         raise InputError(
-            f"--normalize-contrast has no effect with {spec.name}, which sets each image's contrast itself; leave it out"
+            f"--normalize-contrast has no effect with {spec.name}, which normalises each image itself; leave it out"
         )
     if spec.image_size % STRIDE or spec.image_size < 8 * STRIDE:
         sizes = ", ".join(str(places * STRIDE) for places in (8, 9, 10))
