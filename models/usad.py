@@ -30,8 +30,8 @@ class USAD:
     standardized: for small data sets, where the raw scales mean little. Each branch's score, map, and mean of the
     map's highest hundredth are standardised by its statistics on held-out normal images. M is the mean of the maps,
     and t that of their highest hundredths, weighted by the branches' `map_weight` (PatchCore 8, the others 1). s
-    combines t and the scores as Fisher combines tests: minus the sum of the logarithms of the probabilities that a
-    normal image has more, under a normal distribution.
+    combines t and the scores as Fisher combines tests, √(-2 Σ log p), p being the probability that a normal image has
+    more, under a normal distribution: for a strange image about as many standard deviations as all have together.
     """
 
     name = "fusion"
@@ -160,7 +160,7 @@ class USAD:
             scores.append(_standardize(raw_scores.double(), branch.calibration, "score"))
             tops = tops + weight * _standardize(mean_of_top(maps).double(), branch.calibration, "top")
             fused = fused + weight * _standardize(maps, branch.calibration, "map")
-        return -torch.special.log_ndtr(-torch.stack([*scores, tops])).sum(0), fused
+        return (-2 * torch.special.log_ndtr(-torch.stack([*scores, tops])).sum(0)).sqrt(), fused
 
 
 def _standardize(values: Tensor, statistics: dict[str, float], part: str) -> Tensor:

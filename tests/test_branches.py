@@ -318,8 +318,8 @@ def test_standardized_fusion(usad, test_images):
             tops.append((highest_hundredth(raw[1]) - statistics["top_mean"]) / statistics["top_std"])
             maps.append((raw[1].double() - statistics["map_mean"]) / statistics["map_std"])
         deviations.append((tops[0] + tops[1] + 8 * tops[2]) / 10)
-        expected = -sum(scipy.stats.norm.logsf(np.asarray(deviation)) for deviation in deviations)
-        np.testing.assert_allclose(parts["fusion"][0], expected, rtol=1e-6)
+        fisher = -2 * sum(scipy.stats.norm.logsf(np.asarray(deviation)) for deviation in deviations)
+        np.testing.assert_allclose(parts["fusion"][0], fisher**0.5, rtol=1e-6)
         assert close(parts["fusion"][1], (maps[0] + maps[1] + 8 * maps[2]) / 10, 1e-5)
         branches[1].calibration = None
         with pytest.raises(InputError, match="--holdout-ratio"):
