@@ -140,7 +140,10 @@ class TokenBackbone(Backbone):
 
     grid: tuple[int, int]
     dim: int
-    cls_dim: int
+
+    @property
+    def cls_dim(self) -> int:
+        return self.dim
 
 
 class ViTTokens(TokenBackbone):
@@ -153,7 +156,7 @@ class ViTTokens(TokenBackbone):
         super().__init__(net, spec)
         patch_height, patch_width = net.patch_embed.patch_size
         self.grid = spec.image_size // patch_height, spec.image_size // patch_width
-        self.dim = self.cls_dim = net.embed_dim
+        self.dim = net.embed_dim
 
     def finish(self) -> None:
         """Resample the position embeddings to the image size once, instead of in every pass."""
@@ -173,7 +176,7 @@ class CNNTokens(TokenBackbone):
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
         ((self.dim, *grid),) = networks.map_shapes(net, spec.image_size)
-        self.cls_dim, self.grid = self.dim, tuple(grid)
+        self.grid = tuple(grid)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
         (last,) = networks.maps(self.net, images)
@@ -187,7 +190,11 @@ class DemoTokens(TokenBackbone):
         super().__init__(net, spec)
         self.grid = (spec.image_size // STRIDE,) * 2
         *first, second = net.widths
-        self.dim, self.cls_dim = 2 * sum(first) + second, 4 * sum(first) + 2 * second
+        self.dim = 2 * sum(first) + second
+
+    @property
+    def cls_dim(self) -> int:
+        return 2 * self.dim  # mean and deviation, low and high, where a patch token has one
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
         *first, second = self.net(self.pixels(images))
