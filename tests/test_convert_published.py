@@ -390,7 +390,7 @@ class StoredTokens(torch.nn.Module):
         super().__init__()
         self.device = torch.device("cpu")
         self.spec = BackboneSpec("tokens", "stored", 140)
-        self.grid, self.dim = (10, 10), 16
+        self.grid, self.dim, self.cls_dim = (10, 10), 16, 16
 
 
 def close(found: torch.Tensor, expected: np.ndarray, tolerance: float = 1e-3) -> bool:
