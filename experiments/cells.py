@@ -12,7 +12,7 @@ import numpy as np
 
 from utils.files import digest_of_lines, write_json
 
-VERSION = 1  # rises when a figure is computed in another way: no cell of an earlier version is used again
+VERSION = 2  # rises when a figure is computed in another way: no cell of an earlier version is used again
 
 
 class Unavailable(Exception):

@@ -53,7 +53,9 @@ class Variant:
                 sha256_of_file(path),
             )
             variant.renderer()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(
                 f"{path}: its metadata is not what branch '{branch.name}' writes ({error!r}); train the branch again"
             ) from None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from datasets.images import IMAGENET_MEAN, IMAGENET_STD
 from models import networks
 from models.demo_network import NAME as DEMO_NETWORK
-from models.demo_network import STRIDE, WaveletPyramid, class_token, patch_tokens
+from models.demo_network import SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
 from models.inference import OneDNNAttention, fold_batch_norms, onednn_available, use_onednn
 from models.weights import fingerprint, pretrained_state_dict, random_state_dict, read_state_dict
 from utils.errors import InputError
@@ -64,6 +64,8 @@ class BackboneSpec:
         """What `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
         given = {"mean": tuple(values["mean"]), "std": tuple(values["std"]), "weights": values["weights"]}
         spec = cls(**values | given)  # no default for the weights: it would be a download
+        if not len(spec.mean) == len(spec.std) == 3:
+            raise ValueError("other than three colours")
         sides = [spec.image_size] if spec.position_size is None else [spec.image_size, spec.position_size]
         if not (isinstance(spec.name, str) and all(type(side) is int and 0 < side <= MAX_SIDE for side in sides)):
             raise ValueError("a network's name, image size or position size that cannot be")
@@ -311,10 +313,10 @@ def _demo_backbone(spec: BackboneSpec) -> DemoTokens | DemoMaps:
         )
     if spec.normalize_contrast:
         raise InputError(
-            f"--normalize-contrast has no effect with {spec.name}, which normalises each image itself; leave it out"
+            f"--normalize-contrast has no effect with {spec.name}, which normalises each image itself; train without it"
         )
-    if spec.image_size % STRIDE or spec.image_size < 8 * STRIDE:
-        sizes = ", ".join(str(places * STRIDE) for places in (8, 9, 10))
+    if spec.image_size % SIZE_STEP or spec.image_size < 4 * SIZE_STEP:
+        sizes = ", ".join(str(steps * SIZE_STEP) for steps in (4, 5, 6))
         raise InputError(f"--image-size {spec.image_size}: the demo network takes {sizes} …")
     tokens = spec.kind == "tokens"
     return (DemoTokens if tokens else DemoMaps)(WaveletPyramid(second_order=tokens), spec)
@@ -338,7 +340,7 @@ def _load_weights(net: nn.Module, spec: BackboneSpec, flag: str) -> str:
 def size_step(spec: BackboneSpec) -> int:
     """The step in which input sizes suit the network: a ViT's patch, else 8 pixels, a place of a stride-8 map."""
     if spec.weights == "demo":
-        return STRIDE
+        return SIZE_STEP
     return max(networks.outline(spec.name).patch_embed.patch_size) if networks.is_vit(spec.name) else 8
 
 

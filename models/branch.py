@@ -128,13 +128,13 @@ class Branch(abc.ABC):
             settings = {name: type(parameters[name].default)(value) for name, value in settings.items()}
             if not isinstance(training, dict):
                 raise TypeError("training")
-            if calibration is not None and not all(math.isfinite(calibration[key]) for key in STATISTICS):
-                raise TypeError("calibration")
+            if calibration is not None:
+                _check_statistics(calibration)
             backbone = build_backbone(spec, device, weights=weights, precision=precision, flag=cls.weights_flag)
             branch = cls(backbone, **settings)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(
                 f"{path}: its metadata is not what branch '{cls.name}' writes ({error!r}); train the branch again"
             ) from error
@@ -144,3 +144,10 @@ class Branch(abc.ABC):
             raise InputError(f"{path}: {error}; train the branch again") from None
         branch.training, branch.calibration = training, calibration
         return branch
+
+
+def _check_statistics(calibration: dict[str, float]) -> None:
+    """Raises KeyError or ValueError naming the first statistic that is missing or cannot be."""
+    for name in STATISTICS:
+        if not math.isfinite(calibration[name]) or (name.endswith("_std") and calibration[name] <= 0):
+            raise ValueError(name)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 NAME = "wavelet_pyramid"
 STRIDE = 8  # pixels of the input between two places of a map
+SIZE_STEP = 2 * STRIDE  # of inputs whose octaves all halve evenly
 SCALES = 5  # octaves, the finest about 4 pixels long
 ORIENTATIONS = 6
 COLOUR_SCALES = 3
-NOISE = 0.02  # added to a modulus before its logarithm, in standard deviations of the image
+NOISE = 0.02  # added to a modulus before its logarithm (brightness has the standard deviation one)
 SHADOW = 0.2  # of an image's mean brightness, added before brightness divides: colours of the dark are mostly noise
 COLOUR_GAIN = 8.0  # differences of colour are small beside those of brightness
 WIDTH = 7  # of a filter
@@ -25,16 +26,19 @@ FREQUENCY = 0.55 * math.pi  # radians a pixel
 SPREAD = 1.5  # standard deviation along the wave in pixels; across it is longer
 SLANT = 0.55
 ORDINARY = 1.5  # standard deviations of its image up to which a patch is not unusual
+FLAT = 1e-3  # added to a standard deviation before it divides, or its logarithm is taken
 EXTREME = 0.005  # share of an image's places beyond its low and its high extreme
 # What a channel's deviation weighs beside its excess, and second order beside first, in tokens.
 DEVIATION_WEIGHT, SECOND_DEVIATION_WEIGHT, SECOND_CLASS_WEIGHT = 0.3, 0.1, 0.3
+CONSTANTS = (NOISE, SHADOW, COLOUR_GAIN, ORDINARY, FLAT, EXTREME)
+CONSTANTS += (DEVIATION_WEIGHT, SECOND_DEVIATION_WEIGHT, SECOND_CLASS_WEIGHT)
 
 
 class WaveletPyramid(nn.Module):
     """Pixels [B, 3, S, S] of 0 to 1 -> maps [B, C, S/8, S/8]: colour, moduli of colour, moduli of brightness.
 
     C is 3, 6 and 30; with `second_order` a fourth map follows, of 360 moduli of the brightness moduli at coarser
-    scales. Moduli are logarithmic; those of brightness are averaged over 24 pixels, the others over 8.
+    scales. Moduli are logarithmic; those of brightness are averaged over 3 x 3 places. S is a multiple of 16.
     """
 
     def __init__(self, second_order: bool) -> None:
@@ -43,6 +47,7 @@ class WaveletPyramid(nn.Module):
         pairs = SCALES * (SCALES - 1) // 2
         self.widths = [3, 2 * COLOUR_SCALES, SCALES * ORIENTATIONS] + [pairs * ORIENTATIONS**2] * second_order
         self.register_buffer("filters", _gabor_filters())
+        self.register_buffer("constants", torch.tensor(CONSTANTS))  # so that the fingerprint depends on them
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         grid = pixels.shape[-1] // STRIDE
@@ -76,6 +81,7 @@ def brightness_and_colour(pixels: Tensor) -> Tensor:
     Neither depends on the exposure, and colour hardly on how brightly a place is lit: it is a difference over the
     brightness there. Each has the image's mean zero, brightness also the standard deviation one.
     """
+    pixels = pixels.clamp(min=0)
     pixels = pixels / pixels.mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
     brightness = pixels.mean(1, keepdim=True) + SHADOW
     red, green, blue = (COLOUR_GAIN * pixels / brightness).split(1, 1)
@@ -106,7 +112,7 @@ def patch_tokens(first: Tensor, second: Tensor) -> Tensor:
     deviations of the image, in such.
     """
     deviation, second_deviation = (maps - maps.mean((2, 3), keepdim=True) for maps in (first, second))
-    spread = deviation.square().mean((2, 3), keepdim=True).sqrt() + 1e-3
+    spread = deviation.square().mean((2, 3), keepdim=True).sqrt() + FLAT
     excess = ((deviation / spread).abs() - ORDINARY).clamp(min=0)
     weighted = [DEVIATION_WEIGHT * deviation.abs(), excess, SECOND_DEVIATION_WEIGHT * second_deviation.abs()]
     return torch.cat(weighted, 1).flatten(2).transpose(1, 2)
@@ -114,7 +120,7 @@ def patch_tokens(first: Tensor, second: Tensor) -> Tensor:
 
 def _mean_and_spread(maps: Tensor) -> Tensor:
     mean = maps.mean((2, 3), keepdim=True)
-    spread = (maps - mean).square().mean((2, 3)).sqrt() + 1e-3
+    spread = (maps - mean).square().mean((2, 3)).sqrt() + FLAT
     return torch.cat([mean.flatten(1), spread.log()], 1)
 
 

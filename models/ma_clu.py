@@ -18,6 +18,7 @@ from utils.errors import InputError
 
 BLUR_SIGMA = 4.0  # pixels of the input
 KMEANS_SEED = 42
+SAME = 1e-5  # patches that differ by less differ by rounding
 
 
 class MACLU(Branch):
@@ -104,7 +105,7 @@ def _foreground_and_background(patches: Tensor) -> Tensor:
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
-    if torch.equal(patches.amin(0), patches.amax(0)):
+    if (patches.amax(0) - patches.amin(0)).max() <= SAME * patches.abs().max().clamp(min=1):
         raise InputError("all training patches are identical: no belt and coal to tell apart; check train/good")
     # More than two threads would add their sums up in an order, hence to last digits, that varies.
     with threadpool_limits(2, user_api="openmp"):

@@ -28,7 +28,7 @@ class PatchCore(Branch):
 
     The bank is a greedy k-centre coreset of the training patches, chosen after a sparse random projection. With
     `average_bank` each entry is then the mean of the training patches that are nearest to it: a coreset seeks out the
-    noisiest patches, near which small differences go unseen.
+    patches that lie farthest out, noise included.
     """
 
     name = "pc"
@@ -114,7 +114,8 @@ class PatchCore(Branch):
         around = self.bank.bank[self.bank.search(entries, count)[1][:, 1:]]  # [B, count - 1, D]
         reach = (features[rows, patch][:, None] - around).norm(dim=-1)
         scale = features.shape[-1] ** 0.5
-        weight = 1 - 1 / torch.exp((reach - largest[:, None]) / scale).sum(1)
+        farther = (reach - largest[:, None]).clamp(min=0)  # but for rounding it is
+        weight = 1 - 1 / torch.exp(farther / scale).sum(1)
         return weight * largest
 
     def settings(self) -> dict[str, Any]:

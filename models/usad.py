@@ -31,7 +31,8 @@ class USAD:
     map's highest hundredth are standardised by its statistics on held-out normal images. M is the mean of the maps,
     and t that of their highest hundredths, weighted by the branches' `map_weight` (PatchCore 8, the others 1). s
     combines t and the scores as Fisher combines tests, √(-2 Σ log p), p being the probability that a normal image has
-    more, under a normal distribution: for a strange image about as many standard deviations as all have together.
+    more, under a normal distribution: near 3 for a normal image (root of a χ² of eight degrees), and for a strange one
+    near the root of the sum of the squared deviations.
     """
 
     name = "fusion"

@@ -11,6 +11,7 @@ from models.gaussian import RunningMoments
 from utils.checkpoint import take
 
 FLOOR = 1e-2  # added to the eigenvalues of the correlation matrix: what hardly varies is not blown up to noise
+LEAST_DEVIATION = 1e-5  # of the largest of all channels: what varies less is rounding, a grey camera's colour for one
 ROWS = 1 << 16  # patches at a time
 
 
@@ -32,11 +33,13 @@ class Whitening:
         for rows in patches.split(ROWS):
             moments.update(rows)
         covariance = moments.scatter / moments.count
+        deviations = covariance.diagonal().sqrt()
+        deviations = deviations.clamp(min=(LEAST_DEVIATION * deviations.max()).clamp(min=1e-6))
         matrix = torch.zeros_like(covariance)
         start = 0
         for width in widths:
             block = slice(start, start + width)
-            deviation = covariance[block, block].diagonal().sqrt().clamp(min=1e-6)
+            deviation = deviations[block]
             values, vectors = torch.linalg.eigh(covariance[block, block] / torch.outer(deviation, deviation))
             scale = (len(covariance) / (len(widths) * width)) ** 0.5
             matrix[block, block] = scale * vectors / deviation[:, None] / (values.clamp(min=0) + FLOOR).sqrt()

@@ -12,6 +12,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
+from datasets.images import IMAGENET_MEAN, IMAGENET_STD
 from models import networks
 from models.backbones import BackboneSpec, build_backbone, empty_backbone, resolve_precision
 from models.inference import OneDNNConv2d, OneDNNLinear, fold_batch_norms
@@ -343,3 +344,16 @@ def test_half_precision_files_are_read_as_float32(write):
 def test_an_empty_backbone_takes_no_memory():
     assert all(parameter.is_meta for parameter in empty_backbone(spec("maps", "wide_resnet50_2", 238)).parameters())
     assert networks.is_vit("test_vit") and not networks.is_vit("resnet18") and not networks.is_vit("mobilenet_v2")
+
+
+@pytest.mark.parametrize("kind", ["tokens", "maps"])
+def test_contrast_normalisation_takes_brightness_and_contrast_away(kind):
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    pixels = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    other = 0.4 * pixels + torch.tensor([0.1, 0.2, 0.05])[:, None, None]
+    for contrast in (True, False):
+        spec = BackboneSpec(kind, "resnet18", 96, weights="random", normalize_contrast=contrast)
+        network = build_backbone(spec)
+        outputs = zip(network((pixels - mean) / std), network((other - mean) / std), strict=True)
+        same = [torch.allclose(a, b, atol=1e-3 * a.abs().max()) for a, b in outputs]
+        assert all(same) if contrast else not any(same)

@@ -268,6 +268,18 @@ CHECKPOINTS = {
         lambda path: rewrite(path, change_metadata=lambda m: m["calibration"].pop("map_std")),
         ["metadata", "map_std"],
     ),
+    "a spread of zero": (
+        lambda path: rewrite(path, change_metadata=lambda m: m["calibration"].update(top_std=0.0)),
+        ["metadata", "top_std"],
+    ),
+    "a setting beyond numbers": (
+        lambda path: rewrite(path, change_metadata=lambda m: m["settings"].update(neighbors=float("inf"))),
+        ["metadata"],
+    ),
+    "two colours": (
+        lambda path: rewrite(path, change_metadata=lambda m: m["backbone"].update(mean=[0.5, 0.5])),
+        ["metadata", "colours"],
+    ),
     "other weights": (
         lambda path: rewrite(path, change_metadata=lambda m: m["backbone"].update(seed=5)),
         ["weights", "--pc-weights"],

@@ -490,9 +490,11 @@ def test_patchcore_refuses_an_empty_bank(stand_in, batches):
         branch.fit(batches([{"image": torch.randn(2, 4, 8, 8), "index": torch.arange(2)}], 2))
 
 
-def test_training_images_all_alike_are_refused(stand_in, batches):
+@pytest.mark.parametrize("rounding", [0, 1e-7])
+def test_training_images_all_alike_are_refused(stand_in, batches, rounding):
     branch = MACLU(stand_in(16, (2, 2), 6))
-    branch.backbone.forward = lambda images: (torch.ones(len(images), 6), torch.ones(len(images), 4, 6))
+    tokens = 1 + rounding * torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(0))
+    branch.backbone.forward = lambda images: (torch.ones(len(images), 6), tokens)
     with pytest.raises(InputError, match="identical"), pytest.warns(UserWarning, match="channels"):
         branch.fit(batches([{"image": torch.zeros(4, 3, 16, 16), "index": torch.arange(4)}], 4))
 

@@ -34,7 +34,7 @@ def backbone(kind: str, size: int = 96):
 def test_the_filters_are_the_same_to_the_last_bit_everywhere():
     mark = fingerprint(WaveletPyramid(second_order=True).state_dict())
     assert mark == fingerprint(WaveletPyramid(second_order=False).state_dict())
-    assert mark.startswith("6603f83d9cfedddc")
+    assert mark.startswith("eabe214f02880b40")
 
 
 def test_moduli_against_a_plain_convolution():
@@ -101,18 +101,6 @@ def test_tokens_against_numpy():
         np.testing.assert_allclose(patches[image], np.concatenate(columns).T, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["tokens", "maps"])
-def test_contrast_normalisation_takes_brightness_and_contrast_away(kind):
-    pixels = torch.rand(2, 3, 96, 96)
-    other = 0.4 * pixels + torch.tensor([0.1, 0.2, 0.05])[:, None, None]
-    for contrast in (True, False):
-        spec = BackboneSpec(kind, "resnet18", 96, weights="random", normalize_contrast=contrast)
-        network = build_backbone(spec)
-        outputs = zip(network(normalised(pixels)), network(normalised(other)), strict=True)
-        same = [torch.allclose(a, b, atol=1e-3 * a.abs().max()) for a, b in outputs]
-        assert all(same) if contrast else not any(same)
-
-
 def test_an_averaged_bank_against_a_loop():
     patches, entries = torch.randn(300, 5), torch.randn(20, 5)
     entries[7] += 100  # nearest to none
@@ -128,7 +116,7 @@ def test_an_averaged_bank_against_a_loop():
 
 def test_whitening_gives_each_map_the_same_share():
     mixing = torch.eye(9, dtype=torch.float64) + 0.3 * torch.randn(9, 9, dtype=torch.float64)  # well conditioned
-    patches = (torch.randn(20_000, 9, dtype=torch.float64) @ mixing * torch.logspace(-3, 3, 9)).float()
+    patches = (torch.randn(20_000, 9, dtype=torch.float64) @ mixing * torch.logspace(-2, 2, 9)).float()
     whitened = Whitening.fit(patches, [2, 7])(patches).double()
     for block, width in ((slice(0, 2), 2), (slice(2, 9), 7)):
         correlation = np.corrcoef(patches[:, block].double().T)
@@ -138,6 +126,20 @@ def test_whitening_gives_each_map_the_same_share():
         np.testing.assert_allclose(found, expected, rtol=1e-2)
         total = whitened[:, block].var(0).sum().item()
         assert total == pytest.approx(9 / 2, rel=0.1)
+
+
+def test_the_rounding_of_a_grey_cameras_colours_is_not_whitened_up():
+    features = torch.randn(5_000, 6)
+    features[:, 3:] = 1e-7 * torch.randn(5_000, 3)
+    whitened = Whitening.fit(features, [3, 3])(features)
+    assert whitened[:, :3].var(0).mean() == pytest.approx(1, rel=0.05)
+    assert whitened[:, 3:].var(0).max() < 0.02
+
+
+def test_constants_are_part_of_the_fingerprint(monkeypatch):
+    mark = fingerprint(WaveletPyramid(second_order=True).state_dict())
+    monkeypatch.setattr("models.demo_network.CONSTANTS", (1.0,))
+    assert fingerprint(WaveletPyramid(second_order=True).state_dict()) != mark
 
 
 def test_a_whitened_bank_survives_the_checkpoint(tmp_path):

@@ -70,7 +70,7 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
         "--normalize-contrast",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="bring each image to one mean colour and one contrast first",
+        help="bring each image to one mean colour and one contrast first (the demo network does that by itself)",
     )
     group = parser.add_argument_group("fit")
     group.add_argument("--train-ratio", type=share, default=train_ratio, help=f"default: {train_ratio:g}")
