@@ -94,7 +94,8 @@ class USAD:
                     "again, or delete it"
                 )
             options = point.fusion
-        options = {"fusion": default_fusion(folder)} | options
+        if "fusion" not in options:
+            options = options | {"fusion": default_fusion(folder)}
         branches = [
             branch.load(path, (weights or {}).get(branch.name), device, precision) for branch, path in paths.items()
         ]
