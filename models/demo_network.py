@@ -101,7 +101,10 @@ def class_token(first: Tensor, second: Tensor) -> Tensor:
     count = max(1, round(EXTREME * places.shape[2]))
     low = places.kthvalue(count, 2).values
     high = places.kthvalue(places.shape[2] + 1 - count, 2).values
-    moments = [_mean_and_spread(first), SECOND_CLASS_WEIGHT * _mean_and_spread(second)]
+    moments = []
+    for maps, weight in ((first, 1.0), (second, SECOND_CLASS_WEIGHT)):
+        mean, spread = _mean_and_spread(maps)
+        moments += [weight * mean.flatten(1), weight * spread.log().flatten(1)]
     return torch.cat([*moments, low, high], 1)
 
 
@@ -111,17 +114,17 @@ def patch_tokens(first: Tensor, second: Tensor) -> Tensor:
     The channels' absolute deviations from the image's mean and, of the first order, what exceeds 1.5 standard
     deviations of the image, in such.
     """
-    deviation, second_deviation = (maps - maps.mean((2, 3), keepdim=True) for maps in (first, second))
-    spread = deviation.square().mean((2, 3), keepdim=True).sqrt() + FLAT
-    excess = ((deviation / spread).abs() - ORDINARY).clamp(min=0)
-    weighted = [DEVIATION_WEIGHT * deviation.abs(), excess, SECOND_DEVIATION_WEIGHT * second_deviation.abs()]
+    mean, spread = _mean_and_spread(first)
+    deviation, second_deviation = (first - mean).abs(), (second - second.mean((2, 3), keepdim=True)).abs()
+    excess = (deviation / spread - ORDINARY).clamp(min=0)
+    weighted = [DEVIATION_WEIGHT * deviation, excess, SECOND_DEVIATION_WEIGHT * second_deviation]
     return torch.cat(weighted, 1).flatten(2).transpose(1, 2)
 
 
-def _mean_and_spread(maps: Tensor) -> Tensor:
+def _mean_and_spread(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Each channel's mean over an image [B, C, 1, 1], and its standard deviation, never zero."""
     mean = maps.mean((2, 3), keepdim=True)
-    spread = (maps - mean).square().mean((2, 3)).sqrt() + FLAT
-    return torch.cat([mean.flatten(1), spread.log()], 1)
+    return mean, (maps - mean).square().mean((2, 3), keepdim=True).sqrt() + FLAT
 
 
 def _to_grid(maps: Tensor, grid: int) -> Tensor:
