@@ -12,17 +12,17 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from models.backbones import BackboneSpec, build_backbone
-from models.branch import Branch
-from models.ma2patch import MA2Patch
-from models.ma_clu import MACLU
-from models.patchcore import PatchCore
+from models.branches.branch import Branch
+from models.branches.ma2patch import MA2Patch
+from models.branches.ma_clu import MACLU
+from models.branches.patchcore import PatchCore
+from models.networks.backbones import BackboneSpec, build_backbone
+from models.published.checkpoints import PublishedCheckpoints, read_published
+from training.training import checkpoint_path
 from utils.checkpoint import check_replaceable
-from utils.cli import Parser, category_name, run, weights_by_branch
+from utils.command_line import Parser, category_name, run, weights_by_branch
 from utils.errors import InputError
 from utils.locks import file_lock
-from utils.published import PublishedCheckpoints, read_published
-from utils.training import checkpoint_path
 
 # The networks that the authors fuse with, at their input sizes.
 NETWORKS = {

@@ -24,11 +24,11 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from datasets.defects import DEFECTS
-from datasets.scenes import draw_scene
+from scenes.defects import DEFECTS
+from scenes.scenes import draw_scene
 from utils.errors import InputError
 from utils.files import write_json
-from utils.stopping import leave_signals_to_parent, signals_held
+from utils.signals import leave_signals_to_parent, signals_held
 
 MARKER = ".usad_demo.json"
 
@@ -159,7 +159,7 @@ def follow_parent() -> None:
 
 
 def main() -> None:
-    from utils.cli import Parser, category_name, number
+    from utils.command_line import Parser, category_name, number
     from utils.locks import file_lock
 
     parser = Parser(__doc__)
@@ -190,6 +190,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from utils.cli import run  # here: the drawing processes import this file, and need no torch
+    from utils.command_line import run  # here: the drawing processes import this file, and need no torch
 
     run(main)

@@ -18,8 +18,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from datasets.sources import Camera, Frame, Source, find_sources
+from evaluation.evaluate import environment
+from evaluation.predictions import SCRIPT, Recorder, check_output, clear_output
+from evaluation.result_files import PROGRAM
 from models import BRANCHES, USAD
-from utils.cli import (
+from utils.command_line import (
     Parser,
     add_device_flags,
     add_weights_flags,
@@ -32,14 +36,10 @@ from utils.cli import (
     weights_by_branch,
 )
 from utils.errors import InputError
-from utils.evaluate import environment
 from utils.files import write_json
 from utils.locks import folder_lock
-from utils.predictions import SCRIPT, Recorder, check_output, clear_output
 from utils.redact import redact
-from utils.result_files import PROGRAM
-from utils.sources import Camera, Frame, Source, find_sources
-from utils.stopping import stoppable
+from utils.signals import stoppable
 
 
 def main() -> None:

@@ -18,6 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets.mvtec import Category, Item, find_categories
+from datasets.unreadable import leave_out_unreadable, named_at_once
+from evaluation.evaluate import environment
+from evaluation.result_files import claim_folder, mark_folder
 from experiments.baselines import BASELINES, Baselines, add_difference, comparison, find_baselines
 from experiments.cells import CellStore, Unavailable
 from experiments.fusions import SWEEPS, Bench, Fusion, ablation, sensitivity
@@ -26,8 +29,9 @@ from experiments.speed import speed
 from experiments.variants import Variant
 from experiments.writing import write_table
 from models import BRANCHES
-from models.usad import checkpoint_paths
-from utils.cli import (
+from models.fusion.usad import checkpoint_paths
+from training.training import open_category, settings_in_force
+from utils.command_line import (
     Parser,
     add_data_flags,
     add_fusion_flags,
@@ -43,12 +47,8 @@ from utils.cli import (
     weights_by_branch,
 )
 from utils.errors import InputError
-from utils.evaluate import environment
 from utils.files import write_json
 from utils.locks import folder_lock
-from utils.result_files import claim_folder, mark_folder
-from utils.training import open_category, settings_in_force
-from utils.unreadable import leave_out_unreadable, named_at_once
 
 TABLES = ("comparison", "ablation", "sensitivity", "speed")
 

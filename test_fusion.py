@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets.mvtec import Category, ImageDataset, Item, find_categories
+from datasets.unreadable import leave_out_unreadable, named_at_once
+from evaluation.evaluate import evaluate, print_metrics
+from evaluation.result_files import average_path, claim_folder, write_average
 from models import BRANCHES, USAD
-from models.operating_point import OperatingPoint, checkpoint_digests, find_operating_point
-from models.usad import checkpoint_paths
+from models.fusion.operating_point import OperatingPoint, checkpoint_digests, find_operating_point
+from models.fusion.usad import checkpoint_paths
+from training.training import held_out_items, make_loader, open_category, settings_in_force
 from utils import distributed
-from utils.cli import (
+from utils.command_line import (
     Parser,
     add_data_flags,
     add_fusion_flags,
@@ -33,11 +37,7 @@ from utils.cli import (
     warn,
     weights_by_branch,
 )
-from utils.evaluate import evaluate, print_metrics
 from utils.locks import folder_lock
-from utils.result_files import average_path, claim_folder, write_average
-from utils.training import held_out_items, make_loader, open_category, settings_in_force
-from utils.unreadable import leave_out_unreadable, named_at_once
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ python train_ma2patch.py --category my_belt --covariance ledoit-wolf
 
 from __future__ import annotations
 
-from models.ma2patch import MA2Patch
-from utils.cli import run
-from utils.training import add_token_flags, parse_training, run_training, training_parser
+from models.branches.ma2patch import MA2Patch
+from training.training import add_token_flags, parse_training, run_training, training_parser
+from utils.command_line import run
 
 
 def main() -> None:

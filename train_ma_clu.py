@@ -6,9 +6,9 @@ python train_ma_clu.py --category my_belt --weights dinov2_vits14.safetensors
 
 from __future__ import annotations
 
-from models.ma_clu import MACLU
-from utils.cli import number, run
-from utils.training import add_budget_flag, add_token_flags, parse_training, run_training, training_parser
+from models.branches.ma_clu import MACLU
+from training.training import add_budget_flag, add_token_flags, parse_training, run_training, training_parser
+from utils.command_line import number, run
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 
-from models.patchcore import PatchCore
-from utils.cli import number, run
-from utils.training import add_budget_flag, parse_training, run_training, share, training_parser
+from models.branches.patchcore import PatchCore
+from training.training import add_budget_flag, parse_training, run_training, share, training_parser
+from utils.command_line import number, run
 
 
 def main() -> None:

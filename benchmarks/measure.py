@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.inference import linear
+from models.networks.kernels import linear
 from utils.timing import peak_memory_mb
 
 LONG = 5.0  # seconds from which on one timed run is enough
@@ -107,7 +107,7 @@ def product_rate(device: str, precision: str, size: int = 4096) -> dict[str, flo
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     kernels = {"torch.mm": lambda: a @ b}
     if dtype == torch.float32:
-        kernels["models.inference.linear"] = lambda: linear(a, b)
+        kernels["models.networks.kernels.linear"] = lambda: linear(a, b)
     rates = {}
     for name, kernel in kernels.items():
         kernel()

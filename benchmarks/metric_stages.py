@@ -11,8 +11,8 @@ from scipy.ndimage import gaussian_filter
 from benchmarks import reference_metrics
 from benchmarks.measure import Row, apart, pair
 from benchmarks.settings import SEED, Settings
-from utils.metrics import PixelMetrics
-from utils.published_pro import PublishedPro, region_areas
+from metrics.metrics import PixelMetrics
+from metrics.published_pro import PublishedPro, region_areas
 
 
 def drawn_maps(count: int, side: int) -> tuple[np.ndarray, np.ndarray]:

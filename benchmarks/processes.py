@@ -20,11 +20,11 @@ import torch
 from benchmarks.measure import Row, apart
 from benchmarks.settings import SEED, Noise, Settings
 from datasets.mvtec import Category, ImageDataset, ImageLoader, Item
-from datasets.scenes import draw_scene
-from models.backbones import BackboneSpec, build_backbone
-from models.branch import Branch
-from models.ma_clu import MACLU
-from models.patchcore import PatchCore
+from models.branches.branch import Branch
+from models.branches.ma_clu import MACLU
+from models.branches.patchcore import PatchCore
+from models.networks.backbones import BackboneSpec, build_backbone
+from scenes.scenes import draw_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED_ON = 40

@@ -15,8 +15,8 @@ import torchvision
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from models import networks
-from models.weights import random_state_dict
+from models.networks.libraries import libraries as networks
+from models.networks.weights import random_state_dict
 
 LAMBDA_OBJECT, LAMBDA_MAP, COAL = 0.01, 1.0, 1.14
 

@@ -27,7 +27,7 @@ from benchmarks import metric_stages, processes, stages
 from benchmarks.measure import Row
 from benchmarks.plot import plot
 from benchmarks.settings import Settings
-from utils.cli import PRECISIONS, Parser, choose_device, default_batch_size, number, run
+from utils.command_line import PRECISIONS, Parser, choose_device, default_batch_size, number, run
 from utils.errors import InputError
 from utils.files import write_json, write_text
 from utils.timing import processor

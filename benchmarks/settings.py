@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from benchmarks.measure import gflop, product_rate
-from models import BRANCHES, networks
-from models.backbones import BackboneSpec, build_backbone
-from models.branch import Branch
+from models import BRANCHES
+from models.branches.branch import Branch
+from models.networks.backbones import BackboneSpec, build_backbone
+from models.networks.libraries import libraries as networks
 
 SEED = 22
 PAPER = {

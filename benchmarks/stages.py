@@ -17,14 +17,14 @@ from benchmarks import reference
 from benchmarks.measure import Row, pair, seconds
 from benchmarks.settings import SEED, Settings
 from datasets.images import EXTENSIONS, to_tensor
-from datasets.scenes import draw_scene
 from models import USAD
-from models.backbones import BackboneSpec, build_backbone, empty_backbone
-from models.coreset import LazyGreedy, sparse_projection
-from models.neighbors import NearestNeighbors
-from models.patch_store import PatchStore
-from models.patchcore import patch_features
-from models.postprocess import gaussian_blur, min_max, resize_maps
+from models.branches.coreset import LazyGreedy, sparse_projection
+from models.branches.neighbors import NearestNeighbors
+from models.branches.patch_store import PatchStore
+from models.branches.patchcore import patch_features
+from models.branches.postprocess import gaussian_blur, min_max, resize_maps
+from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone
+from scenes.scenes import draw_scene
 
 QUERY_BUDGET = 3e9  # bytes of the whole distance matrix and bank up to which the reference is run
 

@@ -23,7 +23,7 @@ from datasets.coalad import CATEGORY as COALAD
 from datasets.images import EXTENSIONS, mask_to_tensor, read_image, read_mask, to_tensor
 from utils import distributed
 from utils.errors import InputError
-from utils.stopping import leave_signals_to_parent, stoppable
+from utils.signals import leave_signals_to_parent, stoppable
 
 
 @dataclasses.dataclass(frozen=True)

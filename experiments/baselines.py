@@ -17,7 +17,7 @@ from datasets.mvtec import Category, split_training
 from experiments.cells import Cell, CellStore, Row, Section, Table, Unavailable
 from experiments.fusions import DEFINED, FIGURES, Bench, Fusion
 from models import PatchCore
-from models.postprocess import resize_maps
+from models.branches.postprocess import resize_maps
 from utils.errors import InputError
 from utils.files import sha256_of_file
 

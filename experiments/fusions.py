@@ -13,11 +13,11 @@ from torch import Tensor
 from experiments.cells import Cell, Row, Section, Table
 from experiments.measurements import Measurements
 from experiments.variants import Variant
+from metrics.metrics import image_metrics
 from models import MACLU, USAD, PatchCore
-from models.backbones import size_step
-from models.gaussian import COVARIANCES
-from models.postprocess import resize_maps
-from utils.metrics import image_metrics
+from models.branches.gaussian import COVARIANCES
+from models.branches.postprocess import resize_maps
+from models.networks.backbones import size_step
 
 DEFINED = 'Figures are fractions; what each is, README.md says under "How each number is defined".'
 FIGURES = {

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from datasets.images import mask_to_tensor, read_image, read_mask
 from datasets.mvtec import Category, ImageDataset, Item
+from evaluation.results import Results
 from experiments.cells import Unavailable, digest
 from experiments.variants import Variant
-from models.branch import Branch
-from models.postprocess import resize_images
+from models.branches.branch import Branch
+from models.branches.postprocess import resize_images
+from training.training import make_loader
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError, UnreadableError
 from utils.files import digest_of_lines, sha256_of_file
-from utils.results import Results
-from utils.training import make_loader
 
 
 class Measured(NamedTuple):

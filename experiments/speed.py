@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from datasets.mvtec import ImageDataset, ImageLoader, Item
+from evaluation.evaluate import stage_seconds, timed
 from experiments.baselines import ROOT
 from experiments.cells import Cell, Row, Section, Table, Unavailable
 from experiments.fusions import Bench, Fusion
 from models import USAD
-from models.operating_point import checkpoint_digests
-from models.usad import checkpoint_paths
-from utils.evaluate import stage_seconds, timed
+from models.fusion.operating_point import checkpoint_digests
+from models.fusion.usad import checkpoint_paths
 from utils.timing import Stopwatch, peak_memory_mb, processor
 
 IMAGES = 200  # at most so many are timed

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets.mvtec import Category
-from models.backbones import BackboneSpec, build_backbone, empty_backbone
-from models.branch import Branch
+from models.branches.branch import Branch
+from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone
+from training.training import fit_branch
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 from utils.files import sha256_of_file
-from utils.training import fit_branch
 
 SCORING = {"threshold"}  # settings that take part when maps are made, not before
 PUBLISHED_SHARE = {"pc": 0.5}  # of the training images, where a converted checkpoint does not say

@@ -9,8 +9,8 @@ from typing import Any
 
 from experiments.cells import CellStore, Section, Table
 from experiments.fusions import IN_FORCE
+from utils.csv_cells import safe_cell
 from utils.files import atomic_write, write_json, write_text
-from utils.tables import safe_cell
 
 PLOTTED = ("image_auroc", "pixel_auroc", "aupro")
 

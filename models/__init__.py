@@ -1,10 +1,10 @@
 """The branches and their fusion. A new branch joins `BRANCHES`."""
 
-from models.branch import Branch
-from models.ma2patch import MA2Patch
-from models.ma_clu import MACLU
-from models.patchcore import PatchCore
-from models.usad import USAD
+from models.branches.branch import Branch
+from models.branches.ma2patch import MA2Patch
+from models.branches.ma_clu import MACLU
+from models.branches.patchcore import PatchCore
+from models.fusion.usad import USAD
 
 BRANCHES = (MACLU, MA2Patch, PatchCore)
 

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from datasets.images import IMAGENET_MEAN, IMAGENET_STD
-from models import networks
-from models.backbones import BackboneSpec, build_backbone, empty_backbone, resolve_precision
-from models.inference import OneDNNConv2d, OneDNNLinear, fold_batch_norms
-from models.weights import random_state_dict
+from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone, resolve_precision
+from models.networks.kernels import OneDNNConv2d, OneDNNLinear, fold_batch_norms
+from models.networks.libraries import libraries as networks
+from models.networks.weights import random_state_dict
 from utils.errors import InputError
 
 

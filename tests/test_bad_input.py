@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import draw_category, run_in_process, small_flags
 
-import utils.training
-from models.networks import full_network
-from models.weights import random_state_dict
+import training.training
+from models.networks.libraries import full_network
+from models.networks.weights import random_state_dict
 from utils.checkpoint import FORMAT, load_checkpoint, save_checkpoint
-from utils.cli import run
+from utils.command_line import run
 from utils.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -49,9 +49,9 @@ def nothing_is_built(monkeypatch):
     def build(*_, **__):
         pytest.fail("the network was built before the flags were checked")
 
-    monkeypatch.setattr(utils.training, "build_backbone", build)
-    monkeypatch.setattr("models.branch.build_backbone", build)
-    monkeypatch.setattr("utils.training.ensure_coalad", build)
+    monkeypatch.setattr(training.training, "build_backbone", build)
+    monkeypatch.setattr("models.branches.branch.build_backbone", build)
+    monkeypatch.setattr("training.training.ensure_coalad", build)
 
 
 # Flags

@@ -13,10 +13,10 @@ from tiny import run_in_process, small_flags
 
 from benchmarks import measure, plain_fusion, reference, reference_metrics
 from benchmarks.metric_stages import drawn_maps
-from models.coreset import greedy_k_center
-from models.neighbors import NearestNeighbors
-from models.patchcore import patch_features
-from utils.metrics import PixelMetrics
+from metrics.metrics import PixelMetrics
+from models.branches.coreset import greedy_k_center
+from models.branches.neighbors import NearestNeighbors
+from models.branches.patchcore import patch_features
 
 
 def test_the_published_program_gives_what_test_fusion_gives(workplace):

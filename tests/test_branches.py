@@ -22,13 +22,13 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from models import MACLU, USAD, Branch, MA2Patch, PatchCore
-from models.backbones import BackboneSpec, build_backbone
-from models.calibration import calibrate
-from models.gaussian import Gaussian, GaussianFit, RunningMoments
-from models.ma_clu import _foreground_and_background
-from models.networks import full_network
-from models.patch_store import PatchStore
-from models.weights import random_state_dict
+from models.branches.calibration import calibrate
+from models.branches.gaussian import Gaussian, GaussianFit, RunningMoments
+from models.branches.ma_clu import _foreground_and_background
+from models.branches.patch_store import PatchStore
+from models.networks.backbones import BackboneSpec, build_backbone
+from models.networks.libraries import full_network
+from models.networks.weights import random_state_dict
 from utils.errors import InputError
 
 SIZES = {"ma_clu": 64, "ma2patch": 96, "pc": 80}

@@ -18,13 +18,13 @@ import torch
 from sklearn.cluster import KMeans
 
 import convert_published
-from models.backbones import BackboneSpec, empty_backbone
-from models.ma2patch import MA2Patch
-from models.ma_clu import MACLU
-from models.patchcore import PatchCore
-from utils import plain_pickle
+from models.branches.ma2patch import MA2Patch
+from models.branches.ma_clu import MACLU
+from models.branches.patchcore import PatchCore
+from models.networks.backbones import BackboneSpec, empty_backbone
+from models.published import plain_pickle
+from models.published.checkpoints import FILES, KMEANS_FILE, MA2PATCH, MA_CLU, PATCHCORE, read_published
 from utils.errors import InputError
-from utils.published import FILES, KMEANS_FILE, MA2PATCH, MA_CLU, PATCHCORE, read_published
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-import models.coreset
-from models.coreset import LazyGreedy, greedy_k_center, sparse_projection
+import models.branches.coreset
+from models.branches.coreset import LazyGreedy, greedy_k_center, sparse_projection
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ CASES = {
 @pytest.mark.parametrize("head", [256, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_plain_greedy(case, head, rng, monkeypatch):
-    monkeypatch.setattr(models.coreset, "HEAD", head)
+    monkeypatch.setattr(models.branches.coreset, "HEAD", head)
     features, size = CASES[case](rng)
     features = features.astype(np.float32)
     chosen = greedy_k_center(torch.from_numpy(features), size, progress=False)

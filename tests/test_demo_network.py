@@ -10,12 +10,12 @@ from conftest import Batches
 from tiny import draw_category, run_in_process
 
 from datasets.images import IMAGENET_MEAN, IMAGENET_STD
-from models.backbones import BackboneSpec, build_backbone
-from models.demo_network import NAME, ORIENTATIONS, SCALES, WaveletPyramid, brightness_and_colour
-from models.neighbors import NearestNeighbors
-from models.patchcore import PatchCore, means_around
-from models.weights import fingerprint
-from models.whitening import FLOOR, Whitening
+from models.branches.neighbors import NearestNeighbors
+from models.branches.patchcore import PatchCore, means_around
+from models.branches.whitening import FLOOR, Whitening
+from models.networks.backbones import BackboneSpec, build_backbone
+from models.networks.wavelets import NAME, ORIENTATIONS, SCALES, WaveletPyramid, brightness_and_colour
+from models.networks.weights import fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +138,7 @@ def test_the_rounding_of_a_grey_cameras_colours_is_not_whitened_up():
 
 def test_constants_are_part_of_the_fingerprint(monkeypatch):
     mark = fingerprint(WaveletPyramid(second_order=True).state_dict())
-    monkeypatch.setattr("models.demo_network.CONSTANTS", (1.0,))
+    monkeypatch.setattr("models.networks.wavelets.CONSTANTS", (1.0,))
     assert fingerprint(WaveletPyramid(second_order=True).state_dict()) != mark
 
 

@@ -9,11 +9,11 @@ from PIL import Image
 from sklearn.random_projection import SparseRandomProjection
 
 from datasets.images import mask_to_tensor, to_tensor
+from metrics.metrics import PixelMetrics
 from models import MACLU, USAD, MA2Patch, PatchCore
-from models.coreset import greedy_k_center
-from models.patchcore import patch_features
-from models.postprocess import resize_images, resize_maps
-from utils.metrics import PixelMetrics
+from models.branches.coreset import greedy_k_center
+from models.branches.patchcore import patch_features
+from models.branches.postprocess import resize_images, resize_maps
 
 
 class Given:

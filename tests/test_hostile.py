@@ -24,10 +24,10 @@ from PIL import Image
 from datasets.coalad import extract
 from datasets.images import read_image
 from models import PatchCore
-from utils.cards import html_text
+from reporting.cards import html_text
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.csv_cells import safe_cell
 from utils.errors import InputError, UnreadableError
-from utils.tables import safe_cell
 
 if sys.platform != "linux":
     pytest.skip("the watch over memory and time is Linux's", allow_module_level=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.inference import OneDNNAttention, onednn_available
+from models.networks.kernels import OneDNNAttention, onednn_available
 
 attention = F.scaled_dot_product_attention
 
@@ -50,12 +50,12 @@ def test_leaves_other_attention_to_torch(options):
 
 @pytest.mark.skipif(not onednn_available(), reason="this CPU has no AVX-512")
 def test_a_vit_goes_through_it(monkeypatch):
-    import models.inference
-    from models.backbones import BackboneSpec, build_backbone
+    import models.networks.kernels
+    from models.networks.backbones import BackboneSpec, build_backbone
 
     calls = []
-    ours = models.inference._attention
-    monkeypatch.setattr(models.inference, "_attention", lambda *heads: calls.append(1) or ours(*heads))
+    ours = models.networks.kernels._attention
+    monkeypatch.setattr(models.networks.kernels, "_attention", lambda *heads: calls.append(1) or ours(*heads))
     backbone = build_backbone(BackboneSpec("tokens", "test_vit", 64, weights="random"))
     backbone(torch.zeros(1, 3, 64, 64))
     assert len(calls) == len(backbone.net.blocks)

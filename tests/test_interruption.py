@@ -13,7 +13,7 @@ import pytest
 from tiny import draw_category, run_in_process, small_flags
 
 from models import PatchCore
-from utils import stopping
+from utils import signals
 from utils.errors import InputError
 from utils.files import atomic_write
 from utils.locks import file_lock, folder_lock
@@ -28,22 +28,22 @@ posix = pytest.mark.skipif(os.name != "posix", reason="no such signals here")
 @pytest.fixture
 def watched():
     """The script's handlers are in force, those of pytest again afterwards."""
-    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
-    stopping.watch_signals()
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    signals.watch_signals()
     yield
-    stopping.leave_signals()
+    signals.leave_signals()
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @posix
 @pytest.mark.parametrize(
-    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, stopping.Terminated)]
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, signals.Terminated)]
 )
 def test_the_batch_in_hand_is_finished(watched, number, kind):
     finished = []
     with pytest.raises(kind):
-        for batch in stopping.stoppable(range(5)):
+        for batch in signals.stoppable(range(5)):
             if batch == 2:
                 signal.raise_signal(number)
             finished.append(batch)
@@ -58,16 +58,16 @@ def test_a_signal_while_a_batch_is_awaited(watched):
         yield 1
 
     finished = []
-    with pytest.raises(stopping.Terminated):
-        finished.extend(stopping.stoppable(batches()))
+    with pytest.raises(signals.Terminated):
+        finished.extend(signals.stoppable(batches()))
     assert finished == [0]
 
 
 @posix
 def test_a_batch_that_takes_too_long_is_broken_off(watched, monkeypatch):
     monkeypatch.setattr(stopping, "GRACE", 0.2)
-    with pytest.raises(stopping.Terminated):
-        for _ in stopping.stoppable(range(5)):
+    with pytest.raises(signals.Terminated):
+        for _ in signals.stoppable(range(5)):
             signal.raise_signal(signal.SIGTERM)
             start = time.monotonic()
             while time.monotonic() < start + 20:
@@ -78,7 +78,7 @@ def test_a_batch_that_takes_too_long_is_broken_off(watched, monkeypatch):
 @posix
 def test_a_second_signal_does_not_wait(watched):
     with pytest.raises(KeyboardInterrupt):
-        for _ in stopping.stoppable(range(5)):
+        for _ in signals.stoppable(range(5)):
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGINT)
             pytest.fail("the batch went on")
@@ -86,8 +86,8 @@ def test_a_second_signal_does_not_wait(watched):
 
 @posix
 def test_outside_of_batches_a_signal_takes_effect_at_once(watched):
-    assert list(stopping.stoppable(range(3))) == [0, 1, 2]
-    with pytest.raises(stopping.Terminated):
+    assert list(signals.stoppable(range(3))) == [0, 1, 2]
+    with pytest.raises(signals.Terminated):
         signal.raise_signal(signal.SIGTERM)
         pytest.fail("it went on")
 

@@ -11,8 +11,8 @@ import torch
 from scipy import ndimage
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
-from utils import metrics
-from utils.metrics import PixelMetrics, image_curves, image_f1_threshold, image_metrics
+from metrics import metrics
+from metrics.metrics import PixelMetrics, image_curves, image_f1_threshold, image_metrics
 
 DATA = Path(__file__).parent / "data"
 PIXEL_KEYS = {"pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "pro_as_published"}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import models.neighbors
-from models.neighbors import NearestNeighbors
+import models.branches.neighbors
+from models.branches.neighbors import NearestNeighbors
 
 
 @pytest.fixture
@@ -134,14 +134,14 @@ def test_only_doubtful_queries_are_settled_in_float64(rng, monkeypatch):
 
 def test_never_holds_the_whole_matrix(rng, monkeypatch):
     largest = []
-    linear = models.neighbors.linear
+    linear = models.branches.neighbors.linear
 
     def watched(*arguments):
         result = linear(*arguments)
         largest.append(result.numel() * result.element_size())
         return result
 
-    monkeypatch.setattr(models.neighbors, "linear", watched)
+    monkeypatch.setattr(models.branches.neighbors, "linear", watched)
     bank, queries = (torch.from_numpy(rng.normal(size=(n, 4)).astype(np.float32)) for n in (30000, 2000))
     neighbors = NearestNeighbors(bank, budget=1 << 22)
     neighbors.faiss = None

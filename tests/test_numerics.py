@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny import draw_category, run_in_process, small_flags
 
 from models import MACLU, USAD, MA2Patch, PatchCore
-from models.backbones import BackboneSpec, build_backbone
-from models.gaussian import Gaussian, GaussianFit
-from models.networks import full_network
-from models.weights import random_state_dict
+from models.branches.gaussian import Gaussian, GaussianFit
+from models.networks.backbones import BackboneSpec, build_backbone
+from models.networks.libraries import full_network
+from models.networks.weights import random_state_dict
 from utils.errors import InputError
 
 ODD = {

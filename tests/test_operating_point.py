@@ -21,8 +21,8 @@ import train_ma_clu
 import train_pc
 from datasets.mvtec import ImageDataset
 from models import USAD
-from models.operating_point import OperatingPoint, exceedance, quantile, rank
-from utils.cli import run
+from models.fusion.operating_point import OperatingPoint, exceedance, quantile, rank
+from utils.command_line import run
 from utils.errors import InputError
 
 HELD = 12  # of 24

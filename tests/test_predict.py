@@ -22,16 +22,16 @@ from PIL import Image
 from scipy import ndimage
 
 import predict
+from datasets import sources
 from datasets.images import IMAGENET_MEAN, IMAGENET_STD, to_tensor
+from datasets.sources import Camera, Images, Video, find_sources
+from evaluation.predictions import Alarm
 from models import USAD
-from models.prediction import regions
-from utils import sources
-from utils.cli import run
+from models.fusion.prediction import regions
+from utils.command_line import run
+from utils.csv_cells import safe_cell
 from utils.errors import InputError
-from utils.predictions import Alarm
 from utils.redact import redact
-from utils.sources import Camera, Images, Video, find_sources
-from utils.tables import safe_cell
 
 ROOT = Path(predict.__file__).parent
 SECRET = "Gr3n:zw@ll"

@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 
 from datasets.mvtec import Category, ImageDataset, ImageLoader
+from evaluation.evaluate import evaluate
+from metrics.metrics import PROTOCOLS
+from reporting import report as report_module
+from reporting.cards import KINDS, Threshold, card
+from reporting.charts import Bars, Line, curve_chart, histogram_chart, ticks
+from reporting.gallery import Entry, Gallery, Pictures, SmallMap, encode, outline
+from reporting.report import write_report
 from tests.chromium import BINARY, Browser
-from utils import report as report_module
-from utils.cards import KINDS, Threshold, card
-from utils.charts import Bars, Line, curve_chart, histogram_chart, ticks
-from utils.evaluate import evaluate
-from utils.gallery import Entry, Gallery, Pictures, SmallMap, encode, outline
-from utils.metrics import PROTOCOLS
-from utils.report import write_report
 from utils.timing import Stopwatch
 
 PARTS = ("fusion", "ma_clu", "ma2patch", "pc")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import make_demo_data
-from datasets.defects import DEFECTS, along
-from datasets.drawing import Canvas, lump
-from datasets.scenes import LEAST_VISIBLE, Scene, draw_scene
-from utils.cli import run
+from scenes.defects import DEFECTS, along
+from scenes.drawing import Canvas, lump
+from scenes.scenes import LEAST_VISIBLE, Scene, draw_scene
+from utils.command_line import run
 
 SMALL = ["--size", "96", "--train", "4", "--good", "2", "--anomalous", "4", "--seed", "5"]
 

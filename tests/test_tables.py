@@ -25,8 +25,8 @@ from datasets.mvtec import Category, ImageDataset
 from experiments import baselines, fusions, measurements, speed
 from experiments.variants import Variant
 from models import BRANCHES, MACLU, USAD, PatchCore
-from models.backbones import BackboneSpec
-from models.postprocess import resize_images, resize_maps
+from models.branches.postprocess import resize_images, resize_maps
+from models.networks.backbones import BackboneSpec
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.locks import folder_lock
 
@@ -163,7 +163,7 @@ def test_sweeps_without_a_fit(place, direct, monkeypatch):
     """Thresholds and factors cost no network pass: the networks cannot even be built."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(measurements, "make_loader", None)
-    monkeypatch.setattr("models.branch.build_backbone", None)
+    monkeypatch.setattr("models.branches.branch.build_backbone", None)
     reproduce(place, "--tables", "sensitivity", "--sweeps", "threshold,lambda_obj,lambda_map")
     labels, masks, parts = direct
     peak = np.prod([maps for _, maps in parts.values()], axis=0).max((1, 2))

@@ -15,8 +15,8 @@ import timm
 import torch
 from safetensors.torch import save, save_file
 
-from models import weights
-from models.weights import fingerprint, pretrained_state_dict, random_state_dict, read_state_dict
+from models.networks.libraries import weights
+from models.networks.weights import fingerprint, pretrained_state_dict, random_state_dict, read_state_dict
 from utils.errors import InputError
 
 VIT = "test_vit.r160_in1k"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.cli import run
+from utils.command_line import run
 
 
 class Finished(NamedTuple):

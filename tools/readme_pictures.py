@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from models import USAD
-from utils.visualize import colorize
+from reporting.visualize import colorize
 
 DATA = Path("data/coal_demo")
 IMAGES = Path("docs/images")

@@ -16,15 +16,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.cluster import KMeans
 
-from models.backbones import BackboneSpec, empty_backbone
-from models.branch import Branch
-from models.networks import full_network, load_weights
-from models.operating_point import FORMAT
-from models.weights import random_state_dict, read_state_dict
+from models.branches.branch import Branch
+from models.fusion.operating_point import FORMAT
+from models.networks.backbones import BackboneSpec, empty_backbone
+from models.networks.libraries import full_network, load_weights
+from models.networks.weights import random_state_dict, read_state_dict
+from models.published.checkpoints import KMEANS_FILE as KMEANS
+from models.published.checkpoints import MA2PATCH, MA_CLU, PATCHCORE
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
-from utils.published import KMEANS_FILE as KMEANS
-from utils.published import MA2PATCH, MA_CLU, PATCHCORE
 
 SIZE = (23, 17)  # of the images, width and height
 NETWORK = "test_resnet"

@@ -26,9 +26,9 @@ from hardness import mutations
 from datasets.coalad import extract
 from datasets.images import read_image, read_mask
 from models import BRANCHES
-from models.operating_point import OperatingPoint
+from models.fusion.operating_point import OperatingPoint
+from models.published.checkpoints import FILES, read_published
 from utils.errors import InputError
-from utils.published import FILES, read_published
 
 SECONDS, BYTES = 10, 2 << 30  # of processor time, and of memory above a clean run's, that no file may cost
 CHUNK = 250  # cases a process; a crash costs the rest of one

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from tiny import SMALL_NETWORKS, draw_category, small_flags
 
-from utils.cli import run
-from utils.published import FILES, KMEANS_FILE, MA_CLU, PATCHCORE
+from models.published.checkpoints import FILES, KMEANS_FILE, MA_CLU, PATCHCORE
+from utils.command_line import run
 
 SECONDS = 10  # after which an interrupted script has ended
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}

@@ -23,7 +23,7 @@ from hardness import fuzzing, interruption, long_run  # noqa: E402
 from tiny import SMALL_NETWORKS, draw_category, run_in_process, small_flags  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from utils.cli import Parser, number, run  # noqa: E402
+from utils.command_line import Parser, number, run  # noqa: E402
 
 
 class Tally:

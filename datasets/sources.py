@@ -1,0 +1,257 @@
+"""Where frames come from: image files, folders, patterns, video files, and cameras.
+
+Files give every frame, in order. A camera gives its newest frame: what arrives while the last one is still being
+looked at is dropped and counted, so that the answer is never late.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import itertools
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from datasets.images import EXTENSIONS, read_image
+from utils.command_line import warn
+from utils.errors import InputError
+from utils.redact import redact
+
+VIDEO_EXTENSIONS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts"}
+CAMERA_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "rtp", "srt")
+ANSWER_SECONDS = 10.0  # a camera that gives no frame for so long is not there
+DEFAULT_FPS = 25.0  # of a video that does not say
+
+# What OpenCV and FFmpeg print by themselves may hold a camera's address.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+(cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2).setLogLevel(0)  # silent; OpenCV 4.13 moved it
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """One picture and where it comes from."""
+
+    source: str  # path, or a camera's address without its password
+    number: int  # from 0, in the folder, the video, or of all that the camera sent
+    time: float | str  # a video: seconds from its start; a camera: UTC; an image: ""
+    image: Image.Image | np.ndarray  # RGB, uint8 [H, W, 3] if an array
+
+
+class Images:
+    """The images of one folder that were asked for."""
+
+    fps = None
+    dropped = 0
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+        self.name = self.paths[0].parent.as_posix()
+        self.problems: list[str] = []
+
+    def frames(self, every: int) -> Iterator[Frame]:
+        """Every so many-th image; one that cannot be read goes to `problems`."""
+        for number, path in list(enumerate(self.paths))[::every]:
+            try:
+                yield Frame(path.as_posix(), number, "", read_image(path))
+            except (InputError, OSError) as error:
+                self.problems.append(str(error))
+
+
+class Video:
+    """A video file."""
+
+    dropped = 0
+
+    def __init__(self, path: Path) -> None:
+        self.paths = [path]
+        self.name = path.as_posix()
+        self.fps = DEFAULT_FPS
+        self.problems: list[str] = []
+
+    def frames(self, every: int) -> Iterator[Frame]:
+        """Every so many-th frame; a file that cannot be read, or not to its end, goes to `problems`."""
+        # An absolute path: FFmpeg takes the beginning of a name such as "http:a.mp4" for a protocol.
+        capture = cv2.VideoCapture(str(self.paths[0].absolute()), cv2.CAP_FFMPEG)
+        try:
+            fps = capture.get(cv2.CAP_PROP_FPS)
+            self.fps = fps if 0 < fps < 1000 else DEFAULT_FPS
+            expected = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+            number = 0
+            while capture.grab():
+                if number % every == 0:
+                    seconds = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+                    ok, image = capture.retrieve()
+                    if not ok:
+                        break
+                    yield Frame(self.name, number, round(seconds, 3), cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+                number += 1
+        finally:
+            capture.release()
+        if number == 0:
+            self.problems.append(f"{self.name} cannot be read as a video; repair it, or convert it to MP4")
+        elif number < expected:
+            warn(f"{self.name} announces {expected:.0f} frames, {number} could be read")
+
+
+class Camera:
+    """A camera's number, or the address of a stream, read by a thread that keeps only the newest frame."""
+
+    fps = None
+
+    def __init__(self, address: str) -> None:
+        self.paths: list[Path] = []
+        self.address = address
+        self.name = f"camera {address}" if address.isdigit() else redact(address)
+        self.dropped = 0
+        self.problems: list[str] = []
+        self._every = 1
+        self._news = threading.Condition()
+        self._newest: Frame | None = None
+        self._ended = self._stopping = False
+        self._taking = False  # frames that come before anybody takes any are not counted as dropped
+        self._thread = threading.Thread(target=self._read, daemon=True)
+
+    def open(self, every: int) -> None:
+        """Start reading; raises InputError unless a frame comes within ANSWER_SECONDS."""
+        self._every = every
+        self._thread.start()
+        with self._news:
+            self._wait(ANSWER_SECONDS)
+            answered = self._newest is not None
+        if not answered:
+            self.close()
+            raise InputError(
+                f"{self.name} gives no picture; check that it is on, its address, user and password, and that no "
+                "other program holds it"
+            )
+
+    def frames(self, every: int) -> Iterator[Frame]:
+        """The newest frame each time, until the stream ends or has been silent for ANSWER_SECONDS."""
+        if self._thread.ident is None:
+            self.open(every)
+        while True:
+            with self._news:
+                self._taking = True
+                self._wait(ANSWER_SECONDS)
+                frame, self._newest = self._newest, None
+            if frame is None:
+                return
+            yield frame
+
+    def close(self) -> None:
+        """Let go of the camera. Python must not end while the thread is inside OpenCV: the process would abort."""
+        self._stopping = True
+        if self._thread.ident is not None:
+            self._thread.join(timeout=ANSWER_SECONDS)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait for a frame or the end, in slices: Windows delivers no Ctrl-C during a wait."""
+        end = time.monotonic() + seconds
+        while self._newest is None and not self._ended and (left := end - time.monotonic()) > 0:
+            self._news.wait(min(left, 0.5))
+
+    def _read(self) -> None:
+        capture = None
+        try:
+            capture = _open_capture(self.address)
+            for number in itertools.count():
+                if self._stopping or not capture.grab():
+                    break
+                if number % self._every == 0:
+                    ok, image = capture.retrieve()
+                    if not ok:
+                        break
+                    self._publish(number, cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+        except cv2.error:
+            pass  # a picture that OpenCV cannot take: the stream ends here, and says so
+        finally:
+            with self._news:
+                self._ended = True
+                self._news.notify_all()
+            if capture is not None:
+                capture.release()
+
+    def _publish(self, number: int, image: np.ndarray) -> None:
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        with self._news:
+            if self._taking and self._newest is not None:
+                self.dropped += 1
+            self._newest = Frame(self.name, number, now, image)
+            self._news.notify_all()
+
+
+def _open_capture(address: str) -> cv2.VideoCapture:
+    if address.isdigit():
+        return cv2.VideoCapture(int(address))
+    limit = int(ANSWER_SECONDS * 800)  # milliseconds: gives up before the one who waits for it
+    limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, limit, cv2.CAP_PROP_READ_TIMEOUT_MSEC, limit]
+    return cv2.VideoCapture(address, cv2.CAP_FFMPEG, limits)
+
+
+Source = Images | Video | Camera
+
+
+def find_sources(arguments: Sequence[str]) -> list[Source]:
+    """What the arguments of a command line stand for, in order; images of one folder together.
+
+    Raises InputError for what is not there, an unknown kind of file, and a camera beside anything else.
+    """
+    cameras = [text for text in arguments if _is_camera(text)]
+    if cameras and len(arguments) > 1:
+        raise InputError(
+            f"a camera ({redact(cameras[0])}) never ends and must be the only SOURCE; start predict.py once for each"
+        )
+    if cameras:
+        return [Camera(cameras[0])]
+    paths = [path for text in arguments for path in _files(text)]
+    sources: list[Source] = []
+    for folder, group in itertools.groupby(paths, lambda path: None if _is_video(path) else path.parent):
+        files = list(group)
+        sources.extend(map(Video, files) if folder is None else [Images(files)])
+    return sources
+
+
+def _is_camera(text: str) -> bool:
+    scheme = re.match(r"([A-Za-z][\w+.-]*)://", text)
+    if scheme and scheme[1].lower() not in CAMERA_SCHEMES:
+        raise InputError(f"{redact(text)}: cameras are reached by {', '.join(CAMERA_SCHEMES)}")
+    return bool(scheme) or (text.isascii() and text.isdigit() and not Path(text).exists())
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_EXTENSIONS
+
+
+def _files(text: str) -> list[Path]:
+    """The image and video files that one argument stands for."""
+    path = Path(text)
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if _is_known(file.relative_to(path)) and file.is_file()]
+    elif path.exists():
+        if path.suffix.lower() not in EXTENSIONS | VIDEO_EXTENSIONS:
+            known = " ".join(sorted(EXTENSIONS | VIDEO_EXTENSIONS))
+            raise InputError(f"{path} is neither an image nor a video by its name ({known}); rename or convert it")
+        return [path]
+    elif glob.has_magic(text):
+        matches = map(Path, glob.glob(text, recursive=True))
+        found = [file for file in matches if _is_known(Path(file.name)) and file.is_file()]
+    else:
+        raise InputError(f"{path} does not exist; give an image, a folder, a pattern, a video or a camera")
+    if not found:
+        raise InputError(f"{text} holds no image or video ({' '.join(sorted(EXTENSIONS | VIDEO_EXTENSIONS))})")
+    return sorted(found, key=lambda file: (file.parent, file.name))
+
+
+def _is_known(path: Path) -> bool:
+    """Whether it is an image or a video by its name, and not hidden."""
+    hidden = any(part.startswith(".") for part in path.parts)
+    return path.suffix.lower() in EXTENSIONS | VIDEO_EXTENSIONS and not hidden

@@ -1,0 +1,269 @@
+"""What predict.py leaves behind: a row per frame, pictures of alarms, an annotated video."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, TextIO
+
+import cv2
+import numpy as np
+
+from datasets.sources import Frame, Images, Source, Video
+from models import USAD
+from models.fusion.prediction import Prediction
+from reporting.gallery import Entry, Gallery, Pictures
+from reporting.report import Threshold, write_report
+from utils.csv_cells import safe_cell
+from utils.errors import InputError
+from utils.files import atomic_write, check_writable
+
+SCRIPT = "predict.py"  # the mark by which a later run knows its own folder
+COLUMNS = ("source", "frame", "time", "score", "anomalous", "area", "boxes")
+TABLE, REPORT, OVERLAYS, VIDEOS = "predictions.csv", "report.html", "overlays", "videos"
+CONTOUR, BOX, QUIET = (0, 0, 255), (0, 220, 255), (80, 200, 80)  # BGR
+CODECS = (("mp4v", ".mp4"), ("MJPG", ".avi"))  # the second is in every build of OpenCV
+
+
+class Alarm:
+    """Turns on after `frames` anomalous frames in a row, and off after as many normal ones."""
+
+    def __init__(self, frames: int = 1) -> None:
+        self.frames = frames
+        self.on = False
+        self._contrary = 0
+
+    def update(self, anomalous: bool) -> bool:
+        """Take in one frame; returns whether the alarm is on."""
+        self._contrary = self._contrary + 1 if anomalous != self.on else 0
+        if self._contrary == self.frames:
+            self.on, self._contrary = anomalous, 0
+        return self.on
+
+
+class Table:
+    """predictions.csv, and the same rows as JSON lines if asked for; each row is on the disk when `add` returns."""
+
+    def __init__(self, path: Path, json_lines: TextIO | None = None) -> None:
+        self.rows = self.alarms = 0
+        self._file = open(path, "w", encoding="utf-8", newline="")  # noqa: SIM115 (closed by close)
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        self._writer.writerow(COLUMNS)
+        self._json_lines = json_lines
+
+    def add(self, frame: Frame, prediction: Prediction, alarm: bool | None) -> None:
+        """One frame's row; what needs a threshold that is not known stays empty."""
+        boxes = prediction.boxes
+        self._writer.writerow(
+            (
+                safe_cell(frame.source),
+                frame.number,
+                frame.time,
+                repr(prediction.score),
+                "" if alarm is None else int(alarm),
+                "" if prediction.area is None else prediction.area,
+                "" if boxes is None else json.dumps(boxes),
+            )
+        )
+        try:
+            self._file.flush()
+        except OSError as error:
+            error.filename = self._file.name
+            raise
+        self.rows += 1
+        self.alarms += bool(alarm)
+        if self._json_lines is not None:
+            values = (frame.source, frame.number, frame.time, prediction.score, alarm, prediction.area, boxes)
+            print(json.dumps(dict(zip(COLUMNS, values, strict=True))), file=self._json_lines, flush=True)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def draw(image: np.ndarray, prediction: Prediction, alarm: bool | None, pixel_threshold: float | None) -> np.ndarray:
+    """The frame (RGB [H, W, 3]) with contours, boxes and score, as BGR."""
+    canvas = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    line = max(1, round(min(canvas.shape[:2]) / 320))
+    if pixel_threshold is not None:
+        mask = (prediction.map >= pixel_threshold).astype(np.uint8)
+        contours, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(canvas, contours, -1, CONTOUR, line)
+        for x, y, width, height in prediction.boxes:
+            cv2.rectangle(canvas, (x, y), (x + width - 1, y + height - 1), BOX, line)
+    text = f"{'ALARM ' if alarm else ''}{prediction.score:.4g}"
+    font, scale, pad = cv2.FONT_HERSHEY_SIMPLEX, 0.45 * line, 4 * line
+    (width, height), below = cv2.getTextSize(text, font, scale, line)
+    cv2.rectangle(canvas, (0, 0), (width + 2 * pad, height + below + pad), (24, 24, 24), cv2.FILLED)
+    color = CONTOUR if alarm else QUIET
+    cv2.putText(canvas, text, (pad, height + pad // 2), font, scale, color, line, cv2.LINE_AA)
+    return canvas
+
+
+def write_overlay(folder: Path, row: int, frame: Frame, picture: np.ndarray) -> None:
+    """Write <folder>/<row>_<name>.jpg; `row` is the frame's row in predictions.csv, counted from 1."""
+    name = f"{row:06d}_{plain_name(frame.source)}"
+    with atomic_write(folder / f"{name}.jpg") as temporary:
+        temporary.write_bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
+
+
+def plain_name(source: str) -> str:
+    """The stem of a path or an address in letters that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source).stem)[:60] or "frame"
+
+
+class VideoFile:
+    """An annotated video; takes its name when it is closed, so that a file of that name is a whole one."""
+
+    def __init__(self, folder: Path, name: str, fps: float) -> None:
+        self.stem = folder / name
+        self.fps = fps
+        self.frames = 0
+        self._writer: cv2.VideoWriter | None = None
+
+    def add(self, picture: np.ndarray) -> None:
+        """Append a frame (BGR); all have the size of the first."""
+        if self._writer is None:
+            self.size = picture.shape[1::-1]
+            self._open()
+        self._writer.write(picture if picture.shape[1::-1] == self.size else cv2.resize(picture, self.size))
+        self.frames += 1
+
+    def _open(self) -> None:
+        self.stem.parent.mkdir(parents=True, exist_ok=True)
+        for codec, suffix in CODECS:
+            self.path = self.stem.with_name(self.stem.name + suffix)
+            self._partial = self.path.with_name(f".{self.path.stem}.partial{suffix}")
+            code = cv2.VideoWriter_fourcc(*codec)
+            self._writer = cv2.VideoWriter(str(self._partial), code, self.fps, self.size)
+            if self._writer.isOpened():
+                return
+        raise InputError("this OpenCV writes neither MP4 nor AVI; pass --no-images for the table alone")
+
+    def close(self) -> None:
+        """Finish the file; raises OSError where the disk did not take all of it."""
+        if self._writer is None:
+            return
+        self._writer.release()
+        check = cv2.VideoCapture(str(self._partial))
+        whole = check.isOpened() and check.get(cv2.CAP_PROP_FRAME_COUNT) >= self.frames
+        check.release()
+        if not whole:
+            self._partial.unlink(missing_ok=True)
+            raise OSError(None, "the video could not be written whole; is the disk full?", str(self.path))
+        os.replace(self._partial, self.path)
+
+
+class Recorder:
+    """Takes frames and their predictions, writes all files; keeps no more than the report's gallery in memory."""
+
+    def __init__(self, folder: Path, usad: USAD, smooth: int, overlays: str | None, json_lines: TextIO | None) -> None:
+        self.folder = folder
+        self.usad = usad
+        self.smooth = smooth
+        self.overlays = overlays
+        self.table = Table(folder / TABLE, json_lines)
+        self.gallery = Gallery()
+        self._alarm = Alarm(smooth)
+        self._video: VideoFile | None = None
+        self._names: set[str] = set()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.table.close()
+        finally:
+            self._close_video()
+
+    def start(self, source: Source, every: int) -> None:
+        """The next frames are this source's."""
+        self._close_video()
+        self._source, self._every = source, every
+        self._alarm = Alarm(self.smooth)
+
+    def add(self, frame: Frame, prediction: Prediction) -> None:
+        """Write one frame's row and, where they are asked for, its pictures."""
+        alarm = None if prediction.anomalous is None else self._alarm.update(prediction.anomalous)
+        if self.overlays:
+            self._add_pictures(frame, prediction, alarm)
+        self.table.add(frame, prediction, alarm)
+
+    def _add_pictures(self, frame: Frame, prediction: Prediction, alarm: bool | None) -> None:
+        wanted = self.overlays == "all" or (self.overlays == "anomalous" and bool(alarm))
+        image = np.asarray(frame.image)
+        if wanted or isinstance(self._source, Video):
+            picture = draw(image, prediction, alarm, self.usad.pixel_threshold)
+            if wanted:
+                write_overlay(self.folder / OVERLAYS, self.table.rows + 1, frame, picture)
+            if isinstance(self._source, Video):
+                self._video = self._video or self._new_video(frame)
+                self._video.add(picture)
+        scores = {name: score for name, (score, _) in prediction.branches.items()}
+        maps = {name: branch_map for name, (_, branch_map) in prediction.branches.items()}
+        self.gallery.add(
+            Entry(
+                name=frame.source if isinstance(self._source, Images) else f"{frame.source} #{frame.number}",
+                scores={self.usad.name: prediction.score, **scores},
+                group=self._source.name,
+                alarm=alarm,
+                note=frame.time if isinstance(frame.time, str) else f"{frame.time:.2f} s",
+            ),
+            lambda: Pictures(image, {self.usad.name: prediction.map, **maps}),
+        )
+
+    def _new_video(self, frame: Frame) -> VideoFile:
+        stem = plain_name(frame.source)
+        names = itertools.chain([stem], (f"{stem}_{index}" for index in itertools.count(2)))
+        name = next(name for name in names if name not in self._names)
+        self._names.add(name)
+        return VideoFile(self.folder / VIDEOS, name, max(self._source.fps / self._every, 1.0))
+
+    def _close_video(self) -> None:
+        video, self._video = self._video, None
+        if video:
+            video.close()
+
+    def write_report(self, config: dict[str, Any]) -> None:
+        """report.html over all frames."""
+        threshold = None
+        if self.usad.threshold is not None:
+            point = self.usad.operating_point
+            given = point is None or point.threshold != self.usad.threshold
+            source = "--threshold" if given else point.source
+            threshold = Threshold(self.usad.threshold, self.usad.pixel_threshold, source, on_test_set=False)
+        facts = {key: str(config[key]) for key in ("frames", "anomalous", "dropped") if config.get(key) is not None}
+        write_report(self.folder / REPORT, "Predictions", self.gallery, threshold=threshold, config=config, facts=facts)
+
+
+def check_output(folder: Path, sources: list[Source]) -> None:
+    """Raise InputError where `folder` holds files that predict.py did not make, or one that is to be looked at."""
+    check_writable(folder)
+    for path in (path for source in sources for path in source.paths):
+        if folder.resolve() in path.resolve().parents:
+            raise InputError(f"SOURCE {path} lies in --out {folder}; choose another folder for the results")
+    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        try:
+            script = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("script")
+        except (OSError, ValueError, AttributeError):
+            script = None
+        if script != SCRIPT:
+            raise InputError(f"--out {folder} holds files that {SCRIPT} did not make; choose another folder")
+
+
+def clear_output(folder: Path) -> None:
+    """Remove what an earlier run left in `folder`."""
+    for pattern in (
+        REPORT,
+        TABLE,
+        f"{OVERLAYS}/*.jpg",
+        f"{VIDEOS}/*.mp4",
+        f"{VIDEOS}/*.avi",
+        "**/.*.partial.*",
+    ):
+        for stale in folder.glob(pattern):
+            stale.unlink()

@@ -1,0 +1,117 @@
+"""The files that a test run leaves, and whose they are: only what this program wrote is ever replaced."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from datasets.mvtec import Item
+from evaluation.results import Results
+from metrics.metrics import PROTOCOLS
+from reporting.cards import Threshold
+from reporting.report import write_report
+from reporting.visualize import Thumbnails, strip, write_png
+from utils.csv_cells import safe_cell
+from utils.errors import InputError
+from utils.files import atomic_write, check_writable, write_json, write_text
+from utils.signals import stoppable
+
+PROGRAM = "usad"  # the mark by which a later run knows its own files
+REPORT = "report.html"
+
+
+def claim_folder(folder: Path) -> None:
+    """Raise InputError if `folder` holds files, but not those of an earlier run; see also `check_writable`."""
+    check_writable(folder)
+    used = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+    if used and not _is_ours(folder / "config.json"):
+        raise InputError(f"{folder} holds files that USAD did not write; move them or choose another --results-dir")
+
+
+def average_path(results_dir: Path, name: str) -> Path:
+    """Where the average over categories goes; raises InputError if it holds another program's file."""
+    path = results_dir / f"average_{name}.json"
+    if path.exists() and not _is_ours(path):
+        raise InputError(f"{path} was not written by USAD; move it or choose another --results-dir")
+    return path
+
+
+def mark_folder(folder: Path) -> None:
+    """Leave our mark before the first result: what an interrupted run leaves is ours, too."""
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", {"program": PROGRAM})
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["program"] == PROGRAM
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_average(path: Path, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Write the mean over categories of every figure that is defined in one at least, and the categories' own."""
+    average = {}
+    for key in PROTOCOLS:
+        values = [part[key] for part in metrics.values() if part[key] is not None]
+        average[key] = float(np.mean(values)) if values else None
+    counts = {key: sum(part[key] for part in metrics.values()) for key in ("n_images", "n_anomalous")}
+    write_json(path, {"program": PROGRAM, **average, **counts, "categories": metrics})
+    return {**average, **counts}
+
+
+def write_scores(path: Path, results: Results) -> None:
+    """scores.csv: path, label, score of each test image, with the branches' own scores behind a fused one."""
+    columns = results.scores
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "label", "score", *list(columns)[1:]])
+    for row, item in enumerate(results.items):
+        writer.writerow([safe_cell(item.name), item.label, *(repr(float(values[row])) for values in columns.values())])
+    write_text(path, text.getvalue())
+
+
+def write_map(folder: Path, item: Item, anomaly_map: np.ndarray) -> None:
+    """The raw float32 map [S, S] as <folder>/<defect>/<stem>.tiff."""
+    content = io.BytesIO()  # on a full disk Pillow writes half a TIFF and says nothing
+    Image.fromarray(anomaly_map).save(content, "TIFF")
+    with atomic_write(_result_path(folder, item, ".tiff")) as temporary:
+        temporary.write_bytes(content.getvalue())
+
+
+def write_heatmaps(folder: Path, items: Sequence[Item], thumbnails: Thumbnails, scale: tuple[float, float]) -> None:
+    """One strip for each test image, <folder>/<defect>/<stem>.png, all on one colour scale."""
+    pairs = zip(items, thumbnails, strict=True)
+    bar = tqdm(pairs, desc="heat maps", total=len(items), unit="image", leave=False, disable=None)
+    for item, image in stoppable(bar):
+        write_png(_result_path(folder, item, ".png"), strip(item, image, scale))
+
+
+def write_test_report(
+    folder: Path, results: Results, metrics: dict[str, Any], threshold: Threshold | None, config: dict[str, Any]
+) -> None:
+    """report.html of a fusion's test; without a threshold, that of the highest F1 is shown and said to be so."""
+    settings = config.get("settings", {})
+    weights = sorted({branch["backbone"]["weights"] for branch in config.get("branches", {}).values()})
+    facts = {
+        "images": str(metrics["n_images"]),
+        "anomalous": str(metrics["n_anomalous"]),
+        **{key: str(settings[key]) for key in ("fusion",) if key in settings},
+        **({"networks": ", ".join(weights).replace("random", "untrained")} if weights else {}),
+        "device": config["device"],
+    }
+    title = str(settings.get("category", folder.parent.name))
+    threshold = threshold or results.best_threshold()
+    write_report(folder / REPORT, title, results.gallery, metrics, results.curves(), threshold, config, facts)
+
+
+def _result_path(folder: Path, item: Item, suffix: str) -> Path:
+    return folder / item.path.parent.name / f"{item.path.stem}{suffix}"

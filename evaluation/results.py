@@ -1,0 +1,122 @@
+"""What a test run gathers, batch by batch: scores, pixel metrics, small maps, pictures for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from datasets.images import read_image, read_mask
+from datasets.mvtec import Item
+from metrics.metrics import PixelMetrics, image_curves, image_f1_threshold, image_metrics
+from reporting.cards import Threshold
+from reporting.gallery import Entry, Gallery, Pictures
+from reporting.report import Curves
+from reporting.visualize import Thumbnails
+from utils.distributed import collect
+from utils.errors import InputError
+
+
+class Results:
+    """Scores, metrics and small maps of a test run, by part (a branch's name, or `fusion`), the main part first.
+
+    This process gathers them of its share of the items, from number `first` on; `collect` adds those of the others.
+    With `report`, the pictures of a report are kept, too, with `thumbnails` the small maps of heat maps.
+    """
+
+    def __init__(
+        self,
+        items: list[Item],
+        parts: Iterable[str],
+        first: int = 0,
+        report: bool = False,
+        thumbnails: Thumbnails | None = None,
+    ) -> None:
+        self.items = items
+        self.scores = {part: np.zeros(len(items)) for part in parts}  # 0 for those of other processes
+        self.pixels = {part: PixelMetrics() for part in self.scores}
+        self.gallery = Gallery(len(items), first=first) if report else None
+        self.thumbnails = thumbnails
+
+    def add(self, parts: dict[str, tuple[torch.Tensor, torch.Tensor]], batch: dict[str, Any]) -> np.ndarray:
+        """Take in the parts of a batch; returns the main maps [B, S, S]."""
+        arrays = {
+            name: (scores.double().cpu().numpy(), maps.float().cpu().numpy()) for name, (scores, maps) in parts.items()
+        }
+        for name, (scores, maps) in arrays.items():
+            finite = np.isfinite(scores) & np.isfinite(maps).all((1, 2))
+            if not finite.all():
+                item = self.items[int(batch["index"][int(np.argmin(finite))])]
+                raise InputError(f"{name} gives a score or map that is not finite on {item.path}; check the weights")
+            self.scores[name][np.asarray(batch["index"])] = scores
+            self.pixels[name].update(maps, batch["mask"].numpy(), batch["label"].numpy() == 1)
+        main = next(iter(arrays.values()))[1]
+        if self.thumbnails is not None:
+            for anomaly_map in main:
+                self.thumbnails.add(anomaly_map)
+        if self.gallery is not None:
+            for row, index in enumerate(batch["index"]):
+                self._keep(self.items[int(index)], {name: (s[row], m[row]) for name, (s, m) in arrays.items()})
+        return main
+
+    def collect(self) -> bool:
+        """Add what the other processes have gathered to the first one's; whether this is the first."""
+        optional = (part for part in (self.gallery, self.thumbnails) if part is not None)
+        return collect(self, *self.pixels.values(), *optional)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The scores by part."""
+        return self.scores
+
+    def merge(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add another process's scores, given their `state()`."""
+        for name, scores in state.items():
+            self.scores[name] += np.asarray(scores)
+
+    def _keep(self, item: Item, parts: dict[str, tuple[float, np.ndarray]]) -> None:
+        def pictures() -> Pictures:
+            image = read_image(item.path)
+            truth = None if item.mask is None else np.asarray(read_mask(item.mask, image.size)) >= 128
+            return Pictures(np.asarray(image), {name: part for name, (_, part) in parts.items()}, truth)
+
+        scores = {name: float(score) for name, (score, _) in parts.items()}
+        self.gallery.add(Entry(item.name, scores, item.label, item.path.parent.name), pictures)
+
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """By part: every figure of metrics.json; a figure that is undefined is None."""
+        labels = np.array([item.label for item in self.items])
+        counts = {"n_images": len(labels), "n_anomalous": int(labels.sum())}
+        return {
+            name: {
+                **image_metrics(scores, labels),
+                **self.pixels[name].compute(),
+                **counts,
+            }
+            for name, scores in self.scores.items()
+        }
+
+    def curves(self) -> Curves:
+        """By part, the points of the curves that a report draws."""
+        labels = np.array([item.label for item in self.items])
+        curves = {}
+        for name, scores in self.scores.items():
+            image, pixel = image_curves(scores, labels), self.pixels[name].curves(400)
+            named = {
+                f"{kind}_{key}": points
+                for kind, of in (("image", image), ("pixel", pixel))
+                for key, points in of.items()
+            }
+            curves[name] = {key: tuple(points.values()) for key, points in named.items()}
+        return curves
+
+    def best_threshold(self) -> Threshold | None:
+        """The thresholds of the highest F1 on these very images; None where they are undefined."""
+        labels = np.array([item.label for item in self.items])
+        main = next(iter(self.scores))
+        score = image_f1_threshold(self.scores[main], labels)
+        if score is None:
+            return None
+        source = "highest F1 of images, and of pixels for the contour"
+        return Threshold(score, self.pixels[main].f1_threshold(), source, on_test_set=True)

@@ -1,0 +1,153 @@
+"""The one shape of a branch: fit on normal images, predict scores and maps, save, load."""
+
+from __future__ import annotations
+
+import abc
+import inspect
+import math
+import os
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from models.networks.backbones import BackboneSpec, build_backbone
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.errors import InputError
+from utils.timing import Stopwatch
+
+STATISTICS = ("score_mean", "score_std", "top_mean", "top_std", "map_mean", "map_std")  # of a calibration
+Parts = dict[str, tuple[Tensor, Tensor]]  # name -> scores [B], maps [B, H, W]
+
+
+class Branch(abc.ABC):
+    """A way of looking at a frame.
+
+    A subclass needs a `name`, `fit` and `predict`; with a backbone, `state` and `load_state` it can be saved.
+    `predict` is by default `score(extract(images))`, which lets a run tell the two stages' times apart; `score` is
+    by default `render(measure(features))`, which lets reproduce_tables.py keep what a network pass found in little
+    space.
+    """
+
+    name: ClassVar[str]
+    score_weight: ClassVar[float] = 1.0  # factor of this branch's score in the paper's fused score
+    map_weight: ClassVar[float] = 1.0  # of this branch's map in the standardized fusion
+    backbone_kind: ClassVar[str] = "tokens"  # or "maps"
+    weights_flag: ClassVar[str] = "--weights"  # how test_fusion.py is told where this branch's weights are
+
+    def __init__(self, backbone: nn.Module | None = None, image_size: int | None = None) -> None:
+        self.backbone = backbone
+        self.image_size = backbone.spec.image_size if image_size is None else image_size
+        self.device = torch.device("cpu") if backbone is None else backbone.device
+        self.training: dict[str, Any] = {}  # what it was fitted on, for the checkpoint
+        self.calibration: dict[str, float] | None = None  # statistics on held-out normal images
+        self.rescale_maps = True  # the paper's per-image min-max; off for standardized fusion
+        self.stopwatch = Stopwatch()
+
+    @abc.abstractmethod
+    def fit(self, loader: Iterable[dict[str, Any]]) -> None:
+        """Learn what is normal from batches whose "image" is [B, 3, S, S], ImageNet-normalised; "index" is [B].
+
+        Of several processes each sees its share; the first learns from what all gathered (utils/distributed.py), and
+        its `state` goes to the others.
+        """
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, S, S] at `image_size` -> scores [B], maps [B, S, S]; higher is more anomalous."""
+        with self.stopwatch("extract"):
+            features = self.extract(images)
+        with self.stopwatch("score"):
+            return self.score(features)
+
+    def extract(self, images: Tensor) -> Any:
+        """Images [B, 3, S, S] -> what `score` needs of them; the network pass."""
+        raise NotImplementedError
+
+    def score(self, features: Any) -> tuple[Tensor, Tensor]:
+        """What `extract` gave -> scores [B], anomaly maps [B, S, S]."""
+        scores, patches = self.measure(features)
+        return scores, self.render(patches)
+
+    def measure(self, features: Any) -> tuple[Tensor, Tensor]:
+        """What `extract` gave -> scores [B], and a value for each patch [B, h, w]."""
+        raise NotImplementedError
+
+    def render(self, patches: Tensor) -> Tensor:
+        """The patches' values [B, h, w] -> anomaly maps [B, S, S]."""
+        raise NotImplementedError
+
+    def predict_parts(self, images: Tensor) -> Parts:
+        """The prediction under this branch's name, the shape in which the evaluation takes it."""
+        return {self.name: self.predict(images)}
+
+    def stopwatches(self) -> dict[str, Stopwatch]:
+        """The times of its stages, under the branch's name."""
+        return {self.name: self.stopwatch}
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments beside the backbone, as plain JSON values."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What `fit` learned, as named tensors."""
+        raise NotImplementedError
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `state` gave; raises InputError where a tensor is missing or has another shape."""
+        raise NotImplementedError
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the checkpoint (safetensors, atomically)."""
+        metadata = {
+            "branch": self.name,
+            "backbone": self.backbone.spec.to_dict(),
+            "settings": self.settings(),
+            "training": self.training,
+            "calibration": self.calibration,
+        }
+        save_checkpoint(path, self.state(), metadata)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, weights: str | None = None, device: str = "cpu", precision: str = "auto"
+    ) -> Branch:
+        """Read a checkpoint and the network that it was fitted with.
+
+        `weights` says where weights given as a file are now; `precision` "auto" is the one of the training
+        where the device has it. Raises InputError for another branch's checkpoint, a damaged one, or other
+        weights.
+        """
+        tensors, metadata = load_checkpoint(path)
+        if metadata.get("branch") != cls.name:
+            raise InputError(f"{path} is a checkpoint of branch '{metadata.get('branch')}', not of '{cls.name}'")
+        try:
+            spec = BackboneSpec.from_dict(metadata["backbone"])
+            settings, training, calibration = (metadata[key] for key in ("settings", "training", "calibration"))
+            parameters = inspect.signature(cls).parameters
+            settings = {name: type(parameters[name].default)(value) for name, value in settings.items()}
+            if not isinstance(training, dict):
+                raise TypeError("training")
+            if calibration is not None:
+                _check_statistics(calibration)
+            backbone = build_backbone(spec, device, weights=weights, precision=precision, flag=cls.weights_flag)
+            branch = cls(backbone, **settings)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise InputError(
+                f"{path}: its metadata is not what branch '{cls.name}' writes ({error!r}); train the branch again"
+            ) from error
+        try:
+            branch.load_state(tensors)
+        except InputError as error:
+            raise InputError(f"{path}: {error}; train the branch again") from None
+        branch.training, branch.calibration = training, calibration
+        return branch
+
+
+def _check_statistics(calibration: dict[str, float]) -> None:
+    """Raises KeyError or ValueError naming the first statistic that is missing or cannot be."""
+    for name in STATISTICS:
+        if not math.isfinite(calibration[name]) or (name.endswith("_std") and calibration[name] <= 0):
+            raise ValueError(name)

@@ -1,0 +1,44 @@
+"""What a branch says of normal images that it was not fitted on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from models.branches.branch import Branch
+from models.branches.postprocess import mean_of_top
+from utils.distributed import all_rows
+from utils.errors import InputError
+
+
+def calibrate(branch: Branch, loader: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Mean and standard deviation of the branch's scores, of its maps' tops (`mean_of_top`), and of their pixels.
+
+    The maps are those before any per-image min-max. The loader gives two images or more.
+    """
+    branch.rescale_maps = False
+    scores, sums = [torch.zeros(0, 2, dtype=torch.float64)], [torch.zeros(0, 3, dtype=torch.float64)]
+    for batch in loader:
+        batch_scores, maps = branch.predict(batch["image"].to(branch.device, non_blocking=True))
+        maps = maps.double()
+        scores.append(torch.stack([batch_scores.double(), mean_of_top(maps)], 1).cpu())
+        sums.append(torch.tensor([[maps.numel(), maps.sum(), maps.square().sum()]], dtype=torch.float64))
+    branch.rescale_maps = True
+    scores, tops = all_rows(torch.cat(scores)).unbind(1)
+    pixels, total, squares = all_rows(torch.cat(sums)).sum(0).tolist()
+    mean = total / pixels
+    statistics = {
+        "images": len(scores),
+        "score_mean": float(scores.mean()),
+        "score_std": max(float(scores.std()), 1e-12),
+        "top_mean": float(tops.mean()),
+        "top_std": max(float(tops.std()), 1e-12),
+        "map_mean": mean,
+        "map_std": max(math.sqrt(max(squares / pixels - mean**2, 0.0)), 1e-12),
+    }
+    if not all(map(math.isfinite, statistics.values())):
+        raise InputError(f"branch '{branch.name}' gives scores that are not finite on held-out images; check them")
+    return statistics

@@ -1,0 +1,72 @@
+"""MA2Patch: which patches push the whole image away from normal?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.branches.branch import Branch
+from models.branches.gaussian import Gaussian, GaussianFit
+from models.branches.postprocess import gaussian_blur, resize_maps
+from utils.distributed import collect
+
+BLUR_SIGMA = 4.0  # pixels of the input
+
+
+class MA2Patch(Branch):
+    """Global: Mahalanobis distance of the mean patch token. Local: what leaving a patch out changes of it.
+
+    (USAD, semantic attribution of the global deviation.)
+    """
+
+    name = "ma2patch"
+    score_weight = 0.0
+    weights_flag = "--ma2patch-weights"
+
+    def __init__(self, backbone: nn.Module, covariance: str = "empirical") -> None:
+        super().__init__(backbone)
+        self.covariance = covariance
+        self.gaussian: Gaussian | None = None
+
+    def fit(self, loader: Iterable[dict[str, Any]]) -> None:
+        fit = GaussianFit(self.covariance)
+        for batch in loader:
+            fit.update(self.extract(batch["image"].to(self.device, non_blocking=True)).mean(1))
+        if collect(fit):
+            self.gaussian = fit.finish()
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Patch tokens [B, N, D]."""
+        return self.backbone(images)[1]
+
+    def measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        contribution = self.contribution(features).float().unflatten(1, self.backbone.grid)
+        return self.gaussian.distance(features.double().mean(1)), contribution
+
+    def render(self, patches: Tensor) -> Tensor:
+        return gaussian_blur(resize_maps(patches, self.image_size), BLUR_SIGMA)
+
+    def contribution(self, tokens: Tensor) -> Tensor:
+        """Patch tokens [B, N, D] -> |D_M(g) - D_M(g without patch i)| [B, N], float64.
+
+        With w(x) the whitened deviation, g without patch i whitens to w(g) + (w(g) - w(p_i)) / (N - 1): one
+        matrix product serves all patches. The difference of the squares is taken before the roots, so that it
+        keeps its digits.
+        """
+        whitened = (tokens.double() - self.gaussian.mean) @ self.gaussian.root
+        center = whitened.mean(1, keepdim=True)
+        step = (center - whitened) / max(tokens.shape[1] - 1, 1)
+        change = (step * (2 * center + step)).sum(-1)
+        distance = (center.square().sum(-1) + 1e-12).sqrt()
+        return change.abs() / (distance + (distance.square() + change).clamp(min=1e-12).sqrt())
+
+    def settings(self) -> dict[str, Any]:
+        return {"covariance": self.covariance}
+
+    def state(self) -> dict[str, Tensor]:
+        return self.gaussian.state()
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.gaussian = Gaussian.from_state(tensors, self.backbone.dim).to(self.device)

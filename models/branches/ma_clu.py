@@ -1,0 +1,114 @@
+"""MACLU: does the scene's composition look normal, and which patches are neither belt nor coal?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.branches.branch import Branch
+from models.branches.gaussian import Gaussian, GaussianFit
+from models.branches.patch_store import PatchStore
+from models.branches.postprocess import gaussian_blur, min_max, resize_maps
+from utils.checkpoint import take
+from utils.distributed import collect
+from utils.errors import InputError
+
+BLUR_SIGMA = 4.0  # pixels of the input
+KMEANS_SEED = 42
+SAME = 1e-5  # patches that differ by less differ by rounding
+
+
+class MACLU(Branch):
+    """Global: Mahalanobis distance of the CLS token. Local: a patch's confidence to belong to the coal.
+
+    Fit: Gaussian of the CLS tokens; k-means with two clusters on all patch tokens, the smaller one being the
+    foreground (coal). Patches that are surely coal are set to their image's mean background confidence; what
+    then stays high is foreground, but not coal. (USAD, object-level semantic composition; the confidence is
+    d_bg / d_fg, as the authors' program has it.)
+    """
+
+    name = "ma_clu"
+    score_weight = 0.01
+    weights_flag = "--ma-clu-weights"
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        threshold: float = 1.14,
+        covariance: str = "empirical",
+        patch_budget: float = 1.0,
+    ) -> None:
+        super().__init__(backbone)
+        self.threshold = threshold
+        self.covariance = covariance
+        self.patch_budget = patch_budget
+        self.gaussian: Gaussian | None = None
+        self.centers: Tensor | None = None  # [2, D]: foreground, background
+
+    def fit(self, loader: Iterable[dict[str, Any]]) -> None:
+        fit = GaussianFit(self.covariance)
+        patches = PatchStore(len(loader.dataset), self.patch_budget)
+        for batch in loader:
+            cls, tokens = self.backbone(batch["image"].to(self.device, non_blocking=True))
+            fit.update(cls)
+            patches.add(tokens, batch["index"])
+        if collect(fit, patches):
+            self.gaussian = fit.finish()
+            self.centers = _foreground_and_background(patches.rows()).to(self.device)
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """CLS token [B, E] and patch tokens [B, N, D]."""
+        return self.backbone(images)
+
+    def measure(self, features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        cls, tokens = features
+        return self.gaussian.distance(cls), self.confidence(tokens).unflatten(1, self.backbone.grid)
+
+    def render(self, patches: Tensor) -> Tensor:
+        confidence = self.without_coal(patches.flatten(1)).view_as(patches)
+        maps = resize_maps(confidence, self.image_size)
+        if self.rescale_maps:
+            maps = min_max(maps)
+        return gaussian_blur(maps, BLUR_SIGMA)
+
+    def confidence(self, tokens: Tensor) -> Tensor:
+        """Patch tokens [B, N, D] -> d_bg / d_fg [B, N]: above 1 nearer to the coal than to the belt."""
+        to_foreground, to_background = ((tokens - center).norm(dim=-1) for center in self.centers)
+        return to_background / (to_foreground + 1e-8)
+
+    def without_coal(self, confidence: Tensor) -> Tensor:
+        """Replace confidences [B, N] above the threshold with the mean over the image's belt, if any."""
+        background = confidence < 1
+        count = background.sum(1, keepdim=True)
+        mean = (confidence * background).sum(1, keepdim=True) / count.clamp(min=1)
+        return torch.where((confidence > self.threshold) & (count > 0), mean, confidence)
+
+    def settings(self) -> dict[str, Any]:
+        return {"threshold": self.threshold, "covariance": self.covariance, "patch_budget": self.patch_budget}
+
+    def state(self) -> dict[str, Tensor]:
+        return {**self.gaussian.state(), "centers": self.centers}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.gaussian = Gaussian.from_state(tensors, self.backbone.cls_dim).to(self.device)
+        self.centers = take(tensors, "centers", 2, self.backbone.dim).to(self.device)
+
+
+def _foreground_and_background(patches: Tensor) -> Tensor:
+    """Two k-means centres [2, D] of patches [n, D], that of the smaller cluster first.
+
+    The patches are shifted in place, and back, which leaves them rounded: a copy would double the memory.
+    """
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    if (patches.amax(0) - patches.amin(0)).max() <= SAME * patches.abs().max().clamp(min=1):
+        raise InputError("all training patches are identical: no belt and coal to tell apart; check train/good")
+    # More than two threads would add their sums up in an order, hence to last digits, that varies.
+    with threadpool_limits(2, user_api="openmp"):
+        kmeans = KMeans(n_clusters=2, random_state=KMEANS_SEED, copy_x=False).fit(patches.numpy())
+    sizes = torch.from_numpy(kmeans.labels_).bincount(minlength=2)
+    return torch.from_numpy(kmeans.cluster_centers_)[sizes.argsort(stable=True)].float()

@@ -1,0 +1,161 @@
+"""PatchCore: which textures were never seen? (Roth et al., "Towards Total Recall", CVPR 2022)"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.branches.branch import Branch
+from models.branches.coreset import greedy_k_center, sparse_projection
+from models.branches.neighbors import NearestNeighbors
+from models.branches.patch_store import PatchStore
+from models.branches.postprocess import gaussian_blur, min_max, resize_maps
+from models.branches.whitening import ROWS, Whitening
+from utils.checkpoint import take
+from utils.distributed import collect
+from utils.errors import InputError
+
+BLUR_SIGMA = 4.0  # pixels of the input
+PROJECTION_EPS = 0.9  # Johnson-Lindenstrauss distortion that sets the projection's width
+
+
+class PatchCore(Branch):
+    """Global: reweighted distance of the strangest patch to a memory bank. Local: every patch's distance to it.
+
+    The bank is a greedy k-centre coreset of the training patches, chosen after a sparse random projection. With
+    `average_bank` each entry is then the mean of the training patches that are nearest to it: a coreset seeks out the
+    patches that lie farthest out, noise included.
+    """
+
+    name = "pc"
+    map_weight = 8.0  # its map follows objects most closely by far; equal weights blur it
+    backbone_kind = "maps"
+    weights_flag = "--pc-weights"
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        coreset_ratio: float = 0.01,
+        neighbors: int = 3,
+        patch_budget: float = 8.0,
+        seed: int = 22,
+        whiten: bool = False,
+        average_bank: bool = False,
+    ) -> None:
+        super().__init__(backbone)
+        self.whiten = whiten
+        self.average_bank = average_bank
+        self.whitening: Whitening | None = None
+        self.coreset_ratio = coreset_ratio
+        self.neighbors = neighbors
+        self.patch_budget = patch_budget
+        self.seed = seed
+        self.bank: NearestNeighbors | None = None
+
+    def fit(self, loader: Iterable[dict[str, Any]]) -> None:
+        store = PatchStore(len(loader.dataset), self.patch_budget)
+        for batch in loader:
+            store.add(self.extract(batch["image"].to(self.device, non_blocking=True)), batch["index"])
+        if collect(store):
+            self._select(store.rows())
+
+    def _select(self, patches: Tensor) -> None:
+        """Make the bank a coreset of the training patches [n, D]."""
+        size = int(self.coreset_ratio * len(patches))
+        if size < 1:
+            raise InputError(
+                f"--coreset-ratio {self.coreset_ratio} of {len(patches)} patches leaves none; raise the ratio"
+            )
+        if self.whiten:
+            self.whitening = Whitening.fit(patches, self.backbone.widths)
+            self.whitening.apply_(patches)
+            self.whitening = self.whitening.to(self.device)
+        projected = sparse_projection(patches, PROJECTION_EPS, self.seed).to(self.device)
+        chosen = greedy_k_center(projected, size)
+        bank = NearestNeighbors(patches[chosen.cpu()].to(self.device))
+        if self.average_bank:
+            bank = NearestNeighbors(means_around(bank, patches).to(self.device))
+        self.bank = bank
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Patch features [B, h*w, D] on the grid of the finest map, not yet whitened."""
+        return patch_features(self.backbone(images), self.backbone.neighborhood)
+
+    def measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        if self.whitening:
+            features = self.whitening(features)
+        batch, count, width = features.shape
+        distances, nearest = self.bank.search(features.reshape(-1, width), 1)
+        distances, nearest = distances.view(batch, count), nearest.view(batch, count)
+        return self.image_scores(features, distances, nearest), distances.unflatten(1, self.backbone.grid)
+
+    def render(self, patches: Tensor) -> Tensor:
+        if self.rescale_maps:
+            patches = min_max(patches)
+        return gaussian_blur(resize_maps(patches, self.image_size), BLUR_SIGMA)
+
+    def image_scores(self, features: Tensor, distances: Tensor, nearest: Tensor) -> Tensor:
+        """Patch features [B, N, D], distances to and indices of their nearest entries [B, N] -> scores [B].
+
+        The largest distance s*, weighted down where the nearest entry's own neighbours are as near to the patch
+        (eq. 6-7 of the paper): (1 - exp(s*/√D) / Σ exp(‖m - n‖/√D)) s*, summed over the neighbours without the
+        entry itself. A bank of one entry has no neighbours: the score is s*.
+        """
+        largest, patch = distances.max(1)
+        rows = torch.arange(len(features), device=features.device)
+        count = min(self.neighbors, len(self.bank.bank))
+        if count < 2:
+            return largest
+        entries = self.bank.bank[nearest[rows, patch]]
+        around = self.bank.bank[self.bank.search(entries, count)[1][:, 1:]]  # [B, count - 1, D]
+        reach = (features[rows, patch][:, None] - around).norm(dim=-1)
+        scale = features.shape[-1] ** 0.5
+        farther = (reach - largest[:, None]).clamp(min=0)  # but for rounding it is
+        weight = 1 - 1 / torch.exp(farther / scale).sum(1)
+        return weight * largest
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "coreset_ratio": self.coreset_ratio,
+            "neighbors": self.neighbors,
+            "patch_budget": self.patch_budget,
+            "seed": self.seed,
+            "whiten": self.whiten,
+            "average_bank": self.average_bank,
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        return {"bank": self.bank.bank, **(self.whitening.state() if self.whitening else {})}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        if self.whiten:
+            self.whitening = Whitening.from_state(tensors, self.backbone.dim).to(self.device)
+        self.bank = NearestNeighbors(take(tensors, "bank", None, self.backbone.dim).to(self.device))
+
+
+def patch_features(maps: Sequence[Tensor], neighborhood: int = 3) -> Tensor:
+    """Layer maps [B, C, h, w], the finest first -> patch features [B, h*w, all channels].
+
+    Each map is averaged over square neighbourhoods (stride 1, no padding) and pooled adaptively to the finest grid.
+    """
+    grid = maps[0].shape[-2:]
+    pooled = [F.adaptive_avg_pool2d(F.avg_pool2d(layer, neighborhood, 1), grid) for layer in maps]
+    return torch.cat(pooled, 1).flatten(2).mT.contiguous()
+
+
+def means_around(bank: NearestNeighbors, patches: Tensor) -> Tensor:
+    """Means [m, D] of those of the patches [n, D] that lie nearest to each entry of the bank, where there are any.
+
+    Summed up on the CPU, where the order of the sum is always the same.
+    """
+    sums, counts = torch.zeros(bank.bank.shape, dtype=torch.float64), torch.zeros(len(bank.bank), dtype=torch.int64)
+    for rows in patches.split(ROWS):
+        nearest = bank.search(rows.to(bank.bank.device), 1)[1][:, 0].cpu()
+        sums.index_add_(0, nearest, rows.double())
+        counts += nearest.bincount(minlength=len(counts))
+    taken = counts > 0
+    return (sums[taken] / counts[taken, None]).float()

@@ -1,0 +1,68 @@
+"""Whitening of patch features by the covariance of the training patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from models.branches.gaussian import RunningMoments
+from utils.checkpoint import take
+
+FLOOR = 1e-2  # added to the eigenvalues of the correlation matrix: what hardly varies is not blown up to noise
+LEAST_DEVIATION = 1e-5  # of the largest of all channels: what varies less is rounding, a grey camera's colour for one
+ROWS = 1 << 16  # patches at a time
+
+
+class Whitening:
+    """Patch features [..., D] -> (features - mean) @ matrix, of unit covariance but for the floor.
+
+    Features made of several maps are whitened map by map, and each map then counts the same in a distance, whatever
+    its number of channels: many channels of texture would drown three of colour.
+    """
+
+    def __init__(self, mean: Tensor, matrix: Tensor) -> None:
+        self.mean = mean.float()
+        self.matrix = matrix.float()
+
+    @classmethod
+    def fit(cls, patches: Tensor, widths: Sequence[int]) -> Whitening:
+        """From training patches [n, D] whose D channels are maps of `widths` channels side by side."""
+        moments = RunningMoments()
+        for rows in patches.split(ROWS):
+            moments.update(rows)
+        covariance = moments.scatter / moments.count
+        deviations = covariance.diagonal().sqrt()
+        deviations = deviations.clamp(min=(LEAST_DEVIATION * deviations.max()).clamp(min=1e-6))
+        matrix = torch.zeros_like(covariance)
+        start = 0
+        for width in widths:
+            block = slice(start, start + width)
+            deviation = deviations[block]
+            values, vectors = torch.linalg.eigh(covariance[block, block] / torch.outer(deviation, deviation))
+            scale = (len(covariance) / (len(widths) * width)) ** 0.5
+            matrix[block, block] = scale * vectors / deviation[:, None] / (values.clamp(min=0) + FLOOR).sqrt()
+            start += width
+        return cls(moments.mean, matrix)
+
+    def to(self, device: torch.device | str) -> Whitening:
+        """The same whitening on `device`."""
+        return Whitening(self.mean.to(device), self.matrix.to(device))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features - self.mean) @ self.matrix
+
+    def apply_(self, patches: Tensor) -> None:
+        """Whiten patches [n, D] in place, in little memory."""
+        for rows in patches.split(ROWS):
+            rows.copy_(self(rows))
+
+    def state(self) -> dict[str, Tensor]:
+        """Named tensors for a checkpoint."""
+        return {"whitening_mean": self.mean, "whitening_matrix": self.matrix}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], dim: int) -> Whitening:
+        """The whitening of a checkpoint; raises InputError where it does not fit features of width `dim`."""
+        return cls(take(tensors, "whitening_mean", dim), take(tensors, "whitening_matrix", dim, dim))

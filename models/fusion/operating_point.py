@@ -1,0 +1,178 @@
+"""Thresholds for a given rate of false alarms, from normal images that no branch was fitted on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from utils.distributed import all_rows
+from utils.errors import InputError
+from utils.files import sha256_of_file, write_json
+
+if TYPE_CHECKING:
+    from models.fusion.usad import USAD
+
+FILE_NAME = "usad.json"
+FORMAT = "usad-operating-point-1"
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatingPoint:
+    """A score at or above `threshold` is an alarm, a map at or above `pixel_threshold` a region.
+
+    `expected_rate` is the false-alarm rate to expect of normal images like the held-out ones; `interval` holds the
+    rate of this very threshold with 95 % probability. The same two figures hold for the share of normal images with
+    any region.
+    """
+
+    threshold: float
+    pixel_threshold: float
+    false_alarm_rate: float  # as asked for
+    images: int  # held-out normal images
+    expected_rate: float
+    interval: tuple[float, float]
+    fusion: dict[str, Any]  # USAD's settings
+    checkpoints: dict[str, str]  # file name -> SHA-256
+
+    @property
+    def source(self) -> str:
+        """Where the thresholds come from, in words."""
+        low, high = self.interval
+        return (
+            f"{self.images} held-out normal images: expected rate {self.expected_rate:.3g}, "
+            f"{CONFIDENCE:.0%} interval {low:.3g} to {high:.3g}"
+        )
+
+    @property
+    def shortfall(self) -> str | None:
+        """One line where there are too few images for the rate that was asked for."""
+        if self.expected_rate <= self.false_alarm_rate:
+            return None
+        needed = math.ceil(1 / self.false_alarm_rate) - 1
+        return (
+            f"{self.images} held-out images cannot show a false-alarm rate of {self.false_alarm_rate:g} (it takes "
+            f"{needed}): the thresholds are their highest values, whose expected rate is {self.expected_rate:.3g}"
+        )
+
+    def on_test(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        """Recall and false alarms among test images: scores [N], labels [N]; None where there are no such images."""
+        alarms, anomalous = scores >= self.threshold, labels == 1
+        found, false_alarms = int(alarms[anomalous].sum()), int(alarms[~anomalous].sum())
+        n_anomalous, n_normal = int(anomalous.sum()), int((~anomalous).sum())
+        return {
+            **self.figures(),
+            "recall": found / n_anomalous if n_anomalous else None,
+            "missed": n_anomalous - found,
+            "false_alarms": false_alarms,
+            "measured_false_alarm_rate": false_alarms / n_normal if n_normal else None,
+        }
+
+    def figures(self) -> dict[str, Any]:
+        """What it says, without what it was made from; plain JSON values."""
+        figures = dataclasses.asdict(self)
+        del figures["fusion"], figures["checkpoints"]
+        return {**figures, "interval": list(self.interval)}
+
+    def write(self, folder: Path) -> None:
+        """Write <folder>/usad.json."""
+        write_json(
+            folder / FILE_NAME,
+            {"format": FORMAT, **self.figures(), "fusion": self.fusion, "checkpoints": self.checkpoints},
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> OperatingPoint | None:
+        """The operating point stored in `folder`, if any; raises InputError for a file of another kind."""
+        path = folder / FILE_NAME
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.pop("format") != FORMAT:
+                raise ValueError("another format")
+            low, high = content["interval"]
+            point = cls(**content | {"interval": (float(low), float(high))})
+            factors = {name: value for name, value in point.fusion.items() if name != "fusion"}
+            if not _are_numbers([*point.figures().values(), factors]):
+                raise ValueError("figures that are not numbers")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{path} is not an operating point of USAD ({error}); move it away and run test_fusion.py "
+                "--false-alarm-rate"
+            ) from None
+        return point
+
+
+def _are_numbers(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_are_numbers, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def find_operating_point(
+    usad: USAD, folder: Path, batches: Iterable[dict[str, Any]], false_alarm_rate: float
+) -> OperatingPoint:
+    """The operating point of `usad`, whose checkpoints lie in `folder`, from batches of held-out normal images."""
+    scores, peaks = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0)]
+    for batch in batches:
+        batch_scores, maps = usad.predict(batch["image"].to(usad.device, non_blocking=True))
+        scores.append(batch_scores.double().cpu())
+        peaks.append(maps.amax((1, 2)).float().cpu())
+    scores, peaks = (all_rows(torch.cat(values)).numpy() for values in (scores, peaks))
+    if not (np.isfinite(scores).all() and np.isfinite(peaks).all()):
+        raise InputError("the fused score or map of a held-out image is not finite; check the weights")
+    expected, interval = exceedance(len(scores), false_alarm_rate)
+    return OperatingPoint(
+        threshold=quantile(scores, false_alarm_rate),
+        pixel_threshold=quantile(peaks, false_alarm_rate),
+        false_alarm_rate=false_alarm_rate,
+        images=len(scores),
+        expected_rate=expected,
+        interval=interval,
+        fusion=usad.settings(),
+        checkpoints=checkpoint_digests(folder),
+    )
+
+
+def rank(count: int, rate: float) -> int:
+    """Which of `count` values in rising order (from 1) the threshold lies just above.
+
+    The k-th of n has an expected exceedance of (n + 1 - k) / (n + 1) by a new value of the same kind, whatever the
+    distribution (split conformal prediction, Vovk et al.): the smallest k that keeps it at `rate` or less, or the
+    last where there are too few.
+    """
+    return min(count, math.ceil((count + 1) * (1 - rate) - 1e-9))
+
+
+def quantile(values: np.ndarray, rate: float) -> float:
+    """The smallest number above the value of that rank, so that the value itself is no alarm."""
+    value = np.sort(values)[rank(len(values), rate) - 1]
+    return float(np.nextafter(value, np.inf, dtype=values.dtype))
+
+
+def exceedance(count: int, rate: float) -> tuple[float, tuple[float, float]]:
+    """Expected rate of new values above that threshold, and its central 95 % interval.
+
+    Over draws of n values the rate above the k-th is Beta(n + 1 - k, k) distributed (no ties; less with them).
+    """
+    from scipy.special import betaincinv
+
+    k = rank(count, rate)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = (float(betaincinv(count + 1 - k, k, p)) for p in (tail, 1 - tail))
+    return (count + 1 - k) / (count + 1), (low, high)
+
+
+def checkpoint_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the checkpoints in `folder`, by file name."""
+    from models.fusion.usad import checkpoint_paths
+
+    return {path.name: sha256_of_file(path) for path in checkpoint_paths(folder).values()}

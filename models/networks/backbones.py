@@ -1,0 +1,355 @@
+"""Frozen networks as feature extractors: tokens for MACLU and MA2Patch, layer maps for PatchCore."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datasets.images import IMAGENET_MEAN, IMAGENET_STD
+from models.networks.kernels import OneDNNAttention, fold_batch_norms, onednn_available, use_onednn
+from models.networks.libraries import libraries as networks
+from models.networks.wavelets import NAME as DEMO_NETWORK
+from models.networks.wavelets import SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
+from models.networks.weights import fingerprint, pretrained_state_dict, random_state_dict, read_state_dict
+from utils.errors import InputError
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_SIDE = 4096  # pixels of a square input
+SMALLEST_MAP = 3  # PatchCore pools 3 x 3 without padding
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneSpec:
+    """Everything that decides what a backbone computes; stored in checkpoints.
+
+    `kind` is "tokens" or "maps". `weights` is "pretrained", "demo", "random" or "file" (then `file` is its
+    path). `position_size` None stands for the image size. With `normalize_contrast` each image is first brought to
+    one mean and contrast. `build_backbone` fills in `fingerprint` and `precision`.
+    """
+
+    kind: str
+    name: str
+    image_size: int
+    position_size: int | None = None
+    weights: str = "pretrained"
+    file: str | None = None
+    seed: int = 22
+    precision: str = "auto"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    fingerprint: str | None = None
+    normalize_contrast: bool = False
+
+    def with_weights(self, weights: str) -> BackboneSpec:
+        """This network with the weights a flag names: "pretrained", "demo", "random", or a file's path."""
+        if weights in ("pretrained", "demo", "random"):
+            return dataclasses.replace(self, weights=weights, file=None)
+        return dataclasses.replace(self, weights="file", file=weights)
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from, in words."""
+        return {"file": str(self.file), "random": f"random (seed {self.seed})"}.get(self.weights, self.weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BackboneSpec:
+        """What `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        given = {"mean": tuple(values["mean"]), "std": tuple(values["std"]), "weights": values["weights"]}
+        spec = cls(**values | given)  # no default for the weights: it would be a download
+        if not len(spec.mean) == len(spec.std) == 3:
+            raise ValueError("other than three colours")
+        sides = [spec.image_size] if spec.position_size is None else [spec.image_size, spec.position_size]
+        if not (isinstance(spec.name, str) and all(type(side) is int and 0 < side <= MAX_SIDE for side in sides)):
+            raise ValueError("a network's name, image size or position size that cannot be")
+        if type(spec.seed) is not int or not 0 <= spec.seed < 2**32 or spec.kind not in ("tokens", "maps"):
+            raise ValueError("a seed or a kind of features that cannot be")
+        return spec
+
+
+class Backbone(nn.Module):
+    """A frozen network in evaluation mode: no gradients, outputs always float32.
+
+    `precision` "bf16" or "fp16" runs it under autocast; "tf32" is a global switch of torch, not set here.
+    """
+
+    def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
+        super().__init__()
+        self.net = net
+        self.spec = spec
+        self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells the device, weights or none
+        self.attention: type[contextlib.AbstractContextManager] = contextlib.nullcontext
+        self.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.anchor.device
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Normalised images [B, 3, S, S], S the spec's image size; raises InputError where the result is not finite."""
+        if images.shape[-2:] != (self.spec.image_size,) * 2:
+            raise ValueError(f"images are {tuple(images.shape[-2:])}, the backbone takes {self.spec.image_size}")
+        if self.spec.normalize_contrast:
+            images = self._normalize_contrast(images)
+        with torch.no_grad(), self._autocast(), self.attention():
+            outputs = self.extract(images.contiguous(memory_format=torch.channels_last))
+            outputs = tuple(output.float() for output in outputs)
+        if not outputs[0].is_meta and not all(torch.isfinite(output).all() for output in outputs):
+            raise InputError(
+                f"{self.spec.name} with weights {self.spec.source} gives values that are not finite numbers; check the "
+                "weights, or give --precision fp32"
+            )
+        return outputs
+
+    def _normalize_contrast(self, images: Tensor) -> Tensor:
+        """Each image less its mean colour, over the standard deviation of its grey values."""
+        pixels = self.pixels(images)
+        pixels = pixels - pixels.mean((2, 3), keepdim=True)
+        return pixels / pixels.mean(1, keepdim=True).std((2, 3), keepdim=True).clamp(min=1e-3)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, S, S] -> what they were before, of 0 to 1."""
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.spec.mean, self.spec.std))
+        return images * std + mean
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        dtype = AUTOCAST.get(self.spec.precision)
+        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` gives, at whatever precision."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """What is done once, when the weights are in place."""
+        fold_batch_norms(self.net)
+        self.net.to(memory_format=torch.channels_last)
+
+
+class TokenBackbone(Backbone):
+    """Images [B, 3, S, S] -> CLS [B, E], patch tokens [B, N, D] row by row: `grid` h * w = N, `dim` D, `cls_dim` E."""
+
+    grid: tuple[int, int]
+    dim: int
+
+    @property
+    def cls_dim(self) -> int:
+        return self.dim
+
+
+class ViTTokens(TokenBackbone):
+    """A ViT's tokens after its final norm, no registers; lacking a class token, CLS is the patches' mean.
+
+    ViTs that normalise only after pooling (timm's "gap" family) give tokens as they leave the last block.
+    """
+
+    def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
+        super().__init__(net, spec)
+        patch_height, patch_width = net.patch_embed.patch_size
+        self.grid = spec.image_size // patch_height, spec.image_size // patch_width
+        self.dim = net.embed_dim
+
+    def finish(self) -> None:
+        """Resample the position embeddings to the image size once, instead of in every pass."""
+        self.net.set_input_size((self.spec.image_size,) * 2)
+        super().finish()
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.net.forward_features(images)
+        patches = tokens[:, self.net.num_prefix_tokens :]
+        cls = patches.mean(1) if self.net.cls_token is None else tokens[:, 0]
+        return cls, patches
+
+
+class CNNTokens(TokenBackbone):
+    """A CNN's last map of stride 16 or less as patch tokens, its global average as CLS token."""
+
+    def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
+        super().__init__(net, spec)
+        ((self.dim, *grid),) = networks.map_shapes(net, spec.image_size)
+        self.grid = tuple(grid)
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        (last,) = networks.maps(self.net, images)
+        return last.mean((2, 3)), last.flatten(2).transpose(1, 2)
+
+
+class DemoTokens(TokenBackbone):
+    """The network that ships: a patch token says how unusual its place is in the image, CLS what the image is like."""
+
+    def __init__(self, net: WaveletPyramid, spec: BackboneSpec) -> None:
+        super().__init__(net, spec)
+        self.grid = (spec.image_size // STRIDE,) * 2
+        *first, second = net.widths
+        self.dim = 2 * sum(first) + second
+
+    @property
+    def cls_dim(self) -> int:
+        return 2 * self.dim  # mean and deviation, low and high, where a patch token has one
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        *first, second = self.net(self.pixels(images))
+        first = torch.cat(first, 1)
+        return class_token(first, second), patch_tokens(first, second)
+
+
+class MapBackbone(Backbone):
+    """Images [B, 3, S, S] -> maps [B, C, h, w], the finest first.
+
+    `grid` is its (h, w), `widths` the maps' channels, `dim` all of them together; `neighborhood` is the side of the
+    square over which PatchCore averages a map.
+    """
+
+    grid: tuple[int, int]
+    widths: list[int]
+    neighborhood: int
+
+    @property
+    def dim(self) -> int:
+        return sum(self.widths)
+
+
+class DemoMaps(MapBackbone):
+    """The network that ships, without its second order; its maps are local averages already."""
+
+    neighborhood = 1
+
+    def __init__(self, net: WaveletPyramid, spec: BackboneSpec) -> None:
+        super().__init__(net, spec)
+        self.grid = (spec.image_size // STRIDE,) * 2
+        self.widths = net.widths
+
+    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.net(self.pixels(images)))
+
+
+class CNNMaps(MapBackbone):
+    """A CNN's maps of stride 8 and 16 (a ResNet's layer2 and layer3)."""
+
+    neighborhood = 3
+
+    def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
+        super().__init__(net, spec)
+        self.shapes = networks.map_shapes(net, spec.image_size)
+        self.grid = self.shapes[0][1:]
+        self.widths = [channels for channels, *_ in self.shapes]
+        if min(self.shapes[-1][1:]) < SMALLEST_MAP:
+            raise InputError(
+                f"--image-size {spec.image_size} is too small for {spec.name}: its coarser map must have "
+                f"{SMALLEST_MAP} x {SMALLEST_MAP} places or more; take at least {16 * SMALLEST_MAP}"
+            )
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(networks.maps(self.net, images))
+
+
+def build_backbone(
+    spec: BackboneSpec,
+    device: str = "cpu",
+    weights: str | None = None,
+    precision: str = "auto",
+    flag: str = "--weights",
+) -> TokenBackbone | MapBackbone:
+    """Build the network of `spec`, load its weights and move it to `device`.
+
+    `weights` overrides where the weights come from. `precision` "auto" is fp32 on a CPU; on a GPU the spec's,
+    or the best there is if the spec has none. Raises InputError: unknown network, a size that does not suit
+    it, weights that cannot be had or do not fit, or other weights than those of the spec's fingerprint.
+    """
+    if weights is not None:
+        spec = spec.with_weights(weights)
+    backbone = empty_backbone(spec)
+    mark = _load_weights(backbone.net, spec, flag)
+    if spec.fingerprint not in (None, mark):
+        raise InputError(
+            f"fitted with weights {spec.fingerprint[:12]} of {spec.name}, but {spec.source} has {mark[:12]}; "
+            f"give the right file with {flag}, or train again"
+        )
+    precision = resolve_precision(spec.precision, precision, device)
+    backbone.spec = dataclasses.replace(spec, fingerprint=mark, precision=precision)
+    backbone.finish()
+    backbone.to(device)
+    if backbone.device.type == "cpu" and precision == "fp32" and onednn_available():
+        use_onednn(backbone, spec.image_size)
+        backbone.attention = OneDNNAttention
+    return backbone
+
+
+def empty_backbone(spec: BackboneSpec) -> TokenBackbone | MapBackbone:
+    """The network of `spec` without weights or memory for them: nothing is downloaded.
+
+    Raises InputError where the name is unknown, or network and sizes do not go together.
+    """
+    demo = spec.weights == "demo"
+    if not demo:
+        networks.check_name(spec.name)
+    if spec.kind == "tokens" and not demo and networks.is_vit(spec.name):
+        networks.check_divisible(spec.name, spec.image_size, "--image-size")
+        return ViTTokens(networks.vit(spec.name, spec.position_size or spec.image_size), spec)
+    if spec.position_size is not None:
+        raise InputError(f"--position-size has no effect with {spec.name}, which is no ViT; leave it out")
+    if demo:
+        return _demo_backbone(spec)
+    if spec.kind == "tokens":
+        return CNNTokens(networks.cnn(spec.name, None), spec)
+    return CNNMaps(networks.cnn(spec.name, (8, 16)), spec)
+
+
+def _demo_backbone(spec: BackboneSpec) -> DemoTokens | DemoMaps:
+    if spec.name != DEMO_NETWORK:
+        raise InputError(
+            f"the demo network is {DEMO_NETWORK}, not {spec.name}; leave out --backbone, or take other weights"
+        )
+    if spec.normalize_contrast:
+        raise InputError(
+            f"--normalize-contrast has no effect with {spec.name}, which normalises each image itself; train without it"
+        )
+    if spec.image_size % SIZE_STEP or spec.image_size < 4 * SIZE_STEP:
+        sizes = ", ".join(str(steps * SIZE_STEP) for steps in (4, 5, 6))
+        raise InputError(f"--image-size {spec.image_size}: the demo network takes {sizes} …")
+    tokens = spec.kind == "tokens"
+    return (DemoTokens if tokens else DemoMaps)(WaveletPyramid(second_order=tokens), spec)
+
+
+def _load_weights(net: nn.Module, spec: BackboneSpec, flag: str) -> str:
+    """Put the weights of `spec` in place; returns their fingerprint."""
+    if spec.weights == "demo":
+        return fingerprint(net.state_dict())
+    if spec.weights == "file":
+        state = read_state_dict(spec.file)
+    elif spec.weights == "pretrained":
+        state = pretrained_state_dict(spec.name, flag)
+    elif spec.weights == "random":
+        state = random_state_dict(lambda: networks.full_network(spec.name), spec.seed)
+    else:
+        raise InputError(f"{flag} '{spec.weights}' is not pretrained, demo, random or a file")
+    return networks.load_weights(net, spec.name, state, spec.source)
+
+
+def size_step(spec: BackboneSpec) -> int:
+    """The step in which input sizes suit the network: a ViT's patch, else 8 pixels, a place of a stride-8 map."""
+    if spec.weights == "demo":
+        return SIZE_STEP
+    return max(networks.outline(spec.name).patch_embed.patch_size) if networks.is_vit(spec.name) else 8
+
+
+def resolve_precision(recorded: str, asked: str, device: str) -> str:
+    """The precision in force; "auto" is fp32 on a CPU, elsewhere the recorded one or the best there is."""
+    if asked != "auto":
+        return asked
+    if torch.device(device).type != "cuda":
+        return "fp32"
+    if recorded != "auto":
+        return recorded
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
