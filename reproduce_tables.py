@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.mvtec import Category, Item, find_categories
-from datasets.unreadable import leave_out_unreadable, named_at_once
+from datasets.mvtec import Category, Sample, find_categories
+from datasets.unreadable import leave_out_unreadable, list_all_unreadable
 from evaluation.evaluate import environment
 from evaluation.result_files import claim_folder, mark_folder
 from experiments.baselines import BASELINES, Baselines, add_difference, comparison, find_baselines
@@ -69,11 +69,11 @@ def main() -> None:
             claim_folder(args.results_dir / name / "tables")
             locks.enter_context(folder_lock(args.results_dir / name / "tables"))
         categories = [open_category(args.data_root, name) for name in names]
-        with named_at_once(args, categories, partial(items_in_use, args)):
+        with list_all_unreadable(categories, partial(samples_in_use, args), args.workers, args.skip_unreadable):
             for category in categories:
                 if args.skip_unreadable:
-                    leave_out_unreadable(category, items_in_use(args, category), args.workers)
-                category.test_items()
+                    leave_out_unreadable(category, samples_in_use(args, category), args.workers)
+                category.test_samples()
             for category in categories:
                 reproduce(args, category, fusions[category.name], baselines)
 
@@ -148,10 +148,10 @@ def fusions_by_seed(args: argparse.Namespace, folder: Path) -> list[Fusion]:
     return [fusion.with_variants(seed=seed) for seed in args.seeds] if args.seeds else [fusion]
 
 
-def items_in_use(args: argparse.Namespace, category: Category) -> list[Item]:
+def samples_in_use(args: argparse.Namespace, category: Category) -> list[Sample]:
     """What the run may read of a category."""
     fits = args.seeds or {"comparison", "sensitivity"} & set(args.tables)
-    return category.test_items() + (category.train_items() if fits else [])
+    return category.test_samples() + (category.train_samples() if fits else [])
 
 
 def like_patchcore(fusion: Fusion) -> list[str]:
@@ -163,7 +163,7 @@ def reproduce(args: argparse.Namespace, category: Category, fusions: list[Fusion
     """Compute the cells of one category's tables and write each table as soon as its own are there."""
     folder = args.results_dir / category.name / "tables"
     mark_folder(folder)
-    images = Images(category.test_items())
+    images = Images(category.test_samples())
     measurements = Measurements(folder / "measured", category, images, args, weights_by_branch(args, BRANCHES))
     bench, store = Bench(measurements, args.batch_size), CellStore(folder / "cells")
     makers = {
@@ -176,7 +176,7 @@ def reproduce(args: argparse.Namespace, category: Category, fusions: list[Fusion
     cells = {cell.key: cell for table in tables for cell in table.cells()}
     facts = {
         "category": category.name,
-        "images": len(images.items),
+        "images": len(images.samples),
         "anomalous": int(images.labels.sum()),
         "seeds": args.seeds,
     }

@@ -13,14 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets.mvtec import Category, ImageDataset, Item, find_categories
-from datasets.unreadable import leave_out_unreadable, named_at_once
+from datasets.loading import ImageDataset
+from datasets.mvtec import Category, Sample, find_categories
+from datasets.unreadable import leave_out_unreadable, list_all_unreadable
 from evaluation.evaluate import evaluate, print_metrics
 from evaluation.result_files import average_path, claim_folder, write_average
 from models import BRANCHES, USAD
 from models.fusion.operating_point import OperatingPoint, checkpoint_digests, find_operating_point
 from models.fusion.usad import checkpoint_paths
-from training.training import held_out_items, make_loader, open_category, settings_in_force
+from training.training import held_out_samples, make_loader, open_category, settings_in_force
 from utils import distributed
 from utils.command_line import (
     Parser,
@@ -53,13 +54,13 @@ def main() -> None:
             locks.enter_context(folder_lock(args.results_dir / name / USAD.name))
         with distributed.one_per_machine_first():
             categories = [open_category(args.data_root, name) for name in names]
-        with named_at_once(args, categories, partial(items_in_use, args)):
+        with list_all_unreadable(categories, partial(samples_in_use, args), args.workers, args.skip_unreadable):
             for category in categories:
                 if args.skip_unreadable:
-                    leave_out_unreadable(category, category.test_items(), args.workers)
-                category.test_items()
+                    leave_out_unreadable(category, category.test_samples(), args.workers)
+                category.test_samples()
             metrics = {category.name: test(args, category, device) for category in categories}
-    if len(metrics) > 1 and distributed.is_first():
+    if len(metrics) > 1 and distributed.is_main_process():
         print(f"average of {len(metrics)} categories")
         print_metrics(USAD.name, write_average(average, metrics))
 
@@ -103,7 +104,7 @@ def test(args: argparse.Namespace, category: Category, device: str) -> dict[str,
         warn(f"the branches of {category.name} were trained on different lists of files")
     if args.false_alarm_rate:
         usad.set_operating_point(calibrate_fusion(args, category, usad, checkpoints))
-    dataset = ImageDataset(category.test_items(), usad.image_size, "bicubic")
+    dataset = ImageDataset(category.test_samples(), usad.image_size, "bicubic")
     folder = args.results_dir / category.name / usad.name
     branches = {
         branch.name: {
@@ -122,23 +123,23 @@ def test(args: argparse.Namespace, category: Category, device: str) -> dict[str,
         save_maps=args.save_maps,
         operating_point=usad.operating_point,
     )
-    if distributed.is_first():
+    if distributed.is_main_process():
         print_metrics(usad.name, metrics)
         print(f"{category.name}: results in {folder}", flush=True)
     return metrics
 
 
-def items_in_use(args: argparse.Namespace, category: Category) -> list[Item]:
+def samples_in_use(args: argparse.Namespace, category: Category) -> list[Sample]:
     """What the run may read of a category."""
-    return category.test_items() + (category.train_items() if args.false_alarm_rate else [])
+    return category.test_samples() + (category.train_samples() if args.false_alarm_rate else [])
 
 
 def calibrate_fusion(args: argparse.Namespace, category: Category, usad: USAD, checkpoints: Path) -> OperatingPoint:
     """Find the operating point on the held-out normal images and store it beside the checkpoints."""
-    dataset = ImageDataset(held_out_items(category, usad.branches), usad.image_size, "bicubic")
+    dataset = ImageDataset(held_out_samples(category, usad.branches), usad.image_size, "bicubic")
     loader = make_loader(args, dataset, "fusion held out", usad)
     point = find_operating_point(usad, checkpoints, loader, args.false_alarm_rate)
-    if distributed.is_first():
+    if distributed.is_main_process():
         point.write(checkpoints)
     print(f"{category.name}: thresholds from {point.source}; in {checkpoints / 'usad.json'}")
     if point.shortfall:

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from benchmarks import reference, reference_metrics
-from datasets.images import to_tensor
+from datasets.loading import to_tensor
 from datasets.mvtec import Category
 from utils.checkpoint import load_checkpoint
 
@@ -33,7 +33,7 @@ def main(models: Path, folder: Path, out: Path) -> None:
             nets[name] = reference.untrained_resnet(spec["name"], spec["seed"])
     loop, size = reference.PublishedLoop(nets, states, sizes), max(sizes.values())
     scores, labels, maps, masks = [], [], [], []
-    for item in Category(folder.parent, folder.name).test_items():
+    for item in Category(folder.parent, folder.name).test_samples():
         image = to_tensor(Image.open(item.path).convert("RGB"), size, "bicubic")[None]
         score, anomaly_map = loop(image)["fusion"]
         mask = np.zeros((size, size), bool)

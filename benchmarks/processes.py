@@ -19,7 +19,8 @@ import torch
 
 from benchmarks.measure import Row, apart
 from benchmarks.settings import SEED, Noise, Settings
-from datasets.mvtec import Category, ImageDataset, ImageLoader, Item
+from datasets.loading import ImageDataset, ImageLoader
+from datasets.mvtec import Category, Sample
 from models.branches.branch import Branch
 from models.branches.ma_clu import MACLU
 from models.branches.patchcore import PatchCore
@@ -87,8 +88,8 @@ def patchcore(settings: Settings, images: int) -> Iterator[Row]:
     category = Category(folder.parent, folder.name)
     name, size = settings.networks["pc"]
     job = {
-        "train": [str(item.path) for item in category.train_items()[:TRAINED_ON]],
-        "test": [str(item.path) for item in category.test_items()[:images]],
+        "train": [str(sample.path) for sample in category.train_samples()[:TRAINED_ON]],
+        "test": [str(sample.path) for sample in category.test_samples()[:images]],
         "network": name,
         "image_size": size,
         "coreset_ratio": 0.01,
@@ -147,7 +148,7 @@ def fit_and_test(job: dict[str, Any]) -> dict[str, float]:
 
 
 def _loader(paths: list[str], job: dict[str, Any], resampling: str) -> ImageLoader:
-    dataset = ImageDataset([Item(Path(path), path) for path in paths], job["image_size"], resampling)
+    dataset = ImageDataset([Sample(Path(path), path) for path in paths], job["image_size"], resampling)
     return ImageLoader(dataset, job["batch_size"], job["workers"], "")
 
 
@@ -181,9 +182,9 @@ def a_category(settings: Settings, images: int) -> Path:
         _draw_category(folder, images, 64 if settings.quick else 400)
     else:
         source = Category(settings.category.parent, settings.category.name)
-        for items, count in ((source.train_items(), TRAINED_ON), (source.test_items(), images)):
-            for item in (items[index * len(items) // count] for index in range(count)):
-                for path in filter(None, (item.path, item.mask)):
+        for samples, count in ((source.train_samples(), TRAINED_ON), (source.test_samples(), images)):
+            for sample in (samples[index * len(samples) // count] for index in range(count)):
+                for path in filter(None, (sample.path, sample.mask)):
                     target = folder / path.relative_to(settings.category)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)

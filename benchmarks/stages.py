@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from benchmarks import reference
 from benchmarks.measure import Row, pair, seconds
 from benchmarks.settings import SEED, Settings
-from datasets.images import EXTENSIONS, to_tensor
+from datasets.images import EXTENSIONS
+from datasets.loading import to_tensor
 from models import USAD
 from models.branches.coreset import LazyGreedy, sparse_projection
 from models.branches.neighbors import NearestNeighbors

@@ -8,16 +8,11 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from utils.errors import UnreadableError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 DISK_ERRORS = {errno.EIO, getattr(errno, "ESTALE", errno.EIO)}
 _UNREADABLE = (
@@ -53,18 +48,6 @@ def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
         if mask.mode.startswith("I"):
             mask = Image.fromarray(_to_8_bits(mask))
         return mask.convert("L")
-
-
-def to_tensor(image: Image.Image, size: int, resampling: str) -> Tensor:
-    """RGB image -> [3, size, size]: stretched to the square (antialiased), to [0, 1], ImageNet-normalised."""
-    pixels = np.array(image.resize((size, size), RESAMPLING[resampling]))
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-    return (tensor - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
-
-
-def mask_to_tensor(mask: Image.Image, size: int) -> Tensor:
-    """Grey mask -> bool [size, size]: nearest pixel, then at least half of full scale."""
-    return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))) >= 128
 
 
 def _to_8_bits(image: Image.Image) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from datasets.mvtec import ImageLoader
+from datasets.loading import ImageLoader
 from evaluation.result_files import (
     PROGRAM,
     REPORT,
@@ -26,7 +26,7 @@ from metrics.metrics import PROTOCOLS
 from models.fusion.operating_point import OperatingPoint
 from reporting.cards import Threshold
 from reporting.visualize import Thumbnails
-from utils.distributed import from_first, meet, size
+from utils.distributed import barrier, from_first, size
 from utils.files import write_json
 from utils.timing import Stopwatch, peak_memory_mb, processor
 
@@ -50,10 +50,10 @@ def evaluate(
     else, and it alone has the metrics.
     """
     start = time.perf_counter()
-    items, shard = loader.dataset.items, loader.shard
-    thumbnails = Thumbnails(folder, len(items)) if images else None
+    samples, shard = loader.dataset.samples, loader.shard
+    thumbnails = Thumbnails(folder, len(samples)) if images else None
     report = images and hasattr(model, "branches")
-    results, watch = Results(items, model.stopwatches(), shard.start, report, thumbnails), Stopwatch()
+    results, watch = Results(samples, model.stopwatches(), shard.start, report, thumbnails), Stopwatch()
     for batch in timed(loader, watch):
         parts = model.predict_parts(batch["image"].to(model.device, non_blocking=True))
         with watch("collect"):
@@ -61,15 +61,15 @@ def evaluate(
             if save_maps:
                 mark_folder(folder)
                 for index, anomaly_map in zip(batch["index"], maps, strict=True):
-                    write_map(folder / "anomaly_maps", items[int(index)], anomaly_map)
+                    write_map(folder / "anomaly_maps", samples[int(index)], anomaly_map)
     with watch("collect"):
         first = results.collect()
     mark_folder(folder)
     if images:
         with watch("images"):
             scale = from_first(lambda: {"scale": np.array(thumbnails.scale())})["scale"].tolist()
-            write_heatmaps(folder / "heatmaps", items[shard.start : shard.stop], thumbnails, scale)
-            meet()
+            write_heatmaps(folder / "heatmaps", samples[shard.start : shard.stop], thumbnails, scale)
+            barrier()
     if not first:
         return {}
     with watch("metrics"):
@@ -77,7 +77,7 @@ def evaluate(
     main, *others = by_part
     metrics = dict(by_part[main])
     if operating_point:
-        labels = np.array([item.label for item in items])
+        labels = np.array([item.label for item in samples])
         metrics["operating_point"] = operating_point.on_test(results.scores[main], labels)
     if others:
         metrics["branches"] = {name: by_part[name] for name in others}

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.mvtec import Item
+from datasets.mvtec import Sample
 from evaluation.results import Results
 from metrics.metrics import PROTOCOLS
 from reporting.cards import Threshold
@@ -74,25 +74,27 @@ def write_scores(path: Path, results: Results) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "label", "score", *list(columns)[1:]])
-    for row, item in enumerate(results.items):
-        writer.writerow([safe_cell(item.name), item.label, *(repr(float(values[row])) for values in columns.values())])
+    for row, sample in enumerate(results.samples):
+        writer.writerow(
+            [safe_cell(sample.name), sample.label, *(repr(float(values[row])) for values in columns.values())]
+        )
     write_text(path, text.getvalue())
 
 
-def write_map(folder: Path, item: Item, anomaly_map: np.ndarray) -> None:
+def write_map(folder: Path, sample: Sample, anomaly_map: np.ndarray) -> None:
     """The raw float32 map [S, S] as <folder>/<defect>/<stem>.tiff."""
     content = io.BytesIO()  # on a full disk Pillow writes half a TIFF and says nothing
     Image.fromarray(anomaly_map).save(content, "TIFF")
-    with atomic_write(_result_path(folder, item, ".tiff")) as temporary:
+    with atomic_write(_result_path(folder, sample, ".tiff")) as temporary:
         temporary.write_bytes(content.getvalue())
 
 
-def write_heatmaps(folder: Path, items: Sequence[Item], thumbnails: Thumbnails, scale: tuple[float, float]) -> None:
+def write_heatmaps(folder: Path, samples: Sequence[Sample], thumbnails: Thumbnails, scale: tuple[float, float]) -> None:
     """One strip for each test image, <folder>/<defect>/<stem>.png, all on one colour scale."""
-    pairs = zip(items, thumbnails, strict=True)
-    bar = tqdm(pairs, desc="heat maps", total=len(items), unit="image", leave=False, disable=None)
-    for item, image in stoppable(bar):
-        write_png(_result_path(folder, item, ".png"), strip(item, image, scale))
+    pairs = zip(samples, thumbnails, strict=True)
+    bar = tqdm(pairs, desc="heat maps", total=len(samples), unit="image", leave=False, disable=None)
+    for sample, image in stoppable(bar):
+        write_png(_result_path(folder, sample, ".png"), strip(sample, image, scale))
 
 
 def write_test_report(
@@ -113,5 +115,5 @@ def write_test_report(
     write_report(folder / REPORT, title, results.gallery, metrics, results.curves(), threshold, config, facts)
 
 
-def _result_path(folder: Path, item: Item, suffix: str) -> Path:
-    return folder / item.path.parent.name / f"{item.path.stem}{suffix}"
+def _result_path(folder: Path, sample: Sample, suffix: str) -> Path:
+    return folder / sample.path.parent.name / f"{sample.path.stem}{suffix}"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from datasets.images import read_image, read_mask
-from datasets.mvtec import Item
+from datasets.mvtec import Sample
 from metrics.metrics import PixelMetrics, image_curves, image_f1_threshold, image_metrics
 from reporting.cards import Threshold
 from reporting.gallery import Entry, Gallery, Pictures
@@ -22,22 +22,22 @@ from utils.errors import InputError
 class Results:
     """Scores, metrics and small maps of a test run, by part (a branch's name, or `fusion`), the main part first.
 
-    This process gathers them of its share of the items, from number `first` on; `collect` adds those of the others.
+    This process gathers them of its share of the samples, from number `first` on; `collect` adds those of the others.
     With `report`, the pictures of a report are kept, too, with `thumbnails` the small maps of heat maps.
     """
 
     def __init__(
         self,
-        items: list[Item],
+        samples: list[Sample],
         parts: Iterable[str],
         first: int = 0,
         report: bool = False,
         thumbnails: Thumbnails | None = None,
     ) -> None:
-        self.items = items
-        self.scores = {part: np.zeros(len(items)) for part in parts}  # 0 for those of other processes
+        self.samples = samples
+        self.scores = {part: np.zeros(len(samples)) for part in parts}  # 0 for those of other processes
         self.pixels = {part: PixelMetrics() for part in self.scores}
-        self.gallery = Gallery(len(items), first=first) if report else None
+        self.gallery = Gallery(len(samples), first=first) if report else None
         self.thumbnails = thumbnails
 
     def add(self, parts: dict[str, tuple[torch.Tensor, torch.Tensor]], batch: dict[str, Any]) -> np.ndarray:
@@ -48,8 +48,8 @@ class Results:
         for name, (scores, maps) in arrays.items():
             finite = np.isfinite(scores) & np.isfinite(maps).all((1, 2))
             if not finite.all():
-                item = self.items[int(batch["index"][int(np.argmin(finite))])]
-                raise InputError(f"{name} gives a score or map that is not finite on {item.path}; check the weights")
+                sample = self.samples[int(batch["index"][int(np.argmin(finite))])]
+                raise InputError(f"{name} gives a score or map that is not finite on {sample.path}; check the weights")
             self.scores[name][np.asarray(batch["index"])] = scores
             self.pixels[name].update(maps, batch["mask"].numpy(), batch["label"].numpy() == 1)
         main = next(iter(arrays.values()))[1]
@@ -58,7 +58,7 @@ class Results:
                 self.thumbnails.add(anomaly_map)
         if self.gallery is not None:
             for row, index in enumerate(batch["index"]):
-                self._keep(self.items[int(index)], {name: (s[row], m[row]) for name, (s, m) in arrays.items()})
+                self._keep(self.samples[int(index)], {name: (s[row], m[row]) for name, (s, m) in arrays.items()})
         return main
 
     def collect(self) -> bool:
@@ -75,18 +75,18 @@ class Results:
         for name, scores in state.items():
             self.scores[name] += np.asarray(scores)
 
-    def _keep(self, item: Item, parts: dict[str, tuple[float, np.ndarray]]) -> None:
+    def _keep(self, sample: Sample, parts: dict[str, tuple[float, np.ndarray]]) -> None:
         def pictures() -> Pictures:
-            image = read_image(item.path)
-            truth = None if item.mask is None else np.asarray(read_mask(item.mask, image.size)) >= 128
+            image = read_image(sample.path)
+            truth = None if sample.mask is None else np.asarray(read_mask(sample.mask, image.size)) >= 128
             return Pictures(np.asarray(image), {name: part for name, (_, part) in parts.items()}, truth)
 
         scores = {name: float(score) for name, (score, _) in parts.items()}
-        self.gallery.add(Entry(item.name, scores, item.label, item.path.parent.name), pictures)
+        self.gallery.add(Entry(sample.name, scores, sample.label, sample.path.parent.name), pictures)
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         """By part: every figure of metrics.json; a figure that is undefined is None."""
-        labels = np.array([item.label for item in self.items])
+        labels = np.array([sample.label for sample in self.samples])
         counts = {"n_images": len(labels), "n_anomalous": int(labels.sum())}
         return {
             name: {
@@ -99,7 +99,7 @@ class Results:
 
     def curves(self) -> Curves:
         """By part, the points of the curves that a report draws."""
-        labels = np.array([item.label for item in self.items])
+        labels = np.array([sample.label for sample in self.samples])
         curves = {}
         for name, scores in self.scores.items():
             image, pixel = image_curves(scores, labels), self.pixels[name].curves(400)
@@ -113,7 +113,7 @@ class Results:
 
     def best_threshold(self) -> Threshold | None:
         """The thresholds of the highest F1 on these very images; None where they are undefined."""
-        labels = np.array([item.label for item in self.items])
+        labels = np.array([sample.label for sample in self.samples])
         main = next(iter(self.scores))
         score = image_f1_threshold(self.scores[main], labels)
         if score is None:

@@ -128,12 +128,12 @@ def _cell(
     def compute() -> dict[str, Any]:
         if name in broken:
             raise Unavailable(broken[name])
-        training, _ = split_training(category.train_items(), 1.0, pc.holdout_ratio, pc.seed)
+        training, _ = split_training(category.train_samples(), 1.0, pc.holdout_ratio, pc.seed)
         job = {
             **work,
             "weights": [file if file in KINDS else str(Path(file).absolute()) for file in baselines.weights],
             "train": [str(item.path.absolute()) for item in training],
-            "test": [str(item.path.absolute()) for item in bench.images.items],
+            "test": [str(item.path.absolute()) for item in bench.images.samples],
             "device": run.device,
             "batch_size": run.batch_size,
             "workers": run.workers,

@@ -100,7 +100,7 @@ class Bench:
             branch.calibration = measured[branch.name].calibration
 
         def found() -> Iterator[tuple[Tensor, Tensor]]:
-            for start in range(0, len(self.images.items), self.batch_size):
+            for start in range(0, len(self.images.samples), self.batch_size):
                 parts = {}
                 for branch in usad.branches:
                     scores, patches = (part[start : start + self.batch_size] for part in measured[branch.name][:2])

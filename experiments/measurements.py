@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.images import mask_to_tensor, read_image, read_mask
-from datasets.mvtec import Category, ImageDataset, Item
+from datasets.images import read_image, read_mask
+from datasets.loading import ImageDataset, mask_to_tensor
+from datasets.mvtec import Category, Sample
 from evaluation.results import Results
 from experiments.cells import Unavailable, digest
 from experiments.variants import Variant
@@ -36,15 +37,15 @@ class Measured(NamedTuple):
 class Images:
     """The test images of a category, and the figures of what is found on them."""
 
-    def __init__(self, items: Sequence[Item]) -> None:
-        self.items = list(items)
-        self.labels = np.array([item.label for item in items])
-        self.digest = digest_of_files(self.items)
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = list(samples)
+        self.labels = np.array([sample.label for sample in samples])
+        self.digest = digest_of_files(self.samples)
         self._size, self._masks = 0, {}
 
     def figures(self, found: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
         """Every figure of metrics.json for batches of scores [B] and maps [B, S, S], in the order of the images."""
-        results, start = Results(self.items, ["all"]), 0
+        results, start = Results(self.samples, ["all"]), 0
         for scores, maps in found:
             rows = torch.arange(start, start + len(scores))
             masks = torch.from_numpy(np.stack([self._mask(row, maps.shape[-1]) for row in rows.tolist()]))
@@ -58,9 +59,9 @@ class Images:
         if size != self._size:
             self._size, self._masks = size, {}
         if row not in self._masks:
-            item, mask = self.items[row], np.zeros((size, size), bool)
-            if item.mask is not None:
-                mask = mask_to_tensor(read_mask(item.mask, read_image(item.path).size), size).numpy()
+            sample, mask = self.samples[row], np.zeros((size, size), bool)
+            if sample.mask is not None:
+                mask = mask_to_tensor(read_mask(sample.mask, read_image(sample.path).size), size).numpy()
             self._masks[row] = np.packbits(mask)
         return np.unpackbits(self._masks[row], count=size * size).reshape(size, size).astype(bool)
 
@@ -105,7 +106,7 @@ class Measurements:
         except (InputError, KeyError):  # not there yet, or damaged
             path.unlink(missing_ok=True)
         branch = self._fitted(variant)
-        dataset = ImageDataset(self.images.items, input_size, "bicubic")
+        dataset = ImageDataset(self.images.samples, input_size, "bicubic")
         found = []
         for batch in make_loader(self.run, dataset, f"{branch.name} measure", branch):
             images = resize_images(batch["image"].to(branch.device, non_blocking=True), branch.image_size)
@@ -143,17 +144,17 @@ class Measurements:
 
     def training_digest(self) -> str:
         if self._training_digest is None:
-            self._training_digest = digest_of_files(self.category.train_items())
+            self._training_digest = digest_of_files(self.category.train_samples())
         return self._training_digest
 
     def _fit_key(self, variant: Variant) -> str:
         return digest([variant.fit_needs(), self.training_digest(), self.run.device, self.run.precision])
 
 
-def digest_of_files(items: Sequence[Item]) -> str:
+def digest_of_files(samples: Sequence[Sample]) -> str:
     """A mark of images and masks: their names, labels and bytes."""
     lines = []
-    for item in items:
-        files = [sha256_of_file(path) for path in (item.path, item.mask) if path]
-        lines.append(f"{item.name} {item.label} {' '.join(files)}")
+    for sample in samples:
+        files = [sha256_of_file(path) for path in (sample.path, sample.mask) if path]
+        lines.append(f"{sample.name} {sample.label} {' '.join(files)}")
     return digest_of_lines(lines)

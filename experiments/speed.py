@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from datasets.mvtec import ImageDataset, ImageLoader, Item
+from datasets.loading import ImageDataset, ImageLoader
+from datasets.mvtec import Sample
 from evaluation.evaluate import stage_seconds, timed
 from experiments.baselines import ROOT
 from experiments.cells import Cell, Row, Section, Table, Unavailable
@@ -40,7 +41,7 @@ FIGURES = {
 def speed(bench: Bench, fusion: Fusion, folder: Path) -> Table:
     """Each branch of the checkpoints in `folder`, and their fusion."""
     run = bench.measurements.run
-    items = bench.images.items[:: -(-len(bench.images.items) // IMAGES)]
+    samples = bench.images.samples[:: -(-len(bench.images.samples) // IMAGES)]
     rows = []
     for name in (*fusion.parts, USAD.name):
         job = {
@@ -53,14 +54,14 @@ def speed(bench: Bench, fusion: Fusion, folder: Path) -> Table:
             },
             "batch_size": run.batch_size,
             "fusion": fusion.settings,
-            "images": [str(item.path.absolute()) for item in items],
+            "images": [str(sample.path.absolute()) for sample in samples],
         }
         needs = {**job, "checkpoints": checkpoint_digests(folder), "machine": machine(run.device), "speed": 1}
         rows.append(Row({"model": name}, [(Cell(needs, lambda job=job: measure_apart(job)),)]))
     remarks = [
-        f"{machine(run.device)}; batches of {run.batch_size}; {len(items)} test images after a batch to warm up. Each "
-        "row is a process of its own; loading is done in that process, one image after the other. Peak memory is the "
-        "process's, Python and PyTorch included."
+        f"{machine(run.device)}; batches of {run.batch_size}; {len(samples)} test images after a batch to warm up. "
+        "Each row is a process of its own; loading is done in that process, one image after the other. Peak memory is "
+        "the process's, Python and PyTorch included."
     ]
     return Table("speed", "Speed", FIGURES, [Section("Models", rows)], remarks, seeded=False)
 
@@ -86,9 +87,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     else:
         ((branch, path),) = paths.items()
         model = branch.load(path, job["weights"].get(name), job["device"], job["precision"])
-    items = [Item(Path(path), path) for path in job["images"]]
-    dataset = ImageDataset(items, model.image_size, "bicubic")
-    for batch in ImageLoader(ImageDataset(items[: job["batch_size"]], model.image_size, "bicubic"), len(items), 0, ""):
+    samples = [Sample(Path(path), path) for path in job["images"]]
+    dataset = ImageDataset(samples, model.image_size, "bicubic")
+    for batch in ImageLoader(
+        ImageDataset(samples[: job["batch_size"]], model.image_size, "bicubic"), len(samples), 0, ""
+    ):
         model.predict_parts(batch["image"].to(model.device))
     for watch in model.stopwatches().values():
         watch.seconds.clear()
@@ -98,10 +101,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             scores.cpu(), maps.cpu()
     total, memory, stages = time.perf_counter() - start, peak_memory_mb(), stage_seconds(model)
     return {
-        "images_per_second": len(items) / total,
-        "load": loading.seconds["load"] / len(items),
-        "extract": stages["extract"] / len(items),
-        "score": stages["score"] / len(items),
+        "images_per_second": len(samples) / total,
+        "load": loading.seconds["load"] / len(samples),
+        "extract": stages["extract"] / len(samples),
+        "score": stages["score"] / len(samples),
         "memory": memory.get("host"),
         "gpu_memory": memory.get("gpu"),
         "checkpoint": sum(path.stat().st_size for path in paths.values()) / 1e6,

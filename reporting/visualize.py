@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from datasets.images import read_image, read_mask
-from datasets.mvtec import Item
+from datasets.mvtec import Sample
 from utils.files import atomic_write, nearest_existing
 
 PANEL_HEIGHT = 256
@@ -74,15 +74,15 @@ def colorize(anomaly_map: np.ndarray, scale: tuple[float, float], colors: int = 
     return cv2.applyColorMap(levels.astype(np.uint8), colors)
 
 
-def strip(item: Item, anomaly_map: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
+def strip(sample: Sample, anomaly_map: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
     """The four panels side by side, at the frame's own aspect, BGR uint8."""
-    image = read_image(item.path)
+    image = read_image(sample.path)
     width = int(np.clip(PANEL_HEIGHT * image.width / image.height, 96, 4 * PANEL_HEIGHT))
     size = (width, PANEL_HEIGHT)
     frame = cv2.cvtColor(np.asarray(image.resize(size)), cv2.COLOR_RGB2BGR)
     truth = np.zeros_like(frame)
-    if item.mask is not None:
-        mask = np.asarray(read_mask(item.mask, image.size).resize(size))
+    if sample.mask is not None:
+        mask = np.asarray(read_mask(sample.mask, image.size).resize(size))
         truth[mask >= 128] = 255
     heat = colorize(cv2.resize(anomaly_map, size, interpolation=cv2.INTER_LINEAR), scale)
     overlay = cv2.addWeighted(frame, 0.55, heat, 0.45, 0)

@@ -12,7 +12,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from datasets.images import IMAGENET_MEAN, IMAGENET_STD
+from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone, resolve_precision
 from models.networks.kernels import OneDNNConv2d, OneDNNLinear, fold_batch_norms
 from models.networks.libraries import libraries as networks

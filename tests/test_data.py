@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from tiny import draw_category, draw_frame
 
-from datasets.images import mask_to_tensor, read_image, read_mask, to_tensor
-from datasets.mvtec import Category, ImageDataset, ImageLoader, Item, find_categories, split_training
+from datasets.images import read_image, read_mask
+from datasets.loading import ImageDataset, ImageLoader, mask_to_tensor, to_tensor
+from datasets.mvtec import Category, Sample, find_categories, split_training
 from utils.errors import InputError
 
 RED_RAMP = np.stack(np.broadcast_arrays(*np.ogrid[20:200:12j, 0:250:10j], 60), 2).round().astype(np.uint8)
@@ -207,15 +208,15 @@ def test_mask_follows_an_image_turned_by_exif(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(folder / "test/rope/000.png").rotate(90, expand=True).save(folder / "test/rope/000.png", exif=exif)
-    (item,) = (item for item in Category(tmp_path, "belt").test_items() if item.label)
-    (sample,) = ImageDataset([item], 56, "bicubic")
+    (sample,) = (sample for sample in Category(tmp_path, "belt").test_samples() if sample.label)
+    (sample,) = ImageDataset([sample], 56, "bicubic")
     assert sample["mask"].any() and sample["image"].shape == (3, 56, 56)
 
 
 def test_empty_mask_is_an_anomaly_without_a_region(tmp_path):
     folder = draw_category(tmp_path / "belt", 1, 1, 2)
     Image.new("L", (72, 56)).save(folder / "ground_truth/rope/001_mask.png")
-    samples = list(ImageDataset(Category(tmp_path, "belt").test_items(), 32, "bicubic"))
+    samples = list(ImageDataset(Category(tmp_path, "belt").test_samples(), 32, "bicubic"))
     assert [sample["label"] for sample in samples] == [0, 1, 1]
     assert [bool(sample["mask"].any()) for sample in samples] == [False, True, False]
 
@@ -223,13 +224,13 @@ def test_empty_mask_is_an_anomaly_without_a_region(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_gives_all_images_in_order_and_names_broken_ones(tmp_path, workers):
     draw_category(tmp_path / "belt", 1, 3, 4)
-    items = Category(tmp_path, "belt").test_items()
-    batches = list(ImageLoader(ImageDataset(items, 16, "bicubic"), 3, workers, "test"))
+    samples = Category(tmp_path, "belt").test_samples()
+    batches = list(ImageLoader(ImageDataset(samples, 16, "bicubic"), 3, workers, "test"))
     assert [len(batch["image"]) for batch in batches] == [3, 3, 1]
     assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(7))
-    items[4].path.write_bytes(items[4].path.read_bytes()[:100])
+    samples[4].path.write_bytes(samples[4].path.read_bytes()[:100])
     with pytest.raises(InputError, match=r"rope.001\.png cannot be read"):
-        list(ImageLoader(ImageDataset(items, 16, "bicubic"), 3, workers, "test"))
+        list(ImageLoader(ImageDataset(samples, 16, "bicubic"), 3, workers, "test"))
 
 
 # Folders
@@ -259,11 +260,11 @@ def test_files_of_a_category(tmp_path):
     for name in [*names, *masks, *ignored]:
         touch(tmp_path / "belt" / name)
     (tmp_path / "belt/test/good/folder.png").mkdir()
-    items = Category(tmp_path, "belt").test_items()
-    assert [item.name for item in items] == sorted(names)
-    assert [item.label for item in items] == [1, 1, 1, 0, 0]
+    samples = Category(tmp_path, "belt").test_samples()
+    assert [sample.name for sample in samples] == sorted(names)
+    assert [sample.label for sample in samples] == [1, 1, 1, 0, 0]
     folder = tmp_path / "belt" / "ground_truth"
-    assert [item.mask for item in items[:3]] == [
+    assert [sample.mask for sample in samples[:3]] == [
         folder / "a b/é煤.png",
         folder / "crack/1_mask.png",
         folder / "crack/2_mask.TIF",
@@ -274,14 +275,14 @@ def test_missing_mask_is_named(tmp_path):
     folder = draw_category(tmp_path / "belt", 1, 1, 2)
     (folder / "ground_truth/rope/001_mask.png").unlink()
     with pytest.raises(InputError, match=r"no mask .*rope.001_mask\.png for .*test.rope.001\.png"):
-        Category(tmp_path, "belt").test_items()
+        Category(tmp_path, "belt").test_samples()
 
 
 def test_images_that_share_a_stem_are_refused(tmp_path):
     for name in ("a.png", "a.jpg"):
         touch(tmp_path / "belt/test/good" / name)
     with pytest.raises(InputError, match="extension"):
-        Category(tmp_path, "belt").test_items()
+        Category(tmp_path, "belt").test_samples()
 
 
 def test_all_categories(tmp_path):
@@ -299,7 +300,7 @@ def test_all_categories(tmp_path):
             find_categories(root, ["all"])
 
 
-ITEMS = [Item(Path(f"{index:03d}.png"), f"train/good/{index:03d}.png") for index in range(21)]
+ITEMS = [Sample(Path(f"{index:03d}.png"), f"train/good/{index:03d}.png") for index in range(21)]
 
 
 def test_half_of_the_training_images_is_the_published_half():
@@ -314,7 +315,7 @@ def test_half_of_the_training_images_is_the_published_half():
 def test_held_out_images_are_the_same_for_all_branches():
     whole, half = split_training(ITEMS, 1, 0.2, 22), split_training(ITEMS, 0.5, 0.2, 22)
     assert whole[1] == half[1] and len(whole[1]) == 4
-    assert sorted(whole[0] + whole[1], key=lambda item: item.name) == ITEMS
+    assert sorted(whole[0] + whole[1], key=lambda sample: sample.name) == ITEMS
     assert set(half[0]) < set(whole[0]) and len(half[0]) == 8
     assert split_training(ITEMS, 1, 0.2, 23)[1] != whole[1]
 

@@ -9,7 +9,7 @@ import torch
 from conftest import Batches
 from tiny import draw_category, run_in_process
 
-from datasets.images import IMAGENET_MEAN, IMAGENET_STD
+from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.branches.neighbors import NearestNeighbors
 from models.branches.patchcore import PatchCore, means_around
 from models.branches.whitening import FLOOR, Whitening

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sklearn.random_projection import SparseRandomProjection
 
-from datasets.images import mask_to_tensor, to_tensor
+from datasets.loading import mask_to_tensor, to_tensor
 from metrics.metrics import PixelMetrics
 from models import MACLU, USAD, MA2Patch, PatchCore
 from models.branches.coreset import greedy_k_center

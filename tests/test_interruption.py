@@ -37,9 +37,7 @@ def watched():
 
 
 @posix
-@pytest.mark.parametrize(
-    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, signals.Terminated)]
-)
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, signals.Terminated)])
 def test_the_batch_in_hand_is_finished(watched, number, kind):
     finished = []
     with pytest.raises(kind):
@@ -65,7 +63,7 @@ def test_a_signal_while_a_batch_is_awaited(watched):
 
 @posix
 def test_a_batch_that_takes_too_long_is_broken_off(watched, monkeypatch):
-    monkeypatch.setattr(stopping, "GRACE", 0.2)
+    monkeypatch.setattr(signals, "GRACE", 0.2)
     with pytest.raises(signals.Terminated):
         for _ in signals.stoppable(range(5)):
             signal.raise_signal(signal.SIGTERM)

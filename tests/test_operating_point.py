@@ -19,7 +19,7 @@ import test_fusion
 import train_ma2patch
 import train_ma_clu
 import train_pc
-from datasets.mvtec import ImageDataset
+from datasets.loading import ImageDataset
 from models import USAD
 from models.fusion.operating_point import OperatingPoint, exceedance, quantile, rank
 from utils.command_line import run
@@ -211,7 +211,7 @@ def test_thresholds_come_from_the_held_out_images_alone(root, models, tmp_path, 
 def dataset_of(root, usad):
     from datasets.mvtec import Category
 
-    return ImageDataset(Category(root / "data", "belt").train_items(), usad.image_size, "bicubic")
+    return ImageDataset(Category(root / "data", "belt").train_samples(), usad.image_size, "bicubic")
 
 
 def test_metrics_at_the_point_and_predict_agree_with_the_scores(root, models, tmp_path):

@@ -23,7 +23,7 @@ from scipy import ndimage
 
 import predict
 from datasets import sources
-from datasets.images import IMAGENET_MEAN, IMAGENET_STD, to_tensor
+from datasets.loading import IMAGENET_MEAN, IMAGENET_STD, to_tensor
 from datasets.sources import Camera, Images, Video, find_sources
 from evaluation.predictions import Alarm
 from models import USAD

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.mvtec import Category, ImageDataset, ImageLoader
+from datasets.loading import ImageDataset, ImageLoader
+from datasets.mvtec import Category
 from evaluation.evaluate import evaluate
 from metrics.metrics import PROTOCOLS
 from reporting import report as report_module
@@ -112,7 +113,7 @@ def draw_category(root: Path, good: int = 9, bad: int = 12, size: tuple[int, int
 
 
 def run_evaluation(category: Category, folder: Path, model: type[FakeModel] = FakeModel, **options) -> dict:
-    items = category.test_items()
+    items = category.test_samples()
     loader = ImageLoader(ImageDataset(items, 48, "bicubic"), 4, 0, "test")
     config = {
         "settings": {"category": "belt <1>", "fusion": "paper"},

@@ -21,7 +21,8 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tiny import SMALL_NETWORKS, run_in_process, small_flags
 
-from datasets.mvtec import Category, ImageDataset
+from datasets.loading import ImageDataset
+from datasets.mvtec import Category
 from experiments import baselines, fusions, measurements, speed
 from experiments.variants import Variant
 from models import BRANCHES, MACLU, USAD, PatchCore
@@ -87,7 +88,7 @@ def direct(trained):
     category = Category(trained / "data", "belt")
     branches = [branch.load(trained / f"models/belt/{branch.name}.safetensors") for branch in BRANCHES]
     found = {name: ([], []) for name in NAMES}
-    samples = list(ImageDataset(category.test_items(), 96, "bicubic"))
+    samples = list(ImageDataset(category.test_samples(), 96, "bicubic"))
     for sample in samples:
         for branch in branches:
             scores, maps = branch.predict(resize_images(sample["image"][None], branch.image_size))
@@ -175,7 +176,7 @@ def test_sweeps_without_a_fit(place, direct, monkeypatch):
         assert means(row)["image_auroc"] == pytest.approx(roc_auc_score(labels, scores))
     monkeypatch.undo()
     branch = MACLU.load(place / "models/belt/ma_clu.safetensors")
-    dataset = ImageDataset(Category(place / "data", "belt").test_items(), 96, "bicubic")
+    dataset = ImageDataset(Category(place / "data", "belt").test_samples(), 96, "bicubic")
     images = torch.stack([sample["image"] for sample in dataset])
     distinct = set()
     for value, row in rows_of(place, "sensitivity").items():
@@ -483,12 +484,12 @@ def test_anomalib_for_real(trained, anomalib, tmp_path, name):
         "seed": 3,
         "settings": {"coreset_sampling_ratio": 0.01} if name == "patchcore" else {},
         "weights": ["random"],
-        "train": [str(item.path) for item in category.train_items()],
+        "train": [str(item.path) for item in category.train_samples()],
         "device": "cpu",
         "batch_size": 4,
         "workers": 0,
     }
-    paths = [str(item.path) for item in category.test_items()]
+    paths = [str(item.path) for item in category.test_samples()]
     results = []
     for order in (paths, paths[::-1]):
         folder = tmp_path / str(len(results))
@@ -508,7 +509,7 @@ def test_anomalib_for_real(trained, anomalib, tmp_path, name):
 
 
 def test_speed_is_measured_apart(trained):
-    images = [str(item.path) for item in Category(trained / "data", "belt").test_items()]
+    images = [str(item.path) for item in Category(trained / "data", "belt").test_samples()]
     job = {
         "part": "pc",
         "folder": str(trained / "models/belt"),

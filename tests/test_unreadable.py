@@ -112,8 +112,8 @@ def test_nothing_readable_is_left(tmp_path):
 def test_a_file_that_vanishes_ends_the_run_with_1(tmp_path, monkeypatch):
     """It was there when the files were listed: no mistake of the user, and not to be skipped in silence."""
     belt = draw_category(tmp_path / "data" / "belt")
-    items = Category(tmp_path / "data", "belt").train_items()
-    monkeypatch.setattr(Category, "train_items", lambda self: items)
+    items = Category(tmp_path / "data", "belt").train_samples()
+    monkeypatch.setattr(Category, "train_samples", lambda self: items)
     gone = belt / "train" / "good" / "003.png"
     gone.unlink()
     for workers in (0, 1):

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from datasets.coalad import ensure_coalad
-from datasets.mvtec import Category, ImageDataset, ImageLoader, Item, find_categories, split_training
-from datasets.unreadable import leave_out_unreadable, named_at_once
+from datasets.loading import ImageDataset, ImageLoader
+from datasets.mvtec import Category, Sample, find_categories, split_training
+from datasets.unreadable import leave_out_unreadable, list_all_unreadable
 from evaluation.evaluate import evaluate, print_metrics
 from evaluation.result_files import average_path, claim_folder, write_average
 from models.branches.branch import Branch
@@ -155,9 +156,9 @@ def run_training(args: argparse.Namespace, branch_class: type[Branch], **setting
                 locks.enter_context(folder_lock(folder / branch_class.name))
         with distributed.one_per_machine_first():
             categories = [open_category(args.data_root, name) for name in names]
-        with named_at_once(args, categories, partial(items_in_use, args)):
+        with list_all_unreadable(categories, partial(samples_in_use, args), args.workers, args.skip_unreadable):
             metrics = train_and_test(args, categories, branch_class, spec, settings)
-    if len(metrics) > 1 and distributed.is_first():
+    if len(metrics) > 1 and distributed.is_main_process():
         print(f"average of {len(metrics)} categories")
         print_metrics(branch_class.name, write_average(average, metrics))
 
@@ -172,17 +173,17 @@ def train_and_test(
     """The figures of each category, none with --no-eval."""
     for category in categories:
         if args.skip_unreadable:
-            leave_out_unreadable(category, items_in_use(args, category), args.workers)
-        split_training(category.train_items(), args.train_ratio, args.holdout_ratio, args.seed)
+            leave_out_unreadable(category, samples_in_use(args, category), args.workers)
+        split_training(category.train_samples(), args.train_ratio, args.holdout_ratio, args.seed)
         if not args.no_eval:
-            category.test_items()
+            category.test_samples()
     with distributed.one_per_machine_first():
         backbone = build_backbone(spec, args.device, precision=args.precision)
     metrics = {}
     for category in categories:
         branch = fit_branch(args, category, branch_class(backbone, **settings))
         path = checkpoint_path(args.models_dir, category.name, branch_class)
-        if distributed.is_first():
+        if distributed.is_main_process():
             branch.save(path)
         print(f"{category.name}: wrote {path}", flush=True)
         if not args.no_eval:
@@ -190,18 +191,18 @@ def train_and_test(
     return metrics
 
 
-def items_in_use(args: argparse.Namespace, category: Category) -> list[Item]:
+def samples_in_use(args: argparse.Namespace, category: Category) -> list[Sample]:
     """What the run may read of a category."""
-    return category.train_items() + ([] if args.no_eval else category.test_items())
+    return category.train_samples() + ([] if args.no_eval else category.test_samples())
 
 
 def fit_branch(args: argparse.Namespace, category: Category, branch: Branch) -> Branch:
     """Fit on the training share, then take statistics on the images held out, if any."""
-    items = category.train_items()
-    fitted, held = split_training(items, args.train_ratio, args.holdout_ratio, args.seed)
+    samples = category.train_samples()
+    fitted, held = split_training(samples, args.train_ratio, args.holdout_ratio, args.seed)
     branch.fit(make_loader(args, ImageDataset(fitted, branch.image_size, "bilinear"), f"{branch.name} fit", branch))
     learned = distributed.from_first(branch.state)
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         branch.load_state(learned)
     if held:
         dataset = ImageDataset(held, branch.image_size, "bicubic")
@@ -210,7 +211,7 @@ def fit_branch(args: argparse.Namespace, category: Category, branch: Branch) -> 
         "category": category.name,
         "images": len(fitted),
         "left_out": sorted(name for name in category.left_out if name.startswith("train/")),
-        "files_digest": fitted_digest(items, held),
+        "files_digest": fitted_digest(samples, held),
         "train_ratio": args.train_ratio,
         "holdout_ratio": args.holdout_ratio,
         "seed": args.seed,
@@ -218,7 +219,7 @@ def fit_branch(args: argparse.Namespace, category: Category, branch: Branch) -> 
     return branch
 
 
-def held_out_items(category: Category, branches: Sequence[Branch]) -> list[Item]:
+def held_out_samples(category: Category, branches: Sequence[Branch]) -> list[Sample]:
     """The normal training images that none of the branches was fitted on.
 
     Raises InputError where none were held out, or the files are no longer those of the training.
@@ -237,9 +238,9 @@ def held_out_items(category: Category, branches: Sequence[Branch]) -> list[Item]
         )
     ((name, ratio, seed, digest),) = trainings
     left_out = {unread for branch in branches for unread in branch.training.get("left_out", ())}
-    items = [item for item in category.train_items() if item.name not in left_out]
-    _, held = split_training(items, 1.0, ratio, seed)
-    if name != category.name or digest != fitted_digest(items, held):
+    samples = [sample for sample in category.train_samples() if sample.name not in left_out]
+    _, held = split_training(samples, 1.0, ratio, seed)
+    if name != category.name or digest != fitted_digest(samples, held):
         raise InputError(
             f"{category.folder} does not hold the training images that the checkpoints were fitted on, so "
             "that the held-out ones cannot be told from them; restore them or train again"
@@ -247,16 +248,16 @@ def held_out_items(category: Category, branches: Sequence[Branch]) -> list[Item]
     return held
 
 
-def fitted_digest(items: Sequence[Item], held: Sequence[Item]) -> str:
+def fitted_digest(samples: Sequence[Sample], held: Sequence[Sample]) -> str:
     """A mark of the training images without those held out."""
-    held_names = {item.name for item in held}
-    return digest_of_lines(item.name for item in items if item.name not in held_names)
+    held_names = {sample.name for sample in held}
+    return digest_of_lines(sample.name for sample in samples if sample.name not in held_names)
 
 
 def test_branch(args: argparse.Namespace, category: Category, branch: Branch) -> dict[str, Any]:
     """The branch's own results at its own input size; its maps as the fusion will take them."""
     branch.rescale_maps = branch.backbone.spec.weights != "demo" or branch.calibration is None
-    dataset = ImageDataset(category.test_items(), branch.image_size, "bicubic")
+    dataset = ImageDataset(category.test_samples(), branch.image_size, "bicubic")
     folder = args.results_dir / category.name / branch.name
     config = {
         "settings": settings_in_force(args, category),
@@ -271,7 +272,7 @@ def test_branch(args: argparse.Namespace, category: Category, branch: Branch) ->
         images=not args.no_images,
         save_maps=args.save_maps,
     )
-    if distributed.is_first():
+    if distributed.is_main_process():
         print_metrics(branch.name, metrics)
         print(f"{category.name}: results in {folder}", flush=True)
     return metrics
@@ -291,7 +292,7 @@ def checkpoint_path(models_dir: Path, category: str, branch_class: type[Branch])
 
 def make_loader(args: argparse.Namespace, dataset: ImageDataset, description: str, model: Any) -> ImageLoader:
     """A loader for `model`'s device with the batch size and the workers of the settled flags."""
-    distributed.require_same("images in --data-root", lambda: (item.name for item in dataset.items))
+    distributed.require_same("images in --data-root", lambda: (sample.name for sample in dataset.samples))
     pin_memory = torch.device(model.device).type == "cuda"
     return ImageLoader(dataset, args.batch_size, args.workers, description, pin_memory)
 

@@ -62,7 +62,7 @@ def processes() -> Iterator[None]:
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
     _store = store
     with contextlib.ExitStack() as stack:
-        if not is_first():
+        if not is_main_process():
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
@@ -81,7 +81,7 @@ def rank() -> int:
     return dist.get_rank() if _store is not None else 0
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that selects and speaks."""
     return rank() == 0
 
@@ -122,17 +122,17 @@ def shard(count: int, batch_size: int) -> range:
 def collect(*accumulators: Accumulator) -> bool:
     """Merge the accumulators of all processes, in their order, into the first one's; whether this is the first."""
     for accumulator in accumulators:
-        if not is_first():
+        if not is_main_process():
             _transfer(accumulator.state(), partial(dist.send, dst=0))
             continue
         for source in range(1, size()):
             accumulator.merge(_transfer(None, partial(dist.recv, src=source)))
-    return is_first()
+    return is_main_process()
 
 
 def from_first(compute: Callable[[], State]) -> State:
     """The tensors that `compute` gives on the first process, which alone calls it, on every process."""
-    state = compute() if is_first() else None
+    state = compute() if is_main_process() else None
     return state if size() == 1 else _transfer(state, partial(dist.broadcast, src=0))
 
 
@@ -167,10 +167,10 @@ def require_same(what: str, lines: Callable[[], Iterable[str]]) -> None:
 def one_per_machine_first() -> Iterator[None]:
     """What the block downloads, one process of each machine downloads; the others find it there."""
     if local_rank() > 0:
-        meet()
+        barrier()
     yield
     if local_rank() == 0:
-        meet()
+        barrier()
 
 
 def check() -> None:
@@ -187,7 +187,7 @@ def first_to_fail() -> bool:
         return False
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until all processes are here."""
     all_rows(torch.zeros(0))
 

@@ -33,7 +33,7 @@ def _lock(lock_path: Path, target: Path, unfinished: Callable[[], Iterable[Path]
 
     Of several processes that share a run the first does, which alone writes.
     """
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         yield
         return
     made = [folder for folder in lock_path.parents if not folder.exists()]

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.images import read_image, to_tensor
+from datasets.images import read_image
+from datasets.loading import to_tensor
 from utils.errors import InputError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasets.images import IMAGENET_MEAN, IMAGENET_STD
+from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks.kernels import OneDNNAttention, fold_batch_norms, onednn_available, use_onednn
 from models.networks.libraries import libraries as networks
 from models.networks.wavelets import NAME as DEMO_NETWORK

@@ -1,0 +1,122 @@
+"""Samples as tensors, and tensors as batches: what the networks see."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
+
+from datasets.images import read_image, read_mask
+from datasets.mvtec import Sample
+from utils import distributed
+from utils.errors import InputError
+from utils.signals import leave_signals_to_parent, stoppable
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def to_tensor(image: Image.Image, size: int, resampling: str) -> Tensor:
+    """RGB image -> [3, size, size]: stretched to the square (antialiased), to [0, 1], ImageNet-normalised."""
+    pixels = np.array(image.resize((size, size), RESAMPLING[resampling]))
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    return (tensor - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+
+
+def mask_to_tensor(mask: Image.Image, size: int) -> Tensor:
+    """Grey mask -> bool [size, size]: nearest pixel, then at least half of full scale."""
+    return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))) >= 128
+
+
+class ImageDataset(Dataset):
+    """Items as tensors: {"image" [3, S, S], "mask" bool [S, S], "label", "index"}.
+
+    A file that cannot be read becomes {"error": exception}: raised, it would reach the user as the traceback of a
+    worker process.
+    """
+
+    def __init__(self, samples: Sequence[Sample], image_size: int, resampling: str) -> None:
+        self.samples = list(samples)
+        self.image_size = image_size
+        self.resampling = resampling
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.samples[index]
+        try:
+            image = read_image(sample.path)
+            mask = torch.zeros(self.image_size, self.image_size, dtype=torch.bool)
+            if sample.mask is not None:
+                mask = mask_to_tensor(read_mask(sample.mask, image.size), self.image_size)
+        except (InputError, OSError) as error:
+            return {"error": error}
+        tensor = to_tensor(image, self.image_size, self.resampling)
+        return {"image": tensor, "mask": mask, "label": sample.label, "index": index}
+
+
+class ImageLoader:
+    """Batches of this process's share of an ImageDataset, in order, with a progress bar.
+
+    Raises UnreadableError at a broken file, OSError at one that cannot be reached.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, batch_size: int, workers: int, description: str, pin_memory: bool = False
+    ) -> None:
+        self.dataset = dataset
+        self.description = description
+        self.shard = distributed.shard(len(dataset), batch_size)
+        self.loader = DataLoader(
+            dataset,
+            batch_size,
+            sampler=self.shard,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            worker_init_fn=_end_silently,
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with tqdm(total=len(self.shard), desc=self.description, unit="image", leave=False, disable=None) as progress:
+            for batch in stoppable(self.loader):
+                distributed.check()
+                if "error" in batch:
+                    raise batch["error"]
+                yield batch
+                progress.update(len(batch["label"]))
+
+
+def find_unreadable(samples: Sequence[Sample], workers: int) -> dict[str, str]:
+    """Read every image and mask, and give the names of the samples that cannot be read, with the reason."""
+    loader = DataLoader(ImageDataset(samples, 1, "bilinear"), None, num_workers=workers, worker_init_fn=_end_silently)
+    loaded = tqdm(stoppable(loader), total=len(samples), desc="checking files", unit="image", leave=False, disable=None)
+    errors = ((sample.name, found.get("error")) for sample, found in zip(samples, loaded, strict=True))
+    return {name: str(error) for name, error in errors if error is not None}
+
+
+def _end_silently(worker: int) -> None:
+    """A worker leaves signals to the script, and the thread that hands its tensors over says nothing if that ends."""
+    leave_signals_to_parent()
+    sys.excepthook = _unless_connection_lost
+
+
+def _unless_connection_lost(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    for sample in samples:
+        if "error" in sample:
+            return sample
+    return default_collate(samples)
