@@ -15,7 +15,7 @@ import torchvision
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from models.networks.libraries import libraries as networks
+from models.networks import libraries
 from models.networks.weights import random_state_dict
 
 LAMBDA_OBJECT, LAMBDA_MAP, COAL = 0.01, 1.0, 1.14
@@ -24,7 +24,7 @@ LAMBDA_OBJECT, LAMBDA_MAP, COAL = 0.01, 1.0, 1.14
 def untrained_vit(name: str, image_size: int, seed: int) -> nn.Module:
     """timm's ViT with the seeded values that `--weights random` stands for."""
     net = timm.create_model(name, num_classes=0, img_size=image_size)
-    networks.load_weights(net, name, random_state_dict(lambda: networks.full_network(name), seed), "random")
+    libraries.load_weights(net, name, random_state_dict(lambda: libraries.full_network(name), seed), "random")
     return net.eval()
 
 
@@ -32,7 +32,7 @@ def untrained_resnet(name: str, seed: int) -> nn.Module:
     """torchvision's whole network (timm's where that has none), with the classifier that nobody needs."""
     known = name in torchvision.models.list_models()
     net = torchvision.models.get_model(name, weights=None) if known else timm.create_model(name)
-    net.load_state_dict(random_state_dict(lambda: networks.full_network(name), seed), strict=False)
+    net.load_state_dict(random_state_dict(lambda: libraries.full_network(name), seed), strict=False)
     return net.eval()
 
 

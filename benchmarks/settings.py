@@ -15,7 +15,7 @@ from benchmarks.measure import gflop, product_rate
 from models import BRANCHES
 from models.branches.branch import Branch
 from models.networks.backbones import BackboneSpec, build_backbone
-from models.networks.libraries import libraries as networks
+from models.networks import libraries
 
 SEED = 22
 PAPER = {
@@ -72,7 +72,7 @@ class Settings:
     def gflop(self, branch: str) -> float:
         """10^9 operations that the branch's network, cut after its last layer in use, needs for an image."""
         name, size = self.networks[branch]
-        net = networks.cnn(name, (8, 16)) if branch == "pc" else networks.vit(name, size)
+        net = libraries.cnn(name, (8, 16)) if branch == "pc" else libraries.vit(name, size)
         return gflop(net.to_empty(device="meta").eval(), torch.empty(1, 3, size, size, device="meta"))
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone, resolve_precision
 from models.networks.kernels import OneDNNConv2d, OneDNNLinear, fold_batch_norms
-from models.networks.libraries import libraries as networks
+from models.networks import libraries
 from models.networks.weights import random_state_dict
 from utils.errors import InputError
 
@@ -288,7 +288,7 @@ def test_other_weights_than_the_checkpoints_are_refused(write):
     one = build_backbone(spec("maps", "resnet18", 64))
     with pytest.raises(InputError, match=r"fitted with weights .*resnet18.*other\.safetensors.*--pc-weights"):
         build_backbone(one.spec, weights=write(weights_of("resnet18", 9), "other.safetensors"), flag="--pc-weights")
-    same = random_state_dict(lambda: networks.full_network("resnet18"), 22)
+    same = random_state_dict(lambda: libraries.full_network("resnet18"), 22)
     assert build_backbone(one.spec, weights=write(same)).spec.fingerprint == one.spec.fingerprint
     with pytest.raises(InputError, match="fitted with"):
         build_backbone(dataclasses.replace(one.spec, seed=23))
@@ -343,7 +343,7 @@ def test_half_precision_files_are_read_as_float32(write):
 
 def test_an_empty_backbone_takes_no_memory():
     assert all(parameter.is_meta for parameter in empty_backbone(spec("maps", "wide_resnet50_2", 238)).parameters())
-    assert networks.is_vit("test_vit") and not networks.is_vit("resnet18") and not networks.is_vit("mobilenet_v2")
+    assert libraries.is_vit("test_vit") and not libraries.is_vit("resnet18") and not libraries.is_vit("mobilenet_v2")
 
 
 @pytest.mark.parametrize("kind", ["tokens", "maps"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks.kernels import OneDNNAttention, fold_batch_norms, onednn_available, use_onednn
-from models.networks.libraries import libraries as networks
+from models.networks import libraries
 from models.networks.wavelets import NAME as DEMO_NETWORK
 from models.networks.wavelets import SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
 from models.networks.weights import fingerprint, pretrained_state_dict, random_state_dict, read_state_dict
@@ -177,11 +177,11 @@ class CNNTokens(TokenBackbone):
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
-        ((self.dim, *grid),) = networks.map_shapes(net, spec.image_size)
+        ((self.dim, *grid),) = libraries.map_shapes(net, spec.image_size)
         self.grid = tuple(grid)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        (last,) = networks.maps(self.net, images)
+        (last,) = libraries.maps(self.net, images)
         return last.mean((2, 3)), last.flatten(2).transpose(1, 2)
 
 
@@ -241,7 +241,7 @@ class CNNMaps(MapBackbone):
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
-        self.shapes = networks.map_shapes(net, spec.image_size)
+        self.shapes = libraries.map_shapes(net, spec.image_size)
         self.grid = self.shapes[0][1:]
         self.widths = [channels for channels, *_ in self.shapes]
         if min(self.shapes[-1][1:]) < SMALLEST_MAP:
@@ -251,7 +251,7 @@ class CNNMaps(MapBackbone):
             )
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(networks.maps(self.net, images))
+        return tuple(libraries.maps(self.net, images))
 
 
 def build_backbone(
@@ -293,17 +293,17 @@ def empty_backbone(spec: BackboneSpec) -> TokenBackbone | MapBackbone:
     """
     demo = spec.weights == "demo"
     if not demo:
-        networks.check_name(spec.name)
-    if spec.kind == "tokens" and not demo and networks.is_vit(spec.name):
-        networks.check_divisible(spec.name, spec.image_size, "--image-size")
-        return ViTTokens(networks.vit(spec.name, spec.position_size or spec.image_size), spec)
+        libraries.check_name(spec.name)
+    if spec.kind == "tokens" and not demo and libraries.is_vit(spec.name):
+        libraries.check_divisible(spec.name, spec.image_size, "--image-size")
+        return ViTTokens(libraries.vit(spec.name, spec.position_size or spec.image_size), spec)
     if spec.position_size is not None:
         raise InputError(f"--position-size has no effect with {spec.name}, which is no ViT; leave it out")
     if demo:
         return _demo_backbone(spec)
     if spec.kind == "tokens":
-        return CNNTokens(networks.cnn(spec.name, None), spec)
-    return CNNMaps(networks.cnn(spec.name, (8, 16)), spec)
+        return CNNTokens(libraries.cnn(spec.name, None), spec)
+    return CNNMaps(libraries.cnn(spec.name, (8, 16)), spec)
 
 
 def _demo_backbone(spec: BackboneSpec) -> DemoTokens | DemoMaps:
@@ -331,17 +331,17 @@ def _load_weights(net: nn.Module, spec: BackboneSpec, flag: str) -> str:
     elif spec.weights == "pretrained":
         state = pretrained_state_dict(spec.name, flag)
     elif spec.weights == "random":
-        state = random_state_dict(lambda: networks.full_network(spec.name), spec.seed)
+        state = random_state_dict(lambda: libraries.full_network(spec.name), spec.seed)
     else:
         raise InputError(f"{flag} '{spec.weights}' is not pretrained, demo, random or a file")
-    return networks.load_weights(net, spec.name, state, spec.source)
+    return libraries.load_weights(net, spec.name, state, spec.source)
 
 
 def size_step(spec: BackboneSpec) -> int:
     """The step in which input sizes suit the network: a ViT's patch, else 8 pixels, a place of a stride-8 map."""
     if spec.weights == "demo":
         return SIZE_STEP
-    return max(networks.outline(spec.name).patch_embed.patch_size) if networks.is_vit(spec.name) else 8
+    return max(libraries.outline(spec.name).patch_embed.patch_size) if libraries.is_vit(spec.name) else 8
 
 
 def resolve_precision(recorded: str, asked: str, device: str) -> str:
