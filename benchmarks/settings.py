@@ -14,8 +14,8 @@ import torch
 from benchmarks.measure import gflop, product_rate
 from models import BRANCHES
 from models.branches.branch import Branch
-from models.networks.backbones import BackboneSpec, build_backbone
 from models.networks import libraries
+from models.networks.backbones import BackboneSpec, build_backbone
 
 SEED = 22
 PAPER = {

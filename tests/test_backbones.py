@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
+from models.networks import libraries
 from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone, resolve_precision
 from models.networks.kernels import OneDNNConv2d, OneDNNLinear, fold_batch_norms
-from models.networks import libraries
 from models.networks.weights import random_state_dict
 from utils.errors import InputError
 

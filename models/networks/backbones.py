@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
-from models.networks.kernels import OneDNNAttention, fold_batch_norms, onednn_available, use_onednn
 from models.networks import libraries
+from models.networks.kernels import OneDNNAttention, fold_batch_norms, onednn_available, use_onednn
 from models.networks.wavelets import NAME as DEMO_NETWORK
 from models.networks.wavelets import SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
 from models.networks.weights import fingerprint, pretrained_state_dict, random_state_dict, read_state_dict
