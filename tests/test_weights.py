@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import save, save_file
 
-from models.networks.libraries import weights
+from models.networks import weights
 from models.networks.weights import fingerprint, pretrained_state_dict, random_state_dict, read_state_dict
 from utils.errors import InputError
 
