@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from models.published.plain_pickle import Call, TorchFile, array, load_pickle
+from models.networks.weights import reason
+from models.published.plain_pickle import ARRAYS, Call, array, follow
+from utils.checkpoint import take
 from utils.errors import InputError
 
 MA_CLU = "ma_memory_bank.pkl"
@@ -20,6 +23,11 @@ MA2PATCH = "ma2ptch_memory_bank.pkl"
 PATCHCORE = "pc_memory_bank.pth"
 FILES = (MA_CLU, KMEANS_FILE, MA2PATCH, PATCHCORE)
 NEIGHBORS = 3
+MAX_BYTES = 256 << 20  # of a pickle: a k-means model holds one number for each patch it was fitted on
+KMEANS = {"sklearn.cluster._kmeans.KMeans", "sklearn.cluster.k_means_.KMeans"}  # renamed with scikit-learn 0.22
+TENSORS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2"} | {
+    f"torch.{kind}Storage" for kind in ("Half", "Float", "Double", "Int", "Long")
+}
 Content = TypeVar("Content")
 
 
@@ -66,26 +74,57 @@ def read_published(folder: Path) -> PublishedCheckpoints:
 def _read(path: Path, read: Callable[[Path], Content]) -> Content:
     try:
         return read(path)
-    except ValueError as error:
-        raise InputError(f"{path} is refused: {error}; copy the authors' file again") from None
+    except (ValueError, InputError) as error:
+        refusal = reason(error)
+    except Exception as error:  # a damaged or hostile file may fail anywhere inside the readers
+        if isinstance(error, OSError) and error.filename:
+            raise
+        refusal = f"damaged ({type(error).__name__}: {reason(error)})"
+    raise InputError(f"{path} is refused: {refusal}; copy the authors' file again")
+
+
+def _saved_by_torch(path: Path) -> dict[str, Any]:
+    """The dictionary of plain values and tensors that torch.save wrote."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+        if packed or sum(record.file_size for record in records) > path.stat().st_size:
+            raise ValueError("its records are compressed or overlap, which torch.save never does")
+        if archive.testzip() is not None:
+            raise ValueError("damaged: a checksum is wrong")
+        programs = [record for record in records if record.filename.lower().endswith("data.pkl")]
+        if len(programs) != 1:
+            raise ValueError("not written by torch.save")
+        if type(follow(archive.read(programs[0]), TENSORS)) is not dict:  # torch.load might fill the memory, or hang
+            raise ValueError("no dictionary")
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    lengths = {record.file_size for record in records}
+    for name, value in content.items():
+        if isinstance(value, Tensor) and value.untyped_storage().nbytes() not in lengths:
+            raise ValueError(f"'{name}' has not the length that its file states")
+    return content
 
 
 def _gaussian(path: Path) -> dict[str, Tensor]:
-    with TorchFile(path) as file:
-        mean = file.tensor("mean_vector")
-        tensors = {"mean": mean.reshape(-1) if mean.shape[:-1] in ((), (1,)) else mean}
-        dim = tensors["mean"].shape[-1:]
-        for ours, theirs in (("covariance", "cov_matrix"), ("inverse", "inv_cov_matrix")):
-            tensors[ours] = file.tensor(theirs)
-            _check(tensors[ours], theirs, *dim, *dim)
-        _check(tensors["mean"], "mean_vector", *dim)
-    return tensors
+    content = _saved_by_torch(path)
+    mean = content.get("mean_vector")
+    if isinstance(mean, Tensor) and mean.dim() == 2 and len(mean) == 1:
+        content["mean_vector"] = mean[0]
+    mean = _finite(content, "mean_vector", None)
+    dim = len(mean)
+    return {
+        "mean": mean,
+        "covariance": _finite(content, "cov_matrix", dim, dim),
+        "inverse": _finite(content, "inv_cov_matrix", dim, dim),
+    }
 
 
 def _centers(path: Path) -> Tensor:
     """Both cluster centres [2, D], the foreground's first."""
-    match load_pickle(path):
-        case {"kmeans": Call(meaning="kmeans", state=dict() as state), "foreground_cluster": foreground}:
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
+    match follow(path.read_bytes(), ARRAYS | KMEANS):
+        case {"kmeans": Call(name, state=dict() as state), "foreground_cluster": foreground} if name in KMEANS:
             pass
         case _:
             raise ValueError("no dictionary of a fitted 'kmeans' and its 'foreground_cluster'")
@@ -93,16 +132,12 @@ def _centers(path: Path) -> Tensor:
         foreground = array(foreground).item()
     if type(foreground) is not int or foreground not in (0, 1):
         raise ValueError("'foreground_cluster' is neither 0 nor 1")
-    centers = torch.from_numpy(array(state.get("cluster_centers_")))
-    _check(centers, "cluster_centers_", 2, None)
-    return centers[[foreground, 1 - foreground]]
+    centers = {"cluster_centers_": torch.from_numpy(array(state.get("cluster_centers_")))}
+    return _finite(centers, "cluster_centers_", 2, None)[[foreground, 1 - foreground]]
 
 
 def _bank(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    with TorchFile(path) as file:
-        bank = file.tensor("memory_bank")
-        content = file.content
-    _check(bank, "memory_bank", None, None)
+    content = _saved_by_torch(path)
     backbone = content.get("backbone")
     if isinstance(backbone, str) and "wideresnet50" not in re.sub("[^a-z0-9]", "", backbone.lower()):
         raise ValueError(f"made with {ascii(backbone)[:60]}, not with wide_resnet50_2")
@@ -112,20 +147,20 @@ def _bank(path: Path) -> tuple[Tensor, dict[str, Any]]:
     ratio = content.get("f_coreset")
     size = content.get("image_size")
     size = size[0] if type(size) in (tuple, list) and size else size
-    return bank, {
+    return _finite(content, "memory_bank", None, None), {
         "neighbors": neighbors,
         "coreset_ratio": ratio if type(ratio) is float and 0 < ratio <= 1 else None,
         "image_size": size if type(size) is int and 1 <= size <= 10_000 else None,
     }
 
 
-def _check(tensor: Tensor, name: str, *shape: int | None) -> None:
-    """Raise ValueError unless `tensor` is of finite floats and this shape; None stands for any length."""
-    fits = tensor.dim() == len(shape) and all(
-        want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits or tensor.numel() == 0:
-        expected = " x ".join("n" if length is None else str(length) for length in shape)
-        raise ValueError(f"'{name}' has the shape {list(tensor.shape)}, expected {expected}")
-    if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+def _finite(content: dict[str, Any], name: str, *shape: int | None) -> Tensor:
+    """Tensor `name` of finite floats and this shape, in memory of its own; None stands for any length."""
+    if not isinstance(content.get(name), Tensor):
+        raise ValueError(f"'{name}' is missing or no tensor")
+    tensor = take(content, name, *shape)
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise ValueError(f"'{name}' has more values than the file")
+    if not torch.isfinite(tensor).all():
         raise ValueError(f"'{name}' holds values that are not finite numbers")
+    return tensor.clone(memory_format=torch.contiguous_format)
