@@ -15,7 +15,8 @@ from torch import nn
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks import libraries
 from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone, resolve_precision
-from models.networks.kernels import OneDNNConv2d, OneDNNLinear, fold_batch_norms
+from models.networks.folding import fold_batch_norms
+from models.networks.kernels import OneDNNConv2d, OneDNNLinear, onednn_gains
 from models.networks.weights import random_state_dict
 from utils.errors import InputError
 
@@ -227,7 +228,7 @@ def test_the_cpu_path_is_in_use():
     resnet = build_backbone(spec("maps", "resnet18", 64))
     vit = build_backbone(spec("tokens", "test_vit", 64))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in resnet.modules())
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+    if onednn_gains(torch.float32):
         assert sum(isinstance(module, OneDNNConv2d) for module in resnet.modules()) == 15
         assert sum(isinstance(module, OneDNNLinear) for module in vit.modules()) == 4 * len(vit.net.blocks)
 

@@ -1,22 +1,33 @@
-"""Attention by oneDNN against torch's own in double precision."""
+"""What makes inference fast against the plain way of computing the same."""
 
 from __future__ import annotations
 
 import contextlib
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerScale
+from torch import nn
 
-from models.networks.kernels import OneDNNAttention, onednn_available
+from models.networks import backbones, kernels, libraries
+from models.networks.backbones import BackboneSpec, build_backbone
+from models.networks.cuda import CapturedPasses
+from models.networks.folding import fold_batch_norms, fold_layer_scales, fuse_relus
+from models.networks.kernels import OneDNNAttention, onednn_gains
+from models.networks.weights import random_state_dict
 
 attention = F.scaled_dot_product_attention
 
 
+TOKENS = 137
+
+
 def tokens():
-    """Queries, keys and values [2, 3, 37, 16] as a ViT's layer cuts them out of one tensor."""
+    """Queries, keys and values [2, 3, 137, 16] as a ViT's layer cuts them out of one tensor."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, 37, 3, 3, 16, generator=generator).permute(2, 0, 3, 1, 4).unbind(0)
+    return torch.randn(2, TOKENS, 3, 3, 16, generator=generator).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
@@ -38,8 +49,18 @@ def test_equals_attention_in_double_precision(threads, mode):
     assert torch.get_num_threads() == threads
 
 
+def test_attention_in_half_precision_keeps_its_scores_in_float32():
+    query, key, value = (10 * part for part in tokens())  # scores near 100: rounded, they would be wrong by a half
+    halves = [part.bfloat16() for part in (query, key, value)]
+    with OneDNNAttention():
+        result = attention(*halves)
+    expected = attention(*(half.double() for half in halves))
+    assert result.dtype == torch.bfloat16
+    assert (result - expected).abs().max() < 0.01 * expected.abs().max()
+
+
 @pytest.mark.parametrize(
-    "options", [{"is_causal": True}, {"attn_mask": torch.ones(37, 37).tril() > 0}, {"scale": 0.3}], ids=str
+    "options", [{"is_causal": True}, {"attn_mask": torch.ones(TOKENS, TOKENS).tril() > 0}, {"scale": 0.3}], ids=str
 )
 def test_leaves_other_attention_to_torch(options):
     with OneDNNAttention():
@@ -48,14 +69,190 @@ def test_leaves_other_attention_to_torch(options):
     assert (result - attention(*tokens())).abs().max() > 1e-3
 
 
-@pytest.mark.skipif(not onednn_available(), reason="this CPU has no AVX-512")
+@pytest.mark.skipif(not onednn_gains(torch.float32), reason="oneDNN's kernels are not the faster ones on this CPU")
 def test_a_vit_goes_through_it(monkeypatch):
-    import models.networks.kernels
-    from models.networks.backbones import BackboneSpec, build_backbone
-
     calls = []
-    ours = models.networks.kernels._attention
-    monkeypatch.setattr(models.networks.kernels, "_attention", lambda *heads: calls.append(1) or ours(*heads))
-    backbone = build_backbone(BackboneSpec("tokens", "test_vit", 64, weights="random"))
-    backbone(torch.zeros(1, 3, 64, 64))
+    ours = kernels._attention
+    monkeypatch.setattr(kernels, "_attention", lambda *heads: calls.append(1) or ours(*heads))
+    backbone = build_backbone(BackboneSpec("tokens", "test_vit", 192, weights="random"))
+    backbone(torch.zeros(1, 3, 192, 192))
     assert len(calls) == len(backbone.net.blocks)
+
+
+def missing(*arguments):
+    raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
+
+
+def with_another_signature(*arguments):
+    raise RuntimeError("_linear_pointwise() is missing value for argument 'scratchpad'")
+
+
+def wrong(layer, x):
+    return F.linear(x, layer.weight.to_dense(), layer.bias) * 1.01
+
+
+@pytest.mark.parametrize("forward", [missing, with_another_signature, wrong])
+def test_the_probe_refuses_kernels_that_are_not_what_they_were(monkeypatch, forward):
+    monkeypatch.setattr(kernels.OneDNNLinear, "forward", forward)
+    assert not kernels.onednn_gains.__wrapped__(torch.float32)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "gains"), [(1.0, 2.0, True), (2.0, 1.0, False)])
+def test_the_probe_takes_the_faster_kernel(monkeypatch, ours, theirs, gains):
+    seconds = iter([ours, theirs] * 5)
+    monkeypatch.setattr(kernels, "_seconds", lambda work: next(seconds))
+    monkeypatch.setattr(kernels, "_onednn_is_right", lambda dtype: True)
+    assert kernels.onednn_gains.__wrapped__(torch.float32) == gains
+
+
+NETWORKS = [
+    ("tokens", "test_vit", 192),
+    ("tokens", "regnetx_002", 64),
+    ("maps", "test_resnet", 64),
+    ("maps", "resnet18", 64),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "size"), NETWORKS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_with_and_without_onednn(monkeypatch, kind, name, size, precision):
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    found = []
+    for gains in (True, False):
+        monkeypatch.setattr(backbones, "onednn_gains", lambda dtype, gains=gains: gains)
+        found.append(build_backbone(BackboneSpec(kind, name, size, weights="random"), precision=precision)(images))
+    limit = {"fp32": 1e-5, "bf16": 0.03}[precision]
+    for one, other in zip(*found, strict=True):
+        assert (one - other).square().mean().sqrt() <= limit * other.square().mean().sqrt()
+
+
+# Folding
+
+
+def test_layer_scales_are_folded_into_the_weights():
+    net = timm.create_model("test_vit", img_size=64, init_values=0.3, num_classes=0).eval().requires_grad_(False)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for block in net.blocks:
+        block.ls1.gamma.uniform_(0.1, 2)
+    before = net.forward_features(images)
+    fold_layer_scales(net)
+    assert not any(isinstance(module, LayerScale) for module in net.modules())
+    assert (net.forward_features(images) - before).abs().max() < 1e-5 * before.abs().max()
+
+
+class PlainFused(nn.Module):
+    """What a kernel of the device computes, in torch's own words."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x, added=None):
+        return F.relu(self.conv(x) if added is None else self.conv(x) + added)
+
+
+class Twice(nn.Module):
+    """A convolution whose result is used twice, one called twice, and a sum with a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.last = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        y = self.first(x)
+        y = self.relu(y) + y
+        z = self.relu(self.again(y)) + self.again(x)
+        return self.relu(self.last(z) + 1)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_resnet"])
+def test_relus_are_fused_with_the_convolutions_before_them(name):
+    net = libraries.cnn(name, (8, 16))
+    libraries.load_weights(net, name, random_state_dict(lambda: libraries.full_network(name), 22), "random")
+    fold_batch_norms(net)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    before = libraries.maps(net, images)
+    fused = fuse_relus(net, PlainFused)
+    kinds = {type(module) for module in fused.modules()}
+    assert PlainFused in kinds and nn.ReLU not in kinds
+    for one, other in zip(libraries.maps(fused, images), before, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_cannot_be_fused_stays():
+    net, images = Twice().eval().requires_grad_(False), torch.randn(2, 3, 5, 5)
+    before = net(images)
+    fused = fuse_relus(net, PlainFused)
+    assert torch.equal(fused(images), before)
+    assert not any(isinstance(module, PlainFused) for module in fused.modules())
+
+
+# CUDA graphs, without a GPU
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Captured passes of a function that notes the sizes it was called with, and what replays a graph on the CPU."""
+    called = []
+
+    def double(images):
+        called.append(len(images))
+        return (2 * images,)
+
+    passes = CapturedPasses(double)
+
+    class Graph:
+        def __init__(self, inputs, outputs):
+            self.inputs, self.outputs = inputs, outputs
+
+        def replay(self):
+            self.outputs[0].copy_(2 * self.inputs)
+
+    def capture(images):
+        inputs, outputs = images.clone(), double(images)
+        return Graph(inputs, outputs), inputs, outputs
+
+    monkeypatch.setattr(passes, "_capture", capture)
+    passes.called = called
+    return passes
+
+
+def test_a_batch_size_is_captured_when_it_comes_again(passes):
+    batches = [torch.randn(count, 3, 4, 4) for count in (8, 8, 8, 5, 8, 3, 3, 1)]
+    results = [passes(batch) for batch in batches]
+    for batch, (result,) in zip(batches, results, strict=True):
+        assert torch.equal(result, 2 * batch)
+    assert passes.called == [8, 8, 3, 3, 1]  # as usual, captured; five of eight filled up; three as usual, captured
+    assert sorted(passes.graphs) == [3, 8]
+
+
+def test_what_cannot_be_captured_runs_as_usual(passes, monkeypatch):
+    def refuse(images):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(passes, "_capture", refuse)
+    batch = torch.randn(2, 3, 4, 4)
+    for _ in range(3):
+        assert torch.equal(passes(batch)[0], 2 * batch)
+    assert not passes.graphs and passes.called == [2, 2, 2]
+
+
+# A GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("kind", "name", "size"), NETWORKS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_gpu_against_cpu(kind, name, size, precision):
+    """The first pass, the captured ones and a filled-up one."""
+    spec = BackboneSpec(kind, name, size, weights="random")
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    gpu, cpu = build_backbone(spec, "cuda", precision=precision), build_backbone(spec)(images)
+    limit = {"fp32": 1e-3, "bf16": 0.03, "fp16": 0.03}[precision]
+    for count in (4, 4, 4, 3):
+        for one, other in zip(gpu(images[:count].cuda()), cpu, strict=True):
+            error = one.cpu() - other[:count]
+            assert one.dtype == torch.float32
+            assert error.square().mean().sqrt() <= limit * other.square().mean().sqrt()
+    assert sorted(gpu.passes.graphs) == [4]

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from models.networks.kernels import linear, onednn_available
+from models.networks.kernels import linear, onednn_gains
 
 SPARE = 2  # candidates beyond k that the fast pass keeps for the exact one
 GROUP = 64  # bank rows that one minimum stands for while candidates are sought
@@ -49,7 +49,7 @@ class NearestNeighbors:
             raise ValueError(f"bank must be [m, D] with m > 0, not {list(bank.shape)}")
         self.bank = bank.detach().float().contiguous()
         self.budget = budget
-        self.faiss = None if self.bank.device.type != "cpu" or onednn_available() else _load_faiss()
+        self.faiss = None if self.bank.device.type != "cpu" or onednn_gains(torch.float32) else _load_faiss()
         # Squared norms are taken about the mean, so that an offset common to all rows costs few digits.
         self.origin = self.bank.mean(0)
         parts = self.bank.split(self._rows(4 * bank.shape[1], 1 << 16))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks import libraries
-from models.networks.kernels import OneDNNAttention, fold_batch_norms, onednn_available, use_onednn
+from models.networks.cuda import CapturedPasses, use_cuda_kernels
+from models.networks.folding import fold_batch_norms, fold_layer_scales
+from models.networks.kernels import OneDNNAttention, onednn_gains, use_onednn
 from models.networks.wavelets import NAME as DEMO_NETWORK
 from models.networks.wavelets import SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
 from models.networks.weights import fingerprint, pretrained_state_dict, random_state_dict, read_state_dict
 from utils.errors import InputError
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SIDE = 4096  # pixels of a square input
 SMALLEST_MAP = 3  # PatchCore pools 3 x 3 without padding
 
@@ -77,15 +79,18 @@ class BackboneSpec:
 class Backbone(nn.Module):
     """A frozen network in evaluation mode: no gradients, outputs always float32.
 
-    `precision` "bf16" or "fp16" runs it under autocast; "tf32" is a global switch of torch, not set here.
+    In half precision the weights are rounded once, when they are in place; normalisations and softmax still compute in
+    float32. "tf32" is a global switch of torch, not set here.
     """
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
         super().__init__()
         self.net = net
         self.spec = spec
+        self.dtype = torch.float32
         self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells the device, weights or none
-        self.attention: type[contextlib.AbstractContextManager] = contextlib.nullcontext
+        self.register_buffer("finite", torch.tensor(True), persistent=False)  # whether all outputs so far were
+        self.passes: Callable[[Tensor], tuple[Tensor, ...]] = self.extract
         self.eval().requires_grad_(False)
 
     @property
@@ -97,20 +102,30 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Normalised images [B, 3, S, S], S the spec's image size; raises InputError where the result is not finite."""
+        """Normalised images [B, 3, S, S], S the spec's image size; outputs that are not finite fail `check_finite`.
+
+        On a CPU they are checked at once, on a GPU where it would have to wait for each batch, by the caller.
+        """
         if images.shape[-2:] != (self.spec.image_size,) * 2:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, the backbone takes {self.spec.image_size}")
-        if self.spec.normalize_contrast:
-            images = self._normalize_contrast(images)
-        with torch.no_grad(), self._autocast(), self.attention():
-            outputs = self.extract(images.contiguous(memory_format=torch.channels_last))
-            outputs = tuple(output.float() for output in outputs)
-        if not outputs[0].is_meta and not all(torch.isfinite(output).all() for output in outputs):
+        with torch.no_grad():
+            if self.spec.normalize_contrast:
+                images = self._normalize_contrast(images)
+            images = images.to(self.dtype, memory_format=torch.channels_last)
+            outputs = tuple(output.float() for output in self.passes(images))
+            for output in outputs:
+                self.finite = self.finite & torch.linalg.vector_norm(output, torch.inf).isfinite()
+        if self.device.type == "cpu":
+            self.check_finite()
+        return outputs
+
+    def check_finite(self) -> None:
+        """Raise InputError if any output so far was not finite; waits for the device."""
+        if not self.finite.is_meta and not self.finite:
             raise InputError(
                 f"{self.spec.name} with weights {self.spec.source} gives values that are not finite numbers; check the "
                 "weights, or give --precision fp32"
             )
-        return outputs
 
     def _normalize_contrast(self, images: Tensor) -> Tensor:
         """Each image less its mean colour, over the standard deviation of its grey values."""
@@ -123,18 +138,28 @@ class Backbone(nn.Module):
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.spec.mean, self.spec.std))
         return images * std + mean
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        dtype = AUTOCAST.get(self.spec.precision)
-        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
-
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """What `forward` gives, at whatever precision."""
         raise NotImplementedError
 
-    def finish(self) -> None:
-        """What is done once, when the weights are in place."""
+    def finish(self, device: str, precision: str) -> None:
+        """What is done once, when the weights are in place: rounding, layout, and the device's own kernels."""
         fold_batch_norms(self.net)
-        self.net.to(memory_format=torch.channels_last)
+        fold_layer_scales(self.net)
+        self.dtype = HALF.get(precision, torch.float32)
+        self.net.to(self.dtype, memory_format=torch.channels_last)
+        self.to(device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # shapes are few and fixed
+            self.net = use_cuda_kernels(self.net, self.dtype, self.device)
+            self.passes = CapturedPasses(self.extract)
+        elif self.device.type == "cpu" and onednn_gains(self.dtype):
+            use_onednn(self, torch.empty(1, 3, *[self.spec.image_size] * 2, device="meta"))
+            self.passes = self._extract_by_onednn
+
+    def _extract_by_onednn(self, images: Tensor) -> tuple[Tensor, ...]:
+        with OneDNNAttention():
+            return self.extract(images)
 
 
 class TokenBackbone(Backbone):
@@ -160,10 +185,10 @@ class ViTTokens(TokenBackbone):
         self.grid = spec.image_size // patch_height, spec.image_size // patch_width
         self.dim = net.embed_dim
 
-    def finish(self) -> None:
+    def finish(self, device: str, precision: str) -> None:
         """Resample the position embeddings to the image size once, instead of in every pass."""
         self.net.set_input_size((self.spec.image_size,) * 2)
-        super().finish()
+        super().finish(device, precision)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.net.forward_features(images)
@@ -185,7 +210,16 @@ class CNNTokens(TokenBackbone):
         return last.mean((2, 3)), last.flatten(2).transpose(1, 2)
 
 
-class DemoTokens(TokenBackbone):
+class Demo(Backbone):
+    """The network that ships: in half precision only its filters are, and what is made of them stays float32."""
+
+    def finish(self, device: str, precision: str) -> None:
+        super().finish(device, "fp32")
+        if precision in HALF:
+            self.passes = torch.autocast(self.device.type, HALF[precision])(self.passes)
+
+
+class DemoTokens(Demo, TokenBackbone):
     """The network that ships: a patch token says how unusual its place is in the image, CLS what the image is like."""
 
     def __init__(self, net: WaveletPyramid, spec: BackboneSpec) -> None:
@@ -220,7 +254,7 @@ class MapBackbone(Backbone):
         return sum(self.widths)
 
 
-class DemoMaps(MapBackbone):
+class DemoMaps(Demo, MapBackbone):
     """The network that ships, without its second order; its maps are local averages already."""
 
     neighborhood = 1
@@ -278,11 +312,7 @@ def build_backbone(
         )
     precision = resolve_precision(spec.precision, precision, device)
     backbone.spec = dataclasses.replace(spec, fingerprint=mark, precision=precision)
-    backbone.finish()
-    backbone.to(device)
-    if backbone.device.type == "cpu" and precision == "fp32" and onednn_available():
-        use_onednn(backbone, spec.image_size)
-        backbone.attention = OneDNNAttention
+    backbone.finish(device, precision)
     return backbone
 
 

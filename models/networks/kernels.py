@@ -1,7 +1,7 @@
-"""The same numbers faster: batch norms folded into convolutions, and oneDNN's kernels on the CPU.
+"""oneDNN's kernels on the CPU: linear layers, convolutions and attention, in float32 and bfloat16.
 
-Left alone, torch takes MKL for matrix products, and on a single thread for many convolutions: on CPUs that are
-not Intel's it leaves AVX-512 unused and is half as fast.
+Left alone, torch takes MKL for matrix products in float32, which on CPUs that are not Intel's can be half as fast.
+Whether oneDNN gains is measured, once, on the machine at hand.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,68 +17,89 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
-
-def fold_batch_norms(net: nn.Module) -> None:
-    """Fold each batch norm that alone follows a convolution into that convolution's weights, in place.
-
-    A network whose forward cannot be traced is left as it is.
-    """
-    if not any(type(module) is nn.BatchNorm2d for module in net.modules()):
-        return
-    try:
-        graph = fx.symbolic_trace(net).graph
-    except Exception:  # control flow that depends on values: tracing may fail in any way, and nothing is lost
-        return
-    modules = dict(net.named_modules())
-    for node in graph.nodes:
-        if node.op != "call_module" or type(modules[node.target]) is not nn.BatchNorm2d:
-            continue
-        before = node.args[0]
-        if before.op != "call_module" or type(modules[before.target]) is not nn.Conv2d or len(before.users) > 1:
-            continue
-        net.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))
-        net.set_submodule(node.target, nn.Identity())
+PROBE = 512, 384, 768  # rows, inputs and outputs of the layer that is timed, a few ms
+FEW_TOKENS = 128  # with fewer, a head's products are too small to be worth a call each
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value
 
 
 @functools.cache
-def onednn_available() -> bool:
-    """Whether this CPU gains by oneDNN's 32-bit kernels, and this torch has them under their private names."""
-    kernels = ("_linear_pointwise", "_convolution_pointwise", "_reorder_linear_weight")
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and all(hasattr(torch.ops.mkldnn, kernel) for kernel in kernels)
-    )
+def onednn_gains(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's kernels are right, and a linear layer with GELU is faster by them, in the best of five turns.
+
+    torch has them under private names: where they are missing, or take other arguments, the answer is no.
+    """
+    if dtype not in TOLERANCE or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        return _onednn_is_right(dtype) and _onednn_is_faster(dtype)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def _onednn_is_right(dtype: torch.dtype) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):  # leaves the numbers to be drawn by others alone
+        modules = nn.Linear(64, 32, dtype=dtype), nn.Conv2d(4, 8, 3, padding=1, dtype=dtype)
+    layer, conv = (module.requires_grad_(False).to_empty(device="cpu") for module in modules)
+    for parameter in (*layer.parameters(), *conv.parameters()):
+        parameter.normal_(generator=generator)
+    x, image = (torch.randn(shape, generator=generator).to(dtype) for shape in ((9, 64), (1, 4, 6, 6)))
+    pairs = [
+        (OneDNNLinear(layer)(x), layer(x)),
+        (OneDNNLinear(layer, "gelu")(x), F.gelu(layer(x))),
+        (OneDNNConv2d(conv)(image), conv(image)),
+    ]
+    return all((one - other).abs().max() <= TOLERANCE[dtype] * other.abs().max() for one, other in pairs)
+
+
+def _onednn_is_faster(dtype: torch.dtype) -> bool:
+    rows, inputs, outputs = PROBE
+    layer = nn.Linear(inputs, outputs, device="meta", dtype=dtype).to_empty(device="cpu").requires_grad_(False)
+    for parameter in layer.parameters():
+        parameter.fill_(0.1)
+    x, fused = torch.ones(rows, inputs, dtype=dtype), OneDNNLinear(layer, "gelu")
+    turns = [(_seconds(lambda: fused(x)), _seconds(lambda: F.gelu(layer(x)))) for _ in range(5)]
+    ours, torchs = (min(side) for side in zip(*turns, strict=True))
+    return ours < torchs
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` of matrices [n, D] and [m, D] (and [m]) -> [n, m], by the fastest kernel there is."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and onednn_available():
+    if x.device.type == "cpu" and onednn_gains(x.dtype):
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-def use_onednn(net: nn.Module, image_size: int) -> None:
-    """Give linear layers and convolutions oneDNN's kernels, in place; a GELU is computed with the layer before it."""
-    called = _called_layers(net, image_size)
-    for module in list(net.modules()):
+def use_onednn(backbone: nn.Module, image: Tensor) -> None:
+    """Give a backbone's layers oneDNN's kernels, in place; a GELU is computed with the layer before it.
+
+    A ReLU is not: oneDNN's makes 0 of what is no number, and a spoilt network would look sound. `image` [1, 3, S, S],
+    on the meta device, is one that the backbone takes.
+    """
+    called = _called_layers(backbone, image)
+    for module in list(backbone.modules()):
         if type(module) is Mlp and type(module.act) is nn.GELU and module.act.approximate == "none":
             module.act = nn.Identity()
             module.fc1 = OneDNNLinear(module.fc1, "gelu")
     for path in called:
-        module = net.get_submodule(path)
+        module = backbone.get_submodule(path)
         if type(module) is nn.Linear:
-            net.set_submodule(path, OneDNNLinear(module))
+            backbone.set_submodule(path, OneDNNLinear(module))
         elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
-            net.set_submodule(path, OneDNNConv2d(module))
+            backbone.set_submodule(path, OneDNNConv2d(module))
 
 
-def _called_layers(net: nn.Module, image_size: int) -> list[str]:
+def _called_layers(net: nn.Module, image: Tensor) -> list[str]:
     """Paths of the linear layers and convolutions that a pass calls, found without computing anything.
 
     Where another module reads a layer's weights instead of calling it, the layer must stay what it is.
@@ -90,7 +112,7 @@ def _called_layers(net: nn.Module, image_size: int) -> list[str]:
     ]
     tensors = {name: tensor.to("meta") for name, tensor in (*net.named_parameters(), *net.named_buffers())}
     try:
-        functional_call(net, tensors, torch.empty(1, 3, image_size, image_size, device="meta"))
+        functional_call(net, tensors, image)
     finally:
         for hook in hooks:
             hook.remove()
@@ -136,22 +158,23 @@ class OneDNNAttention(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         given = any(isinstance(option, Tensor) or option for option in kwargs.values())  # mask, dropout, scale
-        if function is F.scaled_dot_product_attention and len(args) == 3 and not given:
+        plain = function is F.scaled_dot_product_attention and len(args) == 3 and not given
+        if plain and args[0].shape[-2] >= FEW_TOKENS:
             return _attention(*args)
         return function(*args, **kwargs)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d) v for [B, H, N, d] each -> [B, H, N, d]."""
+    """softmax(q kᵀ / √d) v for [B, H, N, d] each -> [B, H, N, d]; the scores and their softmax are float32."""
     images, heads, count, width = query.shape
     result = query.new_empty(images, count, heads, value.shape[-1])  # the order in which the next layer reads it
 
     def attend(head: tuple[int, int]) -> None:
         image, number = head
         with torch.inference_mode():  # modes are a thread's own
-            scores = linear(query[head], key[head] * width**-0.5)
+            scores = linear(query[head].float(), key[head].float() * width**-0.5)
             torch._softmax(scores, -1, False, out=scores)
-            result[image, :, number] = linear(scores, value[head].mT)
+            result[image, :, number] = linear(scores.to(value.dtype), value[head].mT)
 
     every = list(itertools.product(range(images), range(heads)))
     threads = min(torch.get_num_threads(), len(every))

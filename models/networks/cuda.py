@@ -1,0 +1,135 @@
+"""NVIDIA GPUs: activations computed by the kernel of the layer before them, and passes replayed as CUDA graphs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from models.networks.folding import fuse_relus
+
+MOST_GRAPHS = 4  # batch sizes for which a pass is captured; each holds the memory of its outputs
+TOLERANCE = 2e-2  # of the largest value: half precision, and GELU by its tanh formula
+
+
+def use_cuda_kernels(net: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The network, on `device`, whose convolutions and linear layers compute the ReLU or GELU that follows them.
+
+    The GELU that cuBLAS computes is the tanh formula, which differs from the exact one by less than half precision
+    resolves: it is taken in half precision alone.
+    """
+    if fused_convolutions_work(dtype, device):
+        net = fuse_relus(net, FusedConv2d)
+    if dtype != torch.float32 and fused_gelu_works(dtype, device):
+        for module in net.modules():
+            if type(module) is Mlp and type(module.act) is nn.GELU and type(module.fc1) is nn.Linear:
+                module.act = nn.Identity()
+                module.fc1 = GELULinear(module.fc1)
+    return net
+
+
+class FusedConv2d(nn.Module):
+    """relu(conv(x)) or relu(conv(x) + added) by one kernel of cuDNN."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        if added is None:
+            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
+        return torch.cudnn_convolution_add_relu(x, self.weight, added, 1.0, self.bias, *self.geometry)
+
+
+class GELULinear(nn.Module):
+    """gelu(linear(x)) by one kernel of cuBLAS."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.mT, use_gelu=True)
+        return result.unflatten(0, x.shape[:-1])
+
+
+@functools.cache
+def fused_gelu_works(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch has that kernel under its private name, and it computes what it should."""
+    layer = nn.Linear(64, 128, device=device, dtype=dtype).requires_grad_(False)
+    x = torch.randn(2, 16, 64, device=device, dtype=dtype)
+    try:
+        return _agree(GELULinear(layer)(x), F.gelu(layer(x)))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+@functools.cache
+def fused_convolutions_work(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether cuDNN takes such convolutions at this precision, and computes what it should."""
+    conv = nn.Conv2d(64, 64, 3, padding=1, device=device, dtype=dtype).requires_grad_(False)
+    conv = conv.to(memory_format=torch.channels_last)
+    x, added = (torch.randn(2, 64, 8, 8, device=device, dtype=dtype) for _ in range(2))
+    x, added = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, added))
+    try:
+        plain, fused = conv(x), FusedConv2d(conv)
+        return _agree(fused(x), plain.relu()) and _agree(fused(x, added), (plain + added).relu())
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
+
+
+class CapturedPasses:
+    """A function of images on a GPU, replayed as a CUDA graph: no kernel waits for Python to launch it.
+
+    The rule: a batch size is captured when it comes the second time. The first pass runs as usual, which also lets
+    cuDNN choose its algorithms. A smaller batch of more than half that size is filled up, so that the last batch of a
+    loader needs no pass of its own kind. A function that cannot be captured runs as usual.
+    """
+
+    def __init__(self, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        self.compute = compute
+        self.seen: set[int] = set()
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, ...]]] = {}
+        self.capturable = True
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, 3, S, S], S always the same -> the function's tensors, from a replay as float32 copies."""
+        count = len(images)
+        size = min((size for size in self.graphs if count <= size < 2 * count), default=None)
+        if size is None:
+            if count not in self.seen or not self.capturable or len(self.graphs) == MOST_GRAPHS:
+                self.seen.add(count)
+                return self.compute(images)
+            try:
+                self.graphs[count] = self._capture(images)
+            except RuntimeError:  # it asks the host for something
+                self.capturable = False
+                return self.compute(images)
+            size = count
+        graph, inputs, outputs = self.graphs[size]
+        inputs[:count].copy_(images)
+        graph.replay()
+        return tuple(output[:count].to(torch.float32, copy=True) for output in outputs)
+
+    def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, ...]]:
+        graph, inputs = torch.cuda.CUDAGraph(), images.clone()
+        # Only this thread's calls count: the one that pins the loader's batches goes on as ever.
+        with torch.cuda.graph(graph, pool=_pool(images.device), capture_error_mode="thread_local"):
+            outputs = self.compute(inputs)
+        return graph, inputs, outputs
+
+
+@functools.cache
+def _pool(device: torch.device) -> tuple[int, int]:
+    """One pool of memory for all graphs: they never run at the same time, and outputs are copied at once."""
+    with torch.cuda.device(device):
+        return torch.cuda.graph_pool_handle()
