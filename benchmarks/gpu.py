@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import csv
 import json
+import subprocess
 import sys
 import time
 import traceback
@@ -386,6 +387,44 @@ def search(bench: Bench) -> None:
         bench.say(**{f"search_ms_{rows}": 1e3 * ours * 900 / len(queries), f"cdist_ms_{rows}": 1e3 * whole})
 
 
+def program(bench: Bench) -> None:
+    """test_fusion.py --no-images as a process on 150 frames of 512 px from disk, twice; and what starting up costs."""
+    import cv2
+    import numpy as np
+
+    root = bench.args.out.absolute() / "program"
+    for branch in bench.usad("fp32").branches:
+        branch.save(root / "models" / "belt" / f"{branch.name}.safetensors")
+    count, side = (6, 64) if bench.args.quick else (150, 512)
+    for index in range(count):
+        strange = index % 3 == 0
+        kind = "rope" if strange else "good"
+        pixels = frames(1, side, index, strange)[0].permute(1, 2, 0).mul(40).add(110).clamp(0, 255).byte().numpy()
+        files = {root / "data" / "belt" / "test" / kind / f"{index:03d}.png": pixels}
+        if strange:
+            mask = np.zeros((side, side), np.uint8)
+            mask[: side // 6, : side // 6] = 255
+            files[root / "data" / "belt" / "ground_truth" / kind / f"{index:03d}_mask.png"] = mask
+        for path, picture in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), picture)
+    (root / "data" / "belt" / "train" / "good").mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(root / "data" / "belt" / "train" / "good" / "0.png"), pixels)
+    here = Path(__file__).resolve().parents[1]
+    for line in ("import torch", "import timm", "import models", "import torch; torch.ones(1, device='cuda')"):
+        if bench.cuda or "cuda" not in line:
+            took = bench._round(lambda line=line: subprocess.run([sys.executable, "-c", line], cwd=here, check=True), 1)
+            bench.say(**{f"python -c '{line}', seconds": took})
+    command = [sys.executable, "test_fusion.py", "--no-images", "--category", "belt", "--device", bench.device]
+    for flag, folder in (("--data-root", "data"), ("--models-dir", "models"), ("--results-dir", "result")):
+        command += [flag, str(root / folder)]
+    command += ["--precision", "bf16"]
+    for turn in ("first", "second"):
+        took = bench._round(lambda: subprocess.run(command, cwd=here, check=True, stdout=subprocess.DEVNULL), 1)
+        config = json.loads((root / "result" / "belt" / "fusion" / "config.json").read_text())
+        bench.say(**{f"test_fusion_seconds_{turn}": took, f"test_fusion_stages_{turn}": json.dumps(config["seconds"])})
+
+
 def measured(bench: Bench, work: Callable[[], Any]) -> tuple[float, float]:
     """Seconds of a call, and the device's peak memory in MB with all that lies there already."""
     if bench.cuda:
@@ -395,7 +434,8 @@ def measured(bench: Bench, work: Callable[[], Any]) -> tuple[float, float]:
 
 
 STAGES = {
-    stage.__name__: stage for stage in (product, build, networks, fused, published, checks, launches, variants, search)
+    stage.__name__: stage
+    for stage in (product, build, networks, fused, published, launches, checks, search, program, variants)
 }
 
 
