@@ -144,7 +144,7 @@ def fit_and_test(job: dict[str, Any]) -> dict[str, float]:
         scores, maps = branch.predict(batch["image"].to(branch.device))
         scores.tolist(), maps.cpu()
     end, processor = time.perf_counter(), time.process_time() - processor
-    return {"fit": fitted - start, "test": end - fitted, "cpu": processor, "bank": len(branch.bank.bank)}
+    return {"fit": fitted - start, "test": end - fitted, "cpu": processor, "bank": len(branch.memory_bank.rows)}
 
 
 def _loader(paths: list[str], job: dict[str, Any], resampling: str) -> ImageLoader:

@@ -109,7 +109,7 @@ def test_patchcore_features_and_bank(patchcore):
     np.testing.assert_allclose(features, data["patch_features"], atol=1e-5)
     index = greedy_k_center(torch.from_numpy(data["patch_features"]), int(data["coreset_size"]), progress=False)
     np.testing.assert_array_equal(index, data["coreset_index"])
-    np.testing.assert_allclose(branch.bank.bank, data["patch_features"][data["coreset_index"]], atol=1e-5)
+    np.testing.assert_allclose(branch.memory_bank.rows, data["patch_features"][data["coreset_index"]], atol=1e-5)
 
 
 def test_patchcore_scores_and_maps(patchcore):

@@ -1,13 +1,19 @@
-"""Nearest neighbours against scikit-learn and against differences in float64, on easy and on nasty banks."""
+"""Nearest neighbours against scikit-learn and against differences in float64, on easy and on nasty rows."""
 
 from __future__ import annotations
+
+import contextlib
 
 import numpy as np
 import pytest
 import torch
 
-import models.branches.neighbors
+from models.branches import neighbors
 from models.branches.neighbors import NearestNeighbors
+from models.branches.patchcore import PatchCore
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 
 
 @pytest.fixture
@@ -32,129 +38,174 @@ def offset(rng):
 
 
 def tight_clusters(rng):
-    bank = rng.normal(size=(5, 16))[rng.integers(0, 5, 2000)] + 1e-5 * rng.normal(size=(2000, 16))
-    return bank, bank[:150] + 1e-6 * rng.normal(size=(150, 16))
+    rows = rng.normal(size=(5, 16))[rng.integers(0, 5, 2000)] + 1e-5 * rng.normal(size=(2000, 16))
+    return rows, rows[:150] + 1e-6 * rng.normal(size=(150, 16))
 
 
 def outlier(rng):
-    bank = rng.normal(size=(1500, 12))
-    bank[7] *= 1e5
-    return bank, rng.normal(size=(150, 12))
+    rows = rng.normal(size=(1500, 12))
+    rows[7] *= 1e5
+    return rows, rng.normal(size=(150, 12))
 
 
 def itself(rng):
-    bank = rng.normal(size=(300, 64))
-    return bank, bank
+    rows = rng.normal(size=(300, 64))
+    return rows, rows
 
 
 def large(rng):
-    """Several blocks of bank rows, selected by groups."""
+    """Several blocks of rows, selected by groups."""
     return rng.normal(size=(20000, 8)), rng.normal(size=(50, 8))
 
 
 CASES = [gaussian, grid, copies, offset, tight_clusters, outlier, itself, large]
+CLOSE = [tight_clusters, outlier]  # rows much nearer to one another than to the mean
 
 
 def draw(case, rng):
-    return (values.astype(np.float32) for values in case(rng))
+    return [values.astype(np.float32) for values in case(rng)]
 
 
-def check(search, bank, queries, k):
-    distances, indices = search(torch.from_numpy(queries), k)
-    square = sum((queries[:, None, i].astype(float) - bank[None, :, i]) ** 2 for i in range(bank.shape[1]))
-    order = np.argsort(square, axis=1, kind="stable")[:, :k]
-    expected = np.sqrt(np.take_along_axis(square, order, 1))
-    assert distances.dtype == torch.float32 and indices.dtype == torch.int64
-    np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-5, atol=0)
-    np.testing.assert_array_equal(indices.numpy(), order)
+def check(found, rows, queries, slack=0.0):
+    """The distances are those to the rows returned, and no row left out is nearer by more than `slack` (squared)."""
+    distances, indices = (values.cpu().numpy() for values in found)
+    assert distances.dtype == np.float32 and indices.dtype == np.int64
+    square = sum((queries[:, None, i].astype(float) - rows[None, :, i]) ** 2 for i in range(rows.shape[1]))
+    actual = np.take_along_axis(square, indices, 1)
+    np.testing.assert_allclose(distances, np.sqrt(actual), rtol=1e-5, atol=0)
+    expected = np.sort(square, axis=1)[:, : indices.shape[1]]
+    assert (actual <= expected * (1 + 1e-5) + slack).all()
+    assert all(len(set(row)) == len(row) for row in indices.tolist())
+    repeated = distances[:, 1:] == distances[:, :-1]
+    assert (indices[:, 1:][repeated] > indices[:, :-1][repeated]).all()
 
 
-@pytest.mark.parametrize("budget", [1 << 28, 1 << 16], ids=["default", "tiny budget"])
+def rounding(rows, queries):
+    """What a float32 product of centred rows and queries may be off by."""
+    mean = rows.mean(0)
+    return 1e-6 * (np.square(rows - mean).sum(1).max() + np.square(queries - mean).sum(1).max())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("budget", [None, 1 << 16], ids=["default", "tiny budget"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_equals_float64_differences(case, budget, rng):
-    bank, queries = draw(case, rng)
-    check(NearestNeighbors(torch.from_numpy(bank), budget).search, bank, queries, 5)
+def test_equals_float64_differences(case, budget, k, device, rng):
+    rows, queries = draw(case, rng)
+    search = NearestNeighbors(torch.from_numpy(rows).to(device), budget).search
+    check(search(torch.from_numpy(queries).to(device), k), rows, queries, rounding(rows, queries) * (case in CLOSE))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_faiss_gives_the_same(case, rng):
-    faiss = pytest.importorskip("faiss")
-    bank, queries = draw(case, rng)
-    neighbors = NearestNeighbors(torch.from_numpy(bank))
-    neighbors.faiss = faiss  # also where torch is the faster one
-    threshold = faiss.cvar.distance_compute_blas_threshold
-    faiss.cvar.distance_compute_blas_threshold = 1
-    try:
-        check(neighbors.search, bank, queries, 5)
-    finally:
-        faiss.cvar.distance_compute_blas_threshold = threshold
+def test_faiss_gives_the_same(case, rng, monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(neighbors, "onednn_gains", lambda dtype: False)
+    rows, queries = draw(case, rng)
+    search = NearestNeighbors(torch.from_numpy(rows))
+    assert search.faiss
+    check(search.search(torch.from_numpy(queries), 5), rows, queries, rounding(rows, queries) * (case in CLOSE))
 
 
 def test_equals_scikit_learn(rng):
     from sklearn.neighbors import NearestNeighbors as Reference
 
-    bank, queries = (rng.gamma(1, size=(n, 96)).astype(np.float32) for n in (900, 120))
-    distances, indices = NearestNeighbors(torch.from_numpy(bank)).search(torch.from_numpy(queries), 3)
-    expected, order = Reference(n_neighbors=3, algorithm="brute").fit(bank.astype(float)).kneighbors(queries)
+    rows, queries = (rng.gamma(1, size=(n, 96)).astype(np.float32) for n in (900, 120))
+    distances, indices = NearestNeighbors(torch.from_numpy(rows)).search(torch.from_numpy(queries), 3)
+    expected, order = Reference(n_neighbors=3, algorithm="brute").fit(rows.astype(float)).kneighbors(queries)
     np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-5)
     np.testing.assert_array_equal(indices.numpy(), order)
 
 
-@pytest.mark.parametrize(("rows", "k"), [(1, 1), (2, 2), (5, 3), (9, 9), (9, 8)])
-def test_small_banks(rows, k, rng):
-    bank, queries = rng.normal(size=(rows, 6)).astype(np.float32), rng.normal(size=(7, 6)).astype(np.float32)
-    check(NearestNeighbors(torch.from_numpy(bank)).search, bank, queries, k)
+@pytest.mark.parametrize(("count", "k"), [(1, 1), (2, 2), (5, 3), (9, 9), (9, 8)])
+def test_few_rows(count, k, rng):
+    rows, queries = rng.normal(size=(count, 6)).astype(np.float32), rng.normal(size=(7, 6)).astype(np.float32)
+    check(NearestNeighbors(torch.from_numpy(rows)).search(torch.from_numpy(queries), k), rows, queries)
 
 
 def test_no_queries_and_half_precision():
-    bank = torch.arange(12.0).view(4, 3)
-    distances, indices = NearestNeighbors(bank).search(torch.empty(0, 3), 2)
+    rows = torch.arange(12.0).view(4, 3)
+    distances, indices = NearestNeighbors(rows).search(torch.empty(0, 3), 2)
     assert distances.shape == indices.shape == (0, 2)
-    distances, indices = NearestNeighbors(bank.half()).search(bank[2:].half(), 1)
+    distances, indices = NearestNeighbors(rows.half()).search(rows[2:].half(), 1)
     assert distances.flatten().tolist() == [0, 0] and indices.flatten().tolist() == [2, 3]
 
 
-def test_autocast_outside_costs_no_digits(rng):
-    bank, queries = draw(gaussian, rng)
-    with torch.autocast("cpu", torch.bfloat16):
-        check(NearestNeighbors(torch.from_numpy(bank)).search, bank, queries, 5)
-
-
-def test_only_doubtful_queries_are_settled_in_float64(rng, monkeypatch):
-    settled = []
-    settle = NearestNeighbors._settle
-    monkeypatch.setattr(NearestNeighbors, "_settle", lambda self, *a: settled.append(len(a[0])) or settle(self, *a))
-    bank, queries = draw(gaussian, rng)
-    NearestNeighbors(torch.from_numpy(bank)).search(torch.from_numpy(queries), 5)
-    assert sum(settled) < 5
-    bank, queries = draw(copies, rng)
-    NearestNeighbors(torch.from_numpy(bank)).search(torch.from_numpy(queries), 5)
-    assert sum(settled) >= len(queries)
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_and_tf32_outside_cost_no_digits(device, rng):
+    rows, queries = draw(gaussian, rng)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with torch.autocast(device, torch.bfloat16):
+            found = NearestNeighbors(torch.from_numpy(rows).to(device)).search(torch.from_numpy(queries).to(device), 5)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    check(found, rows, queries)
 
 
 def test_never_holds_the_whole_matrix(rng, monkeypatch):
     largest = []
-    linear = models.branches.neighbors.linear
+    linear = neighbors.linear
 
     def watched(*arguments):
         result = linear(*arguments)
         largest.append(result.numel() * result.element_size())
         return result
 
-    monkeypatch.setattr(models.branches.neighbors, "linear", watched)
-    bank, queries = (torch.from_numpy(rng.normal(size=(n, 4)).astype(np.float32)) for n in (30000, 2000))
-    neighbors = NearestNeighbors(bank, budget=1 << 22)
-    neighbors.faiss = None
-    neighbors.search(queries, 2)
+    monkeypatch.setattr(neighbors, "linear", watched)
+    rows, queries = (torch.from_numpy(rng.normal(size=(n, 4)).astype(np.float32)) for n in (30000, 2000))
+    searched = NearestNeighbors(rows, budget=1 << 20)
+    searched.faiss = None
+    searched.search(queries, 2)
     assert 0 < max(largest) <= 1 << 20
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_asks_the_device_for_nothing(k, monkeypatch):
+    """Tensors on "meta" have shapes and no values: whatever needs a value on the host fails."""
+    monkeypatch.setattr(neighbors, "exact_matmul", lambda device: contextlib.nullcontext())
+    searched = NearestNeighbors(torch.empty(20000, 64, device="meta"))
+    assert [found.shape for found in searched.search(torch.empty(30000, 64, device="meta"), k)] == [(30000, k)] * 2
+
+
+def test_patchcore_asks_the_device_for_nothing(stand_in, monkeypatch):
+    monkeypatch.setattr(neighbors, "exact_matmul", lambda device: contextlib.nullcontext())
+    branch = PatchCore(stand_in(64, (8, 8), 32))
+    branch.memory_bank = NearestNeighbors(torch.empty(100, 32, device="meta"))
+    features = torch.empty(5, 64, 32, device="meta")
+    distances, nearest = torch.empty(5, 64, device="meta"), torch.empty(5, 64, device="meta", dtype=torch.int64)
+    assert branch.image_scores(features, distances, nearest).shape == (5,)
+
+
+@needs_cuda
+def test_a_gpu_gets_few_launches_no_questions_and_little_memory(rng):
+    """A batch of 32 at the paper's setting, and four times as much of everything within the same memory."""
+    rows = torch.randn(144, 1536, device="cuda")
+    queries = torch.randn(4 * 28800, 1536, device="cuda")
+    searched = NearestNeighbors(rows)
+    searched.search(queries[:28800], 1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            searched.search(queries[:28800], 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    launches = sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
+    assert 0 < launches < 120
+    many = NearestNeighbors(torch.randn(20000, 1536, device="cuda"))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    many.search(queries, 1)
+    assert torch.cuda.max_memory_allocated() - before < 5 * many.budget
+
+
 @pytest.mark.parametrize("k", [0, 5])
-def test_refuses_a_k_the_bank_cannot_give(k):
+def test_refuses_a_k_the_rows_cannot_give(k):
     with pytest.raises(ValueError, match=r"\[1, 4\]"):
         NearestNeighbors(torch.zeros(4, 3)).search(torch.zeros(1, 3), k)
 
 
-def test_refuses_an_empty_bank():
+def test_refuses_no_rows():
     with pytest.raises(ValueError, match="m > 0"):
         NearestNeighbors(torch.zeros(0, 3))

@@ -54,7 +54,7 @@ class PatchCore(Branch):
         self.neighbors = neighbors
         self.patch_budget = patch_budget
         self.seed = seed
-        self.bank: NearestNeighbors | None = None
+        self.memory_bank: NearestNeighbors | None = None
 
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:
         store = PatchStore(len(loader.dataset), self.patch_budget)
@@ -79,7 +79,7 @@ class PatchCore(Branch):
         bank = NearestNeighbors(patches[chosen.cpu()].to(self.device))
         if self.average_bank:
             bank = NearestNeighbors(means_around(bank, patches).to(self.device))
-        self.bank = bank
+        self.memory_bank = bank
 
     def extract(self, images: Tensor) -> Tensor:
         """Patch features [B, h*w, D] on the grid of the finest map, not yet whitened."""
@@ -89,7 +89,7 @@ class PatchCore(Branch):
         if self.whitening:
             features = self.whitening(features)
         batch, count, width = features.shape
-        distances, nearest = self.bank.search(features.reshape(-1, width), 1)
+        distances, nearest = self.memory_bank.search(features.reshape(-1, width), 1)
         distances, nearest = distances.view(batch, count), nearest.view(batch, count)
         return self.image_scores(features, distances, nearest), distances.unflatten(1, self.backbone.grid)
 
@@ -107,11 +107,11 @@ class PatchCore(Branch):
         """
         largest, patch = distances.max(1)
         rows = torch.arange(len(features), device=features.device)
-        count = min(self.neighbors, len(self.bank.bank))
+        count = min(self.neighbors, len(self.memory_bank.rows))
         if count < 2:
             return largest
-        entries = self.bank.bank[nearest[rows, patch]]
-        around = self.bank.bank[self.bank.search(entries, count)[1][:, 1:]]  # [B, count - 1, D]
+        entries = self.memory_bank.rows[nearest[rows, patch]]
+        around = self.memory_bank.rows[self.memory_bank.search(entries, count)[1][:, 1:]]  # [B, count - 1, D]
         reach = (features[rows, patch][:, None] - around).norm(dim=-1)
         scale = features.shape[-1] ** 0.5
         farther = (reach - largest[:, None]).clamp(min=0)  # but for rounding it is
@@ -129,12 +129,12 @@ class PatchCore(Branch):
         }
 
     def state(self) -> dict[str, Tensor]:
-        return {"bank": self.bank.bank, **(self.whitening.state() if self.whitening else {})}
+        return {"bank": self.memory_bank.rows, **(self.whitening.state() if self.whitening else {})}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         if self.whiten:
             self.whitening = Whitening.from_state(tensors, self.backbone.dim).to(self.device)
-        self.bank = NearestNeighbors(take(tensors, "bank", None, self.backbone.dim).to(self.device))
+        self.memory_bank = NearestNeighbors(take(tensors, "bank", None, self.backbone.dim).to(self.device))
 
 
 def patch_features(maps: Sequence[Tensor], neighborhood: int = 3) -> Tensor:
@@ -152,9 +152,9 @@ def means_around(bank: NearestNeighbors, patches: Tensor) -> Tensor:
 
     Summed up on the CPU, where the order of the sum is always the same.
     """
-    sums, counts = torch.zeros(bank.bank.shape, dtype=torch.float64), torch.zeros(len(bank.bank), dtype=torch.int64)
+    sums, counts = torch.zeros(bank.rows.shape, dtype=torch.float64), torch.zeros(len(bank.rows), dtype=torch.int64)
     for rows in patches.split(ROWS):
-        nearest = bank.search(rows.to(bank.bank.device), 1)[1][:, 0].cpu()
+        nearest = bank.search(rows.to(bank.rows.device), 1)[1][:, 0].cpu()
         sums.index_add_(0, nearest, rows.double())
         counts += nearest.bincount(minlength=len(counts))
     taken = counts > 0
