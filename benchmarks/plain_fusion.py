@@ -37,8 +37,9 @@ def main(models: Path, folder: Path, out: Path) -> None:
         image = to_tensor(Image.open(item.path).convert("RGB"), size, "bicubic")[None]
         score, anomaly_map = loop(image)["fusion"]
         mask = np.zeros((size, size), bool)
-        if item.mask is not None:
-            mask = np.asarray(Image.open(item.mask).convert("L").resize((size, size), Image.Resampling.NEAREST)) >= 128
+        for path in item.masks:
+            drawn = Image.open(path).convert("L").resize((size, size), Image.Resampling.NEAREST)
+            mask |= np.asarray(drawn) >= 128
         for values, value in zip((scores, labels, maps, masks), (score, item.label, anomaly_map, mask), strict=True):
             values.append(value)
     bad = np.array(labels) == 1

@@ -184,7 +184,7 @@ def a_category(settings: Settings, images: int) -> Path:
         source = Category(settings.category.parent, settings.category.name)
         for samples, count in ((source.train_samples(), TRAINED_ON), (source.test_samples(), images)):
             for sample in (samples[index * len(samples) // count] for index in range(count)):
-                for path in filter(None, (sample.path, sample.mask)):
+                for path in (sample.path, *sample.masks):
                     target = folder / path.relative_to(settings.category)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target)

@@ -1,11 +1,17 @@
-"""Reading image and mask files, whatever their kind, into one: 8-bit RGB, and bool."""
+"""Reading image and mask files of every kind as one: RGB of 8 bits, and a bool for each pixel."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import enum
 import errno
+import os
 import struct
 import warnings
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -13,70 +19,220 @@ from PIL import Image, ImageOps
 from utils.errors import UnreadableError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
-
 DISK_ERRORS = {errno.EIO, getattr(errno, "ESTALE", errno.EIO)}
-_UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, EOFError, struct.error),
-    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
-)
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what decoders raise
+ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # an EXIF tag, and its values that swap width and height
 
 
-def read_image(path: Path) -> Image.Image:
-    """The file's first frame as 8-bit RGB, turned as its EXIF orientation says.
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How image files become RGB of 8 bits."""
 
-    Grey and palette images are expanded, CMYK is converted, alpha is dropped, 16 bits become 8 (value / 257).
-    Raises UnreadableError where the file cannot be read, or holds floats, whose range nobody knows.
+    max_megapixels: float = 90.0  # larger files are refused: a few bytes could unpack to more than the memory
+    bit_depth: int = 16  # of the camera behind 16-bit files: 12 stands for values from 0 to 4095
+
+
+PLAIN = Decoding()
+
+
+class Note(enum.IntFlag):
+    """What may surprise about a file that can be read."""
+
+    LABELS = 1  # a mask of labels, not of black and white
+    EMPTY = 2  # masks that mark nothing
+    DIM = 4  # 16 bits, of which under an eighth of the range is used
+    REDUCED = 8  # decoded at a reduced scale
+
+
+class Picture(NamedTuple):
+    """What an image file shows, turned as its EXIF orientation says."""
+
+    image: Image.Image  # RGB
+    size: tuple[int, int]  # full width and height; those of `image` are smaller if it was decoded at a reduced scale
+    notes: Note = Note(0)
+
+
+def find_files(
+    folder: str | os.PathLike, extensions: Collection[str] = EXTENSIONS, above: frozenset[str] = frozenset()
+) -> Iterator[Path]:
+    """Files by their suffix, in any case, in `folder` and its sub-folders; hidden ones are passed over."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that it lies in
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from find_files(entry.path, extensions, above | {real})
+            elif os.path.splitext(entry.name)[1].lower() in extensions and entry.is_file():
+                yield Path(entry.path)
+
+
+def read_image(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Image.Image:
+    """The image alone, see `read_picture`."""
+    return read_picture(path, decoding).image
+
+
+def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture:
+    """The file's first frame.
+
+    Grey and palette images are expanded, CMYK is converted, alpha is dropped, 16 bits become 8 by `bit_depth`. A JPEG
+    above the limit is decoded at a half, a quarter or an eighth of its scale. Raises UnreadableError where the file
+    cannot be read, is too large, or holds floats, whose range nobody knows.
     """
-    with _open(path) as image:
+    with _opened(path) as image:
+        size, notes = image.size, Note(0)
+        if not _is_within(image.size, decoding):
+            _reduce(image, path, decoding)
+            notes |= Note.REDUCED
         if image.mode == "F":
             raise UnreadableError(f"{path} holds floating-point values; convert it to 8 or 16 bits")
-        if image.mode.startswith("I"):
-            image = Image.fromarray(_to_8_bits(image))
-        elif image.mode in ("P", "PA") and "transparency" in image.info:
+        image, dim = _to_8_bits(image, path, decoding.bit_depth)
+        if dim:
+            notes |= Note.DIM
+        turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode in ("P", "PA") and "transparency" in image.info:
             image = image.convert("RGBA")
-        return image.convert("RGB")
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        if Note.REDUCED not in notes:
+            return Picture(image, image.size, notes)
+        return Picture(image, size[::-1] if turned else size, notes)
 
 
-def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    """The mask as an 8-bit grey image of `size` (width, height); raises UnreadableError for any other size."""
-    with _open(path) as mask:
-        if mask.size != size:
-            raise UnreadableError(
-                f"mask {path} is {mask.size[0]}x{mask.size[1]} but its image is {size[0]}x{size[1]}; "
-                "draw it at the image's size"
-            )
-        if mask.mode.startswith("I"):
-            mask = Image.fromarray(_to_8_bits(mask))
-        return mask.convert("L")
+def _is_within(size: tuple[int, int], decoding: Decoding) -> bool:
+    return size[0] * size[1] <= decoding.max_megapixels * 1e6
 
 
-def _to_8_bits(image: Image.Image) -> np.ndarray:
-    """16 bits / 257, rounded, in whole numbers: floats of a large image would take much memory."""
-    return ((np.asarray(image, np.int32).clip(0, 65535) + 128) // 257).astype(np.uint8)
+def _too_large(path: str | os.PathLike, size: tuple[int, int], decoding: Decoding) -> UnreadableError:
+    width, height = size
+    return UnreadableError(
+        f"{path} is {width}x{height}, which is {width * height / 1e6:.1f} megapixels, and the limit is "
+        f"{decoding.max_megapixels:g}; raise it with --max-megapixels"
+    )
 
 
-class _open:
-    """Opens an image, turns every way in which a file can be broken into an UnreadableError that names it.
+def _reduce(image: Image.Image, path: str | os.PathLike, decoding: Decoding) -> None:
+    """Have the decoder give the image at a scale within the limit; raises UnreadableError where it cannot.
+
+    A progressive JPEG takes the memory of its full size at any scale.
+    """
+    width, height = image.size
+    for scale in (2, 4, 8):
+        small = width // scale, height // scale
+        if _is_within(small, decoding) and not image.info.get("progressive") and image.draft(None, small):
+            return
+    raise _too_large(path, image.size, decoding)
+
+
+def _to_8_bits(image: Image.Image, path: str | os.PathLike, bit_depth: int) -> tuple[Image.Image, bool]:
+    """Load the image with 8 bits a channel; whether it had 16 and uses under an eighth of their range."""
+    grey = image.mode.startswith("I")
+    deep_color = not grey and ";16" in str(image.tile)
+    image.load()
+    if not (grey or deep_color):
+        return image, False
+    if deep_color and bit_depth == 16:  # Pillow has dropped the low byte
+        return image, max(high for _, high in image.convert("RGB").getextrema()) < 32
+    if grey:
+        ImageOps.exif_transpose(image, in_place=True)
+    values = np.asarray(image) if grey else _read_deep_color(path)
+    top, low, high = 2**bit_depth - 1, int(values.min()), int(values.max())
+    if low < 0 or high > top:
+        remedy = f"train with --bit-depth {high.bit_length()}" if low >= 0 and high < 65536 else "convert it to 16 bits"
+        raise UnreadableError(f"{path} holds values from {low} to {high}, and {bit_depth} bits end at {top}; {remedy}")
+    levels = ((np.arange(top + 1) * 255 + top // 2) // top).astype(np.uint8)
+    small = Image.fromarray(levels[values])
+    if deep_color:
+        small.info["exif"] = image.info.get("exif", b"")
+    return small, high < (top + 1) // 8
+
+
+def _read_deep_color(path: str | os.PathLike) -> np.ndarray:
+    """The 16 bits of each channel, which Pillow does not give: [H, W, 3] uint16."""
+    import cv2
+
+    values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None or values.dtype != np.uint16 or values.ndim != 3:
+        raise ValueError("its 16-bit colours cannot be decoded")
+    return values[..., 2::-1]
+
+
+def read_mask(
+    paths: Sequence[Path], size: tuple[int, int] | None = None, decoding: Decoding = PLAIN
+) -> tuple[np.ndarray, Note]:
+    """What the masks of an image mark together, bool [H, W].
+
+    A pixel is marked from half of full scale on. Where no pixel of a mask reaches that, or its colours come from a
+    palette, it is a mask of labels, and all but the background is marked. JPEG has no labels: its zeros are not exact.
+    Raises UnreadableError for a file that cannot be read, or whose size (width, height) is not `size`, the image's.
+    """
+    marked, notes = None, Note(0)
+    for path in paths:
+        with _opened(path) as mask:
+            if not _is_within(mask.size, decoding):
+                raise _too_large(path, mask.size, decoding)
+            mask.load()
+            ImageOps.exif_transpose(mask, in_place=True)
+            size = size or mask.size
+            if mask.size != size:
+                raise UnreadableError(
+                    f"mask {path} is {mask.size[0]}x{mask.size[1]} but its image is {size[0]}x{size[1]}; "
+                    "draw it at the image's size"
+                )
+            found, labels = _marked_by_palette(mask) if mask.mode in ("P", "PA") else _marked_by_value(mask)
+        marked = found if marked is None else marked | found
+        if labels:
+            notes |= Note.LABELS
+    return marked, notes if marked.any() else notes | Note.EMPTY
+
+
+def _marked_by_value(mask: Image.Image) -> tuple[np.ndarray, bool]:
+    """The pixels marked, and whether by labels. Of a colour the strongest channel counts: pure blue is no dark grey."""
+    if mask.mode[0] in "IF":
+        values = np.asarray(mask)
+    elif mask.mode in ("1", "L", "LA"):
+        values = np.asarray(mask.convert("L"))
+    else:
+        values = np.asarray(mask.convert("RGB")).max(2)
+    marked = values >= (32768 if mask.mode[0] == "I" else 128)
+    if marked.any() or "jpeg" in f"{mask.format} {mask.info.get('compression')}".lower():
+        return marked, False
+    marked = values != 0
+    return marked, bool(marked.any())
+
+
+def _marked_by_palette(mask: Image.Image) -> tuple[np.ndarray, bool]:
+    """The pixels marked, and whether any of them is dark. Background is black or, without it, the first colour."""
+    indices = np.asarray(mask).reshape(*mask.size[::-1], -1)[..., 0]
+    flat = mask.getpalette("RGB")
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(flat) // 3] = np.reshape(flat, (-1, 3))
+    used = np.flatnonzero(np.bincount(indices.ravel(), minlength=256))
+    if (palette[used] == used[:, None]).all():
+        return _marked_by_value(Image.fromarray(indices))  # a grey picture
+    black = used[(palette[used] == 0).all(1)]
+    background = black[0] if len(black) else 0
+    brightness = palette[used[used != background]] @ (0.299, 0.587, 0.114)
+    return indices != background, bool((brightness < 128).any())
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """The image, not yet loaded; every way in which a file can be broken becomes an UnreadableError that names it.
 
     A file that is gone, or may not be read, or a failing disk is the system's OSError.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Image.Image:
-        try:
-            with warnings.catch_warnings(), open(self.path, "rb") as file:
-                warnings.simplefilter("ignore")  # of odd EXIF data and the like
-                warnings.simplefilter("error", Image.DecompressionBombWarning)  # of over 89 million pixels
-                with Image.open(file) as image:
-                    image.load()
-                    return ImageOps.exif_transpose(image)
-        except _UNREADABLE as error:
-            if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_ERRORS):
-                raise OSError(error.errno, error.strerror, str(self.path)) from None
-            raise UnreadableError(f"{self.path} cannot be read as an image ({error}); repair or remove it") from None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, _UNREADABLE):
-            raise UnreadableError(f"{self.path} cannot be converted to RGB ({error}); repair or remove it") from None
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # `Decoding` has the limit, whose error names the flag
+    try:
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("ignore")  # of odd EXIF data and the like
+            with Image.open(file) as image:
+                yield image
+    except BROKEN as error:
+        if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_ERRORS):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise UnreadableError(f"{path} cannot be read as an image ({error}); repair or remove it") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from datasets.images import read_image, read_mask
 from datasets.mvtec import Sample
+from datasets.notes import Notes
 from utils import distributed
 from utils.errors import InputError
 from utils.signals import leave_signals_to_parent, stoppable
@@ -31,13 +31,14 @@ def to_tensor(image: Image.Image, size: int, resampling: str) -> Tensor:
     return (tensor - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
 
 
-def mask_to_tensor(mask: Image.Image, size: int) -> Tensor:
-    """Grey mask -> bool [size, size]: nearest pixel, then at least half of full scale."""
-    return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST))) >= 128
+def mask_to_tensor(mask: np.ndarray, size: int) -> Tensor:
+    """Mask [H, W] (bool) -> bool [size, size], the nearest pixels."""
+    small = Image.fromarray(mask.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
+    return torch.from_numpy(np.array(small, bool))
 
 
 class ImageDataset(Dataset):
-    """Items as tensors: {"image" [3, S, S], "mask" bool [S, S], "label", "index"}.
+    """Items as tensors: {"image" [3, S, S], "mask" bool [S, S], "label", "index", "notes"}.
 
     A file that cannot be read becomes {"error": exception}: raised, it would reach the user as the traceback of a
     worker process.
@@ -54,20 +55,28 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]
         try:
-            image = read_image(sample.path)
+            picture, notes = sample.read(), 0
             mask = torch.zeros(self.image_size, self.image_size, dtype=torch.bool)
-            if sample.mask is not None:
-                mask = mask_to_tensor(read_mask(sample.mask, image.size), self.image_size)
+            if sample.masks:
+                marked, notes = sample.read_mask(picture.size)
+                mask = mask_to_tensor(marked, self.image_size)
         except (InputError, OSError) as error:
             return {"error": error}
-        tensor = to_tensor(image, self.image_size, self.resampling)
-        return {"image": tensor, "mask": mask, "label": sample.label, "index": index}
+        tensor = to_tensor(picture.image, self.image_size, self.resampling)
+        return {
+            "image": tensor,
+            "mask": mask,
+            "label": sample.label,
+            "index": index,
+            "notes": int(picture.notes | notes),
+        }
 
 
 class ImageLoader:
     """Batches of this process's share of an ImageDataset, in order, with a progress bar.
 
-    Raises UnreadableError at a broken file, OSError at one that cannot be reached.
+    What may surprise about the files is said at the end of a pass. Raises UnreadableError at a broken file, OSError at
+    one that cannot be reached.
     """
 
     def __init__(
@@ -87,13 +96,17 @@ class ImageLoader:
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        samples, notes = self.dataset.samples, Notes()
         with tqdm(total=len(self.shard), desc=self.description, unit="image", leave=False, disable=None) as progress:
             for batch in stoppable(self.loader):
                 distributed.check()
                 if "error" in batch:
                     raise batch["error"]
+                for index, found in zip(batch["index"].tolist(), batch["notes"].tolist(), strict=True):
+                    notes.add(found, samples[index].path, *samples[index].masks[:1])
                 yield batch
                 progress.update(len(batch["label"]))
+        notes.say()
 
 
 def find_unreadable(samples: Sequence[Sample], workers: int) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 <root>/<category>/train/good/*.png
 <root>/<category>/test/good/*.png, test/<defect>/*.png
-<root>/<category>/ground_truth/<defect>/<stem>_mask.png
+<root>/<category>/ground_truth/<defect>/<stem>_mask.png, or <stem>.png, or several in a folder <stem>/
+
+Images may lie in sub-folders of these, and their masks in sub-folders of the same names.
 """
 
 from __future__ import annotations
@@ -10,29 +12,48 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from datasets.coalad import CATEGORY as COALAD
-from datasets.images import EXTENSIONS
+from datasets.images import EXTENSIONS, PLAIN, Decoding, Note, Picture, find_files, read_mask, read_picture
 from utils.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """An image file; `mask` is the file of its anomalous region, None for a normal image."""
+    """An image file and the files that mark its anomalous region: none of a normal image, nor where there are none."""
 
     path: Path
     name: str  # relative to the category, with "/"
     label: int = 0  # 1: anomalous
-    mask: Path | None = None
+    masks: tuple[Path, ...] = ()
+    decoding: Decoding = PLAIN
+
+    @property
+    def kind(self) -> str:
+        """The folder below test/ that it lies in: `good`, or a defect's name."""
+        return self.name.split("/")[1]
+
+    def read(self) -> Picture:
+        """The image; raises UnreadableError or OSError."""
+        return read_picture(self.path, self.decoding)
+
+    def read_mask(self, size: tuple[int, int] | None = None) -> tuple[np.ndarray, Note]:
+        """What its masks mark together, bool [H, W]; see `datasets.images.read_mask`."""
+        return read_mask(self.masks, size, self.decoding)
 
 
 class Category:
     """The files of one category; nothing is opened yet. `left_out`, name -> reason, are not among its samples."""
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(self, root: Path, name: str, decoding: Decoding = PLAIN) -> None:
         self.name = name
+        self.decoding = decoding
         self.left_out: dict[str, str] = {}
         self.folder = Path(root) / name
         if not self.folder.is_dir():
@@ -40,68 +61,93 @@ class Category:
 
     def train_samples(self) -> list[Sample]:
         """Normal training images in sorted path order; raises InputError if there are none."""
-        samples = self._samples(self.folder / "train" / "good")
-        if not samples:
-            raise InputError(f"{self.folder / 'train' / 'good'} has no {self._kind()}; add normal images")
-        return samples
+        folder = self.folder / "train" / "good"
+        samples = [self._sample(path) for path in find_files(folder)] if folder.is_dir() else []
+        return self._kept(samples, f"{folder} has no")
 
     def test_samples(self) -> list[Sample]:
         """Test images in sorted path order, every folder but `good` being a defect.
 
-        Raises InputError where there are none, a mask is missing, or two images of a folder share a stem
-        (their masks and results would, too).
+        Raises InputError where there are none, two images of a folder share a stem (their masks and results would,
+        too), or some images of a defect have masks and others have none.
         """
-        test = self.folder / "test"
+        test, truth = self.folder / "test", self.folder / "ground_truth"
         if not test.is_dir():
             raise InputError(f"no folder {test}; add test images, or pass --no-eval when training")
-        samples = []
-        for folder in test.iterdir():
-            if folder.name.startswith(".") or not folder.is_dir():
-                continue
-            for sample in self._samples(folder):
-                if folder.name != "good":
-                    sample = dataclasses.replace(sample, label=1, mask=self._mask(sample.path))
-                samples.append(sample)
-        if not samples:
-            raise InputError(f"{test} has no {self._kind()} in its folders; add some")
-        _check_masks(samples)
-        samples.sort(key=lambda sample: sample.name)
-        seen: dict[tuple[Path, str], Sample] = {}
+        places = [path.relative_to(test) for path in find_files(test)]
+        masks = _Masks(truth, places)
+        samples = [
+            self._sample(test / place, place.parts[0] != "good", masks.of(place)) for place in places if place.parts[1:]
+        ]
+        samples = self._kept(samples, f"{test} has in its folders no")
+        seen: dict[str, Sample] = {}
         for sample in samples:
-            other = seen.setdefault((sample.path.parent, sample.path.stem), sample)
+            other = seen.setdefault(os.path.splitext(sample.name)[0], sample)
             if other is not sample:
                 raise InputError(f"{other.path} and {sample.path} differ only in their extension; rename one")
+        _check_masks(samples, truth)
         return samples
 
-    def _samples(self, folder: Path) -> list[Sample]:
-        if not folder.is_dir():
-            return []
-        paths = [path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.is_file()]
-        paths = [path for path in paths if not path.name.startswith(".")]
-        samples = (Sample(path, path.relative_to(self.folder).as_posix()) for path in paths)
-        kept = (sample for sample in samples if sample.name not in self.left_out)
-        return sorted(kept, key=lambda sample: sample.name)
+    def _sample(self, path: Path, anomalous: bool = False, masks: tuple[Path, ...] = ()) -> Sample:
+        name = path.relative_to(self.folder).as_posix()
+        return Sample(path, name, int(anomalous), masks if anomalous else (), self.decoding)
 
-    def _kind(self) -> str:
-        return f"{'readable ' if self.left_out else ''}images ({' '.join(sorted(EXTENSIONS))})"
-
-    def _mask(self, image: Path) -> Path | None:
-        folder = self.folder / "ground_truth" / image.parent.name
-        for stem in (f"{image.stem}_mask", image.stem):
-            for extension in sorted(EXTENSIONS):
-                for suffix in (extension, extension.upper()):
-                    if (folder / (stem + suffix)).is_file():
-                        return folder / (stem + suffix)
-        return None
+    def _kept(self, samples: Sequence[Sample], none: str) -> list[Sample]:
+        """Those not left out, by name; raises InputError beginning with `none` where that is none."""
+        kept = sorted((sample for sample in samples if sample.name not in self.left_out), key=lambda s: s.name)
+        if not kept:
+            kind = f"{'readable ' if self.left_out else ''}images ({' '.join(sorted(EXTENSIONS))})"
+            raise InputError(f"{none} {kind}; add some")
+        return kept
 
 
-def _check_masks(samples: Sequence[Sample]) -> None:
-    """Raise InputError where an anomalous image has no mask."""
-    bare = [sample.path for sample in samples if sample.label and sample.mask is None]
+class _Masks:
+    """The mask files below `folder`, by the places of the images below test/."""
+
+    def __init__(self, folder: Path, images: Iterable[Path]) -> None:
+        self._namesakes = Counter((image.parts[0], image.stem) for image in images)
+        self._single: dict[str, Path] = {}  # <defect>/<stem>_mask, or <defect>/<stem>
+        self._several: dict[str, list[Path]] = {}  # <defect>/<stem>, a folder
+        for path in sorted(find_files(folder)) if folder.is_dir() else ():
+            place = path.relative_to(folder)
+            stem = re.sub("_mask$", "_mask", place.stem, flags=re.IGNORECASE)
+            self._single.setdefault((place.parent / stem).as_posix(), path)
+            self._several.setdefault(place.parent.as_posix(), []).append(path)
+
+    def of(self, image: Path) -> tuple[Path, ...]:
+        """The masks of the image at this place: in the same sub-folder or, if no other image has its name, in none."""
+        places = [image.with_suffix("").as_posix()]
+        if self._namesakes[image.parts[0], image.stem] == 1:
+            places.append(f"{image.parts[0]}/{image.stem}")
+        for place in places:
+            for name in (f"{place}_mask", place):
+                if name in self._single:
+                    return (self._single[name],)
+            if place in self._several:
+                return tuple(self._several[place])
+        return ()
+
+
+def defects_without_masks(samples: Iterable[Sample]) -> list[str]:
+    """The defects none of whose images have a mask. With one of them the figures of pixels would be wrong."""
+    masked: dict[str, bool] = {}
+    for sample in samples:
+        if sample.label:
+            masked[sample.kind] = masked.get(sample.kind, False) or bool(sample.masks)
+    return sorted(kind for kind, found in masked.items() if not found)
+
+
+def _check_masks(samples: Sequence[Sample], truth: Path) -> None:
+    """Raise InputError where an image has no mask although others of its defect have one."""
+    unmasked = defects_without_masks(samples)
+    bare = [sample for sample in samples if sample.label and not sample.masks and sample.kind not in unmasked]
     if bare:
-        mask = bare[0].parents[2] / "ground_truth" / bare[0].parent.name / f"{bare[0].stem}_mask.png"
+        mask = truth / Path(bare[0].name).relative_to("test").with_name(f"{bare[0].path.stem}_mask.png")
         others = f", nor for {len(bare) - 1} other images" if len(bare) > 1 else ""
-        raise InputError(f"no mask {mask} for {bare[0]}{others}; add it, or move the image to test/good")
+        raise InputError(
+            f"no mask {mask} for {bare[0].path}{others}; add it (all black where nothing is to be marked), or move "
+            f"{truth / bare[0].kind} away: without any masks the figures of images alone are computed"
+        )
 
 
 def find_categories(root: Path, names: Sequence[str]) -> list[str]:

@@ -82,7 +82,7 @@ def write_scores(path: Path, results: Results) -> None:
 
 
 def write_map(folder: Path, sample: Sample, anomaly_map: np.ndarray) -> None:
-    """The raw float32 map [S, S] as <folder>/<defect>/<stem>.tiff."""
+    """The raw float32 map [S, S] as <folder>/<defect>/<stem>.tiff, in sub-folders as the image."""
     content = io.BytesIO()  # on a full disk Pillow writes half a TIFF and says nothing
     Image.fromarray(anomaly_map).save(content, "TIFF")
     with atomic_write(_result_path(folder, sample, ".tiff")) as temporary:
@@ -116,4 +116,4 @@ def write_test_report(
 
 
 def _result_path(folder: Path, sample: Sample, suffix: str) -> Path:
-    return folder / sample.path.parent.name / f"{sample.path.stem}{suffix}"
+    return (folder / Path(sample.name).relative_to("test")).with_suffix(suffix)

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from datasets.images import read_image, read_mask
-from datasets.mvtec import Sample
+from datasets.mvtec import Sample, defects_without_masks
 from metrics.metrics import PixelMetrics, image_curves, image_f1_threshold, image_metrics
 from reporting.cards import Threshold
 from reporting.gallery import Entry, Gallery, Pictures
 from reporting.report import Curves
 from reporting.visualize import Thumbnails
+from utils.command_line import warn_once
 from utils.distributed import collect
 from utils.errors import InputError
 
@@ -23,7 +23,8 @@ class Results:
     """Scores, metrics and small maps of a test run, by part (a branch's name, or `fusion`), the main part first.
 
     This process gathers them of its share of the samples, from number `first` on; `collect` adds those of the others.
-    With `report`, the pictures of a report are kept, too, with `thumbnails` the small maps of heat maps.
+    With `report`, the pictures of a report are kept, too, with `thumbnails` the small maps of heat maps. Where a defect
+    has no masks (`unmasked`), figures of pixels are None.
     """
 
     def __init__(
@@ -35,6 +36,11 @@ class Results:
         thumbnails: Thumbnails | None = None,
     ) -> None:
         self.samples = samples
+        self.unmasked = defects_without_masks(samples)
+        if self.unmasked:
+            example = next(sample.path for sample in samples if sample.kind in self.unmasked)
+            text = f"no masks of {', '.join(self.unmasked)} (for instance {example}): figures of pixels are null"
+            warn_once(text, f"{text}, those of images are computed")
         self.scores = {part: np.zeros(len(samples)) for part in parts}  # 0 for those of other processes
         self.pixels = {part: PixelMetrics() for part in self.scores}
         self.gallery = Gallery(len(samples), first=first) if report else None
@@ -51,7 +57,8 @@ class Results:
                 sample = self.samples[int(batch["index"][int(np.argmin(finite))])]
                 raise InputError(f"{name} gives a score or map that is not finite on {sample.path}; check the weights")
             self.scores[name][np.asarray(batch["index"])] = scores
-            self.pixels[name].update(maps, batch["mask"].numpy(), batch["label"].numpy() == 1)
+            if not self.unmasked:
+                self.pixels[name].update(maps, batch["mask"].numpy(), batch["label"].numpy() == 1)
         main = next(iter(arrays.values()))[1]
         if self.thumbnails is not None:
             for anomaly_map in main:
@@ -77,12 +84,12 @@ class Results:
 
     def _keep(self, sample: Sample, parts: dict[str, tuple[float, np.ndarray]]) -> None:
         def pictures() -> Pictures:
-            image = read_image(sample.path)
-            truth = None if sample.mask is None else np.asarray(read_mask(sample.mask, image.size)) >= 128
-            return Pictures(np.asarray(image), {name: part for name, (_, part) in parts.items()}, truth)
+            picture = sample.read()
+            truth = sample.read_mask(picture.size)[0] if sample.masks else None
+            return Pictures(np.asarray(picture.image), {name: part for name, (_, part) in parts.items()}, truth)
 
         scores = {name: float(score) for name, (score, _) in parts.items()}
-        self.gallery.add(Entry(sample.name, scores, sample.label, sample.path.parent.name), pictures)
+        self.gallery.add(Entry(sample.name, scores, sample.label, sample.kind), pictures)
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         """By part: every figure of metrics.json; a figure that is undefined is None."""

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.images import read_image, read_mask
 from datasets.loading import ImageDataset, mask_to_tensor
 from datasets.mvtec import Category, Sample
 from evaluation.results import Results
@@ -60,8 +59,8 @@ class Images:
             self._size, self._masks = size, {}
         if row not in self._masks:
             sample, mask = self.samples[row], np.zeros((size, size), bool)
-            if sample.mask is not None:
-                mask = mask_to_tensor(read_mask(sample.mask, read_image(sample.path).size), size).numpy()
+            if sample.masks:
+                mask = mask_to_tensor(sample.read_mask()[0], size).numpy()
             self._masks[row] = np.packbits(mask)
         return np.unpackbits(self._masks[row], count=size * size).reshape(size, size).astype(bool)
 
@@ -155,6 +154,6 @@ def digest_of_files(samples: Sequence[Sample]) -> str:
     """A mark of images and masks: their names, labels and bytes."""
     lines = []
     for sample in samples:
-        files = [sha256_of_file(path) for path in (sample.path, sample.mask) if path]
+        files = [sha256_of_file(path) for path in (sample.path, *sample.masks)]
         lines.append(f"{sample.name} {sample.label} {' '.join(files)}")
     return digest_of_lines(lines)

@@ -11,13 +11,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from datasets.images import read_image, read_mask
 from datasets.mvtec import Sample
 from utils.files import atomic_write, nearest_existing
 
 PANEL_HEIGHT = 256
 HEADER = 22
 SCALE_PIXELS = 1 << 22  # that decide the range of the colours
+UNKNOWN = 96  # grey of the ground truth where an anomalous image has no mask
 TITLES = ("input", "ground truth", "anomaly map", "overlay")
 
 
@@ -76,14 +76,16 @@ def colorize(anomaly_map: np.ndarray, scale: tuple[float, float], colors: int = 
 
 def strip(sample: Sample, anomaly_map: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
     """The four panels side by side, at the frame's own aspect, BGR uint8."""
-    image = read_image(sample.path)
-    width = int(np.clip(PANEL_HEIGHT * image.width / image.height, 96, 4 * PANEL_HEIGHT))
+    picture = sample.read()
+    width = int(np.clip(PANEL_HEIGHT * picture.size[0] / picture.size[1], 96, 4 * PANEL_HEIGHT))
     size = (width, PANEL_HEIGHT)
-    frame = cv2.cvtColor(np.asarray(image.resize(size)), cv2.COLOR_RGB2BGR)
+    frame = cv2.cvtColor(np.asarray(picture.image.resize(size)), cv2.COLOR_RGB2BGR)
     truth = np.zeros_like(frame)
-    if sample.mask is not None:
-        mask = np.asarray(read_mask(sample.mask, image.size).resize(size))
-        truth[mask >= 128] = 255
+    if sample.masks:
+        share = cv2.resize(sample.read_mask(picture.size)[0].astype(np.float32), size, interpolation=cv2.INTER_AREA)
+        truth[share >= 0.5] = 255
+    elif sample.label:
+        truth[:] = UNKNOWN
     heat = colorize(cv2.resize(anomaly_map, size, interpolation=cv2.INTER_LINEAR), scale)
     overlay = cv2.addWeighted(frame, 0.55, heat, 0.45, 0)
     return np.hstack([_titled(*panel) for panel in zip((frame, truth, heat, overlay), TITLES, strict=True)])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import random
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import draw_category, draw_frame
+from tiny import draw_category, draw_frame, run_in_process, small_flags
 
-from datasets.images import read_image, read_mask
+from datasets.images import Note, find_files, read_image, read_mask
 from datasets.loading import ImageDataset, ImageLoader, mask_to_tensor, to_tensor
-from datasets.mvtec import Category, Sample, find_categories, split_training
+from datasets.mvtec import Category, Sample, defects_without_masks, find_categories, split_training
+from metrics.metrics import PROTOCOLS
 from utils.errors import InputError
 
 RED_RAMP = np.stack(np.broadcast_arrays(*np.ogrid[20:200:12j, 0:250:10j], 60), 2).round().astype(np.uint8)
@@ -122,7 +126,7 @@ def broken_files(folder: Path) -> list[Path]:
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     for path in broken_files(tmp_path):
-        for read in (read_image, lambda path: read_mask(path, (40, 40))):
+        for read in (read_image, lambda path: read_mask([path], (40, 40))):
             with warnings.catch_warnings(), pytest.raises(InputError) as error:
                 warnings.simplefilter("error")
                 read(path)
@@ -177,30 +181,118 @@ def test_any_aspect_is_stretched_to_the_square(tmp_path):
 def test_mask_is_nearest_then_half(tmp_path):
     levels = np.array([[0, 127, 128, 255]], np.uint8).repeat(2, 0)
     Image.fromarray(levels).save(tmp_path / "m.png")
-    mask = read_mask(tmp_path / "m.png", (4, 2))
+    mask, _ = read_mask([tmp_path / "m.png"], (4, 2))
     assert mask_to_tensor(mask, 4).tolist() == [[False, False, True, True]] * 4
-    big = np.random.default_rng(1).integers(0, 256, (30, 50), dtype=np.uint8)
-    found = mask_to_tensor(Image.fromarray(big), 20)
+    big = np.random.default_rng(1).random((30, 50)) < 0.5
     rows, columns = ((np.arange(20) + 0.5) * length / 20 for length in big.shape)
-    np.testing.assert_array_equal(found, big[rows.astype(int)[:, None], columns.astype(int)] >= 128)
+    np.testing.assert_array_equal(mask_to_tensor(big, 20), big[rows.astype(int)[:, None], columns.astype(int)])
 
 
-@pytest.mark.parametrize("kind", ["L", "RGB", "1", "P", "I;16"])
-def test_mask_kinds(tmp_path, kind):
-    truth = np.zeros((6, 8), bool)
-    truth[2:4, 3:7] = True
-    image = {
-        "I;16": lambda: Image.fromarray(truth.astype(np.uint16) * 65535),
-        "1": lambda: Image.fromarray(truth),
-    }.get(kind, lambda: Image.fromarray(truth.astype(np.uint8) * 255).convert(kind))()
+TRUTH = np.zeros((6, 8), bool)
+TRUTH[2:4, 3:7] = True
+
+
+def levels(*values: int, kind: type = np.uint8) -> Image.Image:
+    """A mask of these values: the first outside of TRUTH, the others in its columns by turns."""
+    chosen = np.where(TRUTH, np.arange(8) % max(1, len(values) - 1) + 1, 0)
+    return Image.fromarray(np.array(values, kind)[chosen])
+
+
+def indexed(*colors: tuple[int, int, int], first: int = 0) -> Image.Image:
+    """An indexed mask: the background has number `first`, TRUTH the others."""
+    image = levels(*((number + first) % len(colors) for number in range(len(colors))))
+    image.putpalette([channel for color in colors for channel in color])
+    return image
+
+
+BLACK, WHITE, RED, DARK_RED, DARK_GREEN = (0, 0, 0), (255, 255, 255), (255, 0, 0), (128, 0, 0), (0, 64, 0)
+BRIGHT_MASKS = {
+    "grey": levels(0, 255),
+    "half": levels(127, 128),
+    "rgb": levels(0, 255).convert("RGB"),
+    "rgba": levels(0, 255).convert("RGBA"),
+    "pure blue": Image.merge("RGB", [levels(0, 0), levels(0, 0), levels(0, 255)]),
+    "1 bit": Image.fromarray(TRUTH),
+    "16 bits": levels(0, 65535, kind=np.uint16),
+    "16 bits, half": levels(32767, 32768, kind=np.uint16),
+    "grey ramp as palette": levels(0, 200).convert("P"),
+    "grey ramp with a soft edge": levels(90, 200).convert("P"),
+    "black and white": indexed(BLACK, WHITE),
+    "white and black": indexed(WHITE, BLACK, first=1),
+}
+LABEL_MASKS = {
+    "0 and 1": levels(0, 1),
+    "0 to 3": levels(0, 1, 2, 3),
+    "0 and 127": levels(0, 127),
+    "0 and 1 in RGB": levels(0, 1).convert("RGB"),
+    "dark red in RGB": Image.merge("RGB", [levels(0, 100), levels(0, 0), levels(0, 0)]),
+    "0 and 1 of 16 bits": levels(0, 1, kind=np.uint16),
+    "0 and 255 of 16 bits": levels(0, 255, kind=np.uint16),
+    "instances, 16 bits": levels(0, 7, 300, 1000, kind=np.uint16),
+    "0 and 1 of 32 bits": levels(0, 1, kind=np.int32),
+    "0 and 1, floats": levels(0, 1, kind=np.float32),
+    "0 and 1 as palette": levels(0, 1).convert("P"),
+    "red": indexed(BLACK, RED),
+    "labelme": indexed(BLACK, DARK_RED),
+    "labelme, two classes": indexed(BLACK, DARK_RED, DARK_GREEN),
+    "a bright class among them": indexed(BLACK, DARK_RED, WHITE),
+    "grey classes": indexed(BLACK, (85,) * 3, (170,) * 3, WHITE),
+    "black comes last": indexed(DARK_RED, BLACK, first=1),
+    "no black": indexed(WHITE, DARK_GREEN),
+    "all colours black": indexed(BLACK, BLACK),
+}
+
+
+@pytest.mark.parametrize(
+    ("image", "notes"),
+    [(image, Note(0)) for image in BRIGHT_MASKS.values()] + [(image, Note.LABELS) for image in LABEL_MASKS.values()],
+    ids=[*BRIGHT_MASKS, *LABEL_MASKS],
+)
+def test_mask_kinds(tmp_path, image, notes):
+    path = tmp_path / ("m.png" if image.mode in ("1", "L", "P", "RGB", "RGBA", "I;16") else "m.tif")
+    image.save(path)
+    found, said = read_mask([path], (8, 6))
+    np.testing.assert_array_equal(found, TRUTH)
+    assert said == notes
+
+
+@pytest.mark.parametrize(
+    "image", [levels(0, 0), levels(0, 0, kind=np.uint16), levels(0, 0).convert("P"), levels(0, 0).convert("1")]
+)
+def test_empty_masks(tmp_path, image):
     image.save(tmp_path / "m.png")
-    np.testing.assert_array_equal(np.asarray(read_mask(tmp_path / "m.png", (8, 6))) >= 128, truth)
+    found, said = read_mask([tmp_path / "m.png"])
+    assert not found.any() and said == Note.EMPTY
+
+
+def test_jpeg_masks_have_no_labels(tmp_path):
+    """What is dark in them is noise."""
+    big = Image.fromarray(TRUTH.astype(np.uint8).repeat(16, 0).repeat(16, 1))
+    for name, level, notes in (("a.jpg", 255, Note(0)), ("b.jpg", 3, Note.EMPTY), ("c.tif", 3, Note.EMPTY)):
+        big.point(lambda value, level=level: value * level).save(
+            tmp_path / name, "JPEG" if name[0] < "c" else "TIFF", **({} if name[0] < "c" else {"compression": "jpeg"})
+        )
+        found, said = read_mask([tmp_path / name])
+        assert (found == (np.asarray(big) > 0)).mean() > (0.95 if level == 255 else 0.8) and said == notes
+
+
+def test_several_masks_are_joined(tmp_path):
+    left, right = np.zeros((2, 6, 8), np.uint8)
+    left[:, :2], right[3] = 1, 255
+    for name, mask in (("a.png", left), ("b.png", right)):
+        Image.fromarray(mask).save(tmp_path / name)
+    found, said = read_mask([tmp_path / "a.png", tmp_path / "b.png"], (8, 6))
+    np.testing.assert_array_equal(found, (left > 0) | (right > 0))
+    assert said == Note.LABELS
+    Image.new("L", (8, 7)).save(tmp_path / "c.png")
+    with pytest.raises(InputError, match=r"c\.png is 8x7"):
+        read_mask([tmp_path / "a.png", tmp_path / "c.png"])
 
 
 def test_mask_of_another_size_is_refused(tmp_path):
     Image.new("L", (8, 6)).save(tmp_path / "m.png")
     with pytest.raises(InputError, match=r"m\.png is 8x6 but its image is 6x8"):
-        read_mask(tmp_path / "m.png", (6, 8))
+        read_mask([tmp_path / "m.png"], (6, 8))
 
 
 def test_mask_follows_an_image_turned_by_exif(tmp_path):
@@ -264,18 +356,66 @@ def test_files_of_a_category(tmp_path):
     assert [sample.name for sample in samples] == sorted(names)
     assert [sample.label for sample in samples] == [1, 1, 1, 0, 0]
     folder = tmp_path / "belt" / "ground_truth"
-    assert [sample.mask for sample in samples[:3]] == [
-        folder / "a b/é煤.png",
-        folder / "crack/1_mask.png",
-        folder / "crack/2_mask.TIF",
+    assert [sample.masks for sample in samples[:3]] == [
+        (folder / "a b/é煤.png",),
+        (folder / "crack/1_mask.png",),
+        (folder / "crack/2_mask.TIF",),
     ]
 
 
-def test_missing_mask_is_named(tmp_path):
-    folder = draw_category(tmp_path / "belt", 1, 1, 2)
-    (folder / "ground_truth/rope/001_mask.png").unlink()
-    with pytest.raises(InputError, match=r"no mask .*rope.001_mask\.png for .*test.rope.001\.png"):
+LAYOUTS = {  # images below test/ with their masks below ground_truth/
+    "sub-folders": {"rope/a/0.png": ["rope/a/0_mask.png"], "rope/b/0.png": ["rope/b/0_mask.png"], "good/a/0.png": []},
+    "deep sub-folders": {"rope/day 1/煤/cam.2/0.png": ["rope/day 1/煤/cam.2/0.png"], "rope/0.png": ["rope/0.png"]},
+    "images sorted into sub-folders, masks not": {"rope/a/0.png": ["rope/0_mask.png"], "rope/b/1.png": ["rope/1.png"]},
+    "suffixes in any case": {"rope/0.Png": ["rope/0_mask.pNG"], "rope/1.JPg": ["rope/1_MASK.TiF"]},
+    "several masks": {"rope/0.png": ["rope/0/000.png", "rope/0/001.png"], "rope/1.png": ["rope/1/000.png"]},
+    "several masks in sub-folders": {
+        "rope/a/0.png": ["rope/a/0/x.BMP", "rope/a/0/y.png"],
+        "rope/0.png": ["rope/0.png"],
+    },
+    "a defect without masks": {"rope/0.png": ["rope/0_mask.png"], "wood/0.png": [], "wood/a/0.png": []},
+    "no masks": {"rope/0.png": [], "wood/a/0.png": [], "good/0.png": []},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(tmp_path, layout):
+    images = LAYOUTS[layout]
+    for name, masks in images.items():
+        for path in (f"test/{name}", f"train/good/{name}", *(f"ground_truth/{mask}" for mask in masks)):
+            touch(tmp_path / "belt" / path)
+    category = Category(tmp_path, "belt")
+    samples = category.test_samples()
+    truth = category.folder / "ground_truth"
+    assert [(sample.name, sample.masks) for sample in samples] == [
+        (f"test/{name}", tuple(truth / mask for mask in masks)) for name, masks in sorted(images.items())
+    ]
+    assert [sample.name for sample in category.train_samples()] == sorted(f"train/good/{name}" for name in images)
+    assert all(sample.label == (sample.kind != "good") for sample in samples)
+    bare = {name.split("/")[0] for name, masks in images.items() if not masks} - {"good"}
+    assert defects_without_masks(samples) == sorted(bare)
+
+
+@pytest.mark.parametrize("bare", ["001.png", "a/000.png", "a/b/001.png"])
+def test_missing_masks_are_named(tmp_path, bare):
+    for name in ("000.png", "a/001.png", "a/b/000.png", bare):
+        touch(tmp_path / "belt/test/rope" / name)
+        if name != bare:
+            touch(tmp_path / "belt/ground_truth/rope" / name)
+    mask = bare.replace(".png", "_mask.png")
+    with pytest.raises(InputError, match=f"no mask .*rope/{mask} for .*test/rope/{bare}; add it") as error:
         Category(tmp_path, "belt").test_samples()
+    assert "test/good" not in str(error.value)
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    touch(tmp_path / "disk/0.png")
+    touch(tmp_path / "belt/train/good/1.png")
+    for link, target in (("far", tmp_path / "disk"), ("near", tmp_path / "disk"), ("circle", "../../train")):
+        (tmp_path / "belt/train/good" / link).symlink_to(target)
+    (tmp_path / "disk/back").symlink_to(tmp_path / "belt/train/good")
+    names = [sample.name for sample in Category(tmp_path, "belt").train_samples()]
+    assert names == ["train/good/1.png", "train/good/far/0.png", "train/good/near/0.png"]
 
 
 def test_images_that_share_a_stem_are_refused(tmp_path):
@@ -324,3 +464,76 @@ def test_held_out_images_are_the_same_for_all_branches():
 def test_parts_that_are_too_small_are_refused(train, held):
     with pytest.raises(InputError, match="--holdout-ratio"):
         split_training(ITEMS, train, held, 22)
+
+
+# The scripts
+
+
+def figures(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_images_of_one_name_in_several_sub_folders(tmp_path):
+    belt = draw_category(tmp_path / "data/belt", 8, 2, 4)
+    for part in ("train/good", "test/good", "test/rope", "ground_truth/rope"):
+        for index, path in enumerate(sorted((belt / part).iterdir())):
+            target = path.with_name(f"cam{index % 2}") / path.name.replace(f"{index:03d}", f"{index // 2:03d}")
+            target.parent.mkdir(exist_ok=True)
+            path.rename(target)
+    finished = run_in_process("train_pc", *small_flags(tmp_path, "train_pc"), "--save-maps", "--train-ratio", 1)
+    assert finished.code == 0 and finished.err == ""
+    folder = tmp_path / "result/belt/pc"
+    with open(folder / "scores.csv") as file:
+        names = [row["path"] for row in csv.DictReader(file)]
+    expected = [
+        f"{kind}/cam{c}/00{i}" for kind, count in (("good", 1), ("rope", 2)) for c in range(2) for i in range(count)
+    ]
+    assert names == [f"test/{name}.png" for name in expected]
+    for part, suffix in (("anomaly_maps", ".tiff"), ("heatmaps", ".png")):
+        written = {path.relative_to(folder / part).as_posix(): path.read_bytes() for path in find_files(folder / part)}
+        assert sorted(written) == sorted(f"{name}{suffix}" for name in expected)
+        assert len(set(written.values())) == len(expected)
+    assert figures(folder)["n_anomalous"] == 4 and figures(folder)["pixel_auroc"] is not None
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_without_masks_the_figures_of_pixels_are_null(workplace, masked):
+    """Of all defects, or of one alone: its pixels would count as normal."""
+    belt = workplace / "data/belt"
+    draw_category(workplace / "other", 1, 1, 2, seed=1)
+    if masked:
+        (workplace / "other/test/rope").rename(belt / "test/wood")
+    else:
+        shutil.rmtree(belt / "ground_truth")
+    finished = run_in_process("test_fusion", *small_flags(workplace, "test_fusion"), "--save-maps")
+    kind = "wood" if masked else "rope"
+    (line,) = finished.err.splitlines()
+    assert finished.code == 0 and line.startswith(f"warning: no masks of {kind} (for instance ")
+    folder = workplace / "result/belt/fusion"
+    for found in (figures(folder), figures(folder)["branches"]["pc"]):
+        assert {key for key, value in found.items() if value is None} == set(PROTOCOLS) - {
+            "image_auroc",
+            "image_ap",
+            "image_f1_max",
+        }
+    for name in (f"heatmaps/{kind}/000.png", f"anomaly_maps/{kind}/000.tiff", "report.html"):
+        assert (folder / name).stat().st_size > 1000
+    flags = [*small_flags(workplace, "reproduce_tables"), "--tables", "ablation"]
+    assert run_in_process("reproduce_tables", *flags).code == 0
+    with open(workplace / "result/belt/tables/ablation.csv") as file:
+        for row in csv.DictReader(file):
+            assert row["image_auroc"] and not row["pixel_auroc"] + row["aupro"]
+
+
+def test_what_is_said_of_masks_is_said_once(workplace):
+    truth = workplace / "data/belt/ground_truth/rope"
+    for name in ("000", "001", "003"):
+        mask = np.asarray(Image.open(truth / f"{name}_mask.png"))
+        Image.fromarray((mask > 0).astype(np.uint8) if name != "003" else mask * 0).save(truth / f"{name}_mask.png")
+    before = figures(workplace / "result/belt/pc")
+    finished = run_in_process("train_pc", *small_flags(workplace, "train_pc"), "--skip-unreadable", "--workers", 1)
+    labels, empty = finished.err.splitlines()
+    assert labels.startswith(f"warning: 2 files, for instance {truth / '000_mask.png'}: the masks hold labels")
+    assert empty.startswith(f"warning: 1 files, for instance {truth / '003_mask.png'}: the masks mark nothing")
+    after = figures(workplace / "result/belt/pc")
+    assert after["pixel_auroc"] is not None and after["pixel_auroc"] != before["pixel_auroc"]

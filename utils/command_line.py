@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 OUT_OF_MEMORY = "out of memory|can't allocate memory"  # what torch says of a GPU's, and of a CPU's
 CONNECTION_LOST = "[Cc]onnection (closed|reset)"  # what gloo and NCCL say when another process is gone
 LOST_WORKER = r"DataLoader worker .* (killed by signal|exited unexpectedly)"
+_warned: set[Hashable] = set()  # the keys of `warn_once`
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
 
@@ -62,6 +63,13 @@ def warn(message: str) -> None:
     _say(f"warning: {message}")
 
 
+def warn_once(key: Hashable, message: str) -> None:
+    """Say it unless something with the same `key` has been said in this run."""
+    if key not in _warned:
+        _warned.add(key)
+        warn(message)
+
+
 def _say(message: str) -> None:
     """Print one line on stderr, without any camera's password."""
     print(redact(" ".join(message.split())), file=sys.stderr)
@@ -73,6 +81,7 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
     `torchrun`: the script can share its work with the other processes that torchrun started.
     """
     watch_signals()
+    _warned.clear()
     with contextlib.suppress(AttributeError):  # not a file
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
     code = 0

@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -126,7 +127,7 @@ def images(folder: Path) -> list[Path]:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(3)
     rgb = Image.fromarray(rng.integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8))
-    deep = Image.fromarray(rng.integers(0, 65536, (SIZE[1], SIZE[0]), dtype=np.uint16))
+    deep = Image.fromarray(rng.integers(0, 4096, (SIZE[1], SIZE[0]), dtype=np.uint16))
     turned = Image.Exif()
     turned[0x0112] = 6
     made = {
@@ -150,6 +151,8 @@ def images(folder: Path) -> list[Path]:
     }
     for name, (image, options) in made.items():
         image.save(folder / name, **options)
+    for name in ("deep_colors.png", "deep_colors.tif"):
+        cv2.imwrite(str(folder / name), rng.integers(0, 4096, (SIZE[1], SIZE[0], 3), dtype=np.uint16))
     rgb.save(folder / "gif.png", format="GIF")  # the content decides, not the name
     rgb.save(folder / "webp.png", format="WEBP")
     rgb.save(folder / "animated.png", format="PNG", save_all=True, append_images=[rgb.rotate(90)])

@@ -24,7 +24,7 @@ from pathlib import Path
 from hardness import mutations
 
 from datasets.coalad import extract
-from datasets.images import read_image, read_mask
+from datasets.images import Decoding, read_image, read_mask
 from models import BRANCHES
 from models.fusion.operating_point import OperatingPoint
 from models.published.checkpoints import FILES, read_published
@@ -78,13 +78,19 @@ def targets(folder: Path, models: Path) -> dict[str, Target]:
         "archives": Target(
             corpus.archives(folder / "archives"), [mutations.of_bytes, mutations.of_tar], corpus.unpack(extract)
         ),
-        "images": Target(corpus.images(folder / "images"), [mutations.of_bytes, mutations.of_png], read_image),
+        "images": Target(corpus.images(folder / "images"), [mutations.of_bytes, mutations.of_png], read_both),
         "masks": Target(
             [path for path in corpus.images(folder / "masks") if path.name != "turned.jpg"],  # of another size
             [mutations.of_bytes, mutations.of_png],
-            lambda path: read_mask(path, corpus.SIZE),
+            lambda path: read_mask([path], corpus.SIZE),
         ),
     }
+
+
+def read_both(path: Path) -> None:
+    """Read an image, and read it as a 12-bit camera's, which takes another decoder."""
+    read_image(path)
+    read_image(path, Decoding(bit_depth=12))
 
 
 class Watch:
