@@ -6,8 +6,7 @@ python train_ma2patch.py --category my_belt --covariance ledoit-wolf
 
 from __future__ import annotations
 
-from models.branches.ma2patch import MA2Patch
-from training.training import add_token_flags, parse_training, run_training, training_parser
+from training.options import add_token_flags, parse_training, training_parser
 from utils.command_line import run
 
 
@@ -15,7 +14,10 @@ def main() -> None:
     parser = training_parser(__doc__, "vit_base_patch14_dinov2.lvd142m", image_size=406, train_ratio=1.0)
     add_token_flags(parser)
     args = parse_training(parser, covariance="ledoit-wolf")
-    run_training(args, MA2Patch, covariance=args.covariance)
+
+    from training.training import train  # PyTorch takes seconds to import: --help and mistyped flags need none
+
+    train(args, "ma2patch", covariance=args.covariance)
 
 
 if __name__ == "__main__":

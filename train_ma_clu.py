@@ -6,8 +6,7 @@ python train_ma_clu.py --category my_belt --weights dinov2_vits14.safetensors
 
 from __future__ import annotations
 
-from models.branches.ma_clu import MACLU
-from training.training import add_budget_flag, add_token_flags, parse_training, run_training, training_parser
+from training.options import add_budget_flag, add_token_flags, parse_training, training_parser
 from utils.command_line import number, run
 
 
@@ -22,7 +21,10 @@ def main() -> None:
     )
     add_budget_flag(parser, default=1.0)
     args = parse_training(parser, covariance="ledoit-wolf", patch_budget=0.1)
-    run_training(args, MACLU, threshold=args.threshold, covariance=args.covariance, patch_budget=args.patch_budget)
+
+    from training.training import train  # PyTorch takes seconds to import: --help and mistyped flags need none
+
+    train(args, "ma_clu", threshold=args.threshold, covariance=args.covariance, patch_budget=args.patch_budget)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from models.branches.patchcore import PatchCore
-from training.training import add_budget_flag, parse_training, run_training, share, training_parser
+from training.options import add_budget_flag, parse_training, share, training_parser
 from utils.command_line import number, run
 
 
@@ -41,9 +40,12 @@ def main() -> None:
     )
     add_budget_flag(parser, default=8.0)
     args = parse_training(parser, train_ratio=1.0, coreset_ratio=0.05, whiten=True, average_bank=True)
-    run_training(
+
+    from training.training import train  # PyTorch takes seconds to import: --help and mistyped flags need none
+
+    train(
         args,
-        PatchCore,
+        "pc",
         coreset_ratio=args.coreset_ratio,
         neighbors=args.neighbors,
         patch_budget=args.patch_budget,

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.networks.kernels import linear
-from utils.timing import peak_memory_mb
+from utils.machine import peak_memory_mb
 
 LONG = 5.0  # seconds from which on one timed run is enough
 VERY_LONG = 60.0  # seconds from which on a run warms itself up

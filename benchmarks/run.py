@@ -30,7 +30,7 @@ from benchmarks.settings import Settings
 from utils.command_line import PRECISIONS, Parser, choose_device, default_batch_size, number, run
 from utils.errors import InputError
 from utils.files import write_json, write_text
-from utils.timing import processor
+from utils.machine import processor
 
 # Stage, sizes of a full and of a quick run, what the size counts.
 STAGES: dict[str, tuple[Callable[[Settings, int], Iterator[Row]], list[int], list[int]]] = {

@@ -1,0 +1,5 @@
+"""Data sets that can be downloaded, by category. A new one is a file with a function, and a line here."""
+
+from utils.registry import Registry
+
+DOWNLOADS = Registry({"coal_ad": "datasets.coalad:ensure_coalad"})  # each takes the folder of all categories

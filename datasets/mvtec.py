@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.coalad import CATEGORY as COALAD
+from datasets import DOWNLOADS
 from datasets.images import EXTENSIONS, PLAIN, Decoding, Note, Picture, find_files, read_mask, read_picture
 from utils.errors import InputError
 
@@ -153,7 +153,7 @@ def _check_masks(samples: Sequence[Sample], truth: Path) -> None:
 def find_categories(root: Path, names: Sequence[str]) -> list[str]:
     """The categories asked for, each once; `all` stands for every folder of `root` with train/good in it.
 
-    Raises InputError where there is no such folder, unless it is CoalAD's, which can be downloaded.
+    Raises InputError where there is no such folder, unless it can be downloaded.
     """
     if os.path.lexists(root) and not Path(root).is_dir():
         raise InputError(f"--data-root {root} is no folder; give the one that holds <category>/train")
@@ -163,9 +163,16 @@ def find_categories(root: Path, names: Sequence[str]) -> list[str]:
         if not names:
             raise InputError(f"{root} holds no category (a folder with train/good in it); check --data-root")
     for name in names:
-        if name != COALAD:
+        if name not in DOWNLOADS:
             Category(root, name)
     return list(dict.fromkeys(names))
+
+
+def open_category(root: Path, name: str) -> Category:
+    """The category's files, downloaded on first use where that is possible. Raises InputError where there are none."""
+    if name in DOWNLOADS:
+        DOWNLOADS[name](root)
+    return Category(root, name)
 
 
 def split_training(

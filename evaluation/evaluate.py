@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from datasets.loading import ImageLoader
 from evaluation.result_files import (
-    PROGRAM,
     REPORT,
-    mark_folder,
+    write_average,
     write_heatmaps,
     write_map,
     write_scores,
@@ -23,16 +20,21 @@ from evaluation.result_files import (
 )
 from evaluation.results import Results
 from metrics.metrics import PROTOCOLS
+from models.branches.branch import AS_PUBLISHED, Branch
 from models.fusion.operating_point import OperatingPoint
+from models.fusion.usad import USAD
 from reporting.cards import Threshold
 from reporting.visualize import Thumbnails
-from utils.distributed import barrier, from_first, size
+from utils.distributed import is_main_process
 from utils.files import write_json
-from utils.timing import Stopwatch, peak_memory_mb, processor
+from utils.gather import barrier, from_first
+from utils.machine import environment
+from utils.ownership import PROGRAM, mark_folder
+from utils.timing import Stopwatch
 
 
 def evaluate(
-    model: Any,
+    model: Branch | USAD,
     loader: ImageLoader,
     folder: Path,
     config: dict[str, Any],
@@ -42,18 +44,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run `model` over the test images and write metrics, scores, config, maps, heat maps and report.
 
-    `model` has `predict_parts(images [B, 3, S, S]) -> {name: (scores [B], maps [B, S, S])}`, its own part first,
-    and `stopwatches() -> {name: Stopwatch}`. A model of several branches gets a report, with the thresholds of
-    `operating_point` or, without one, those of the highest F1. Returns the metrics.
+    `model` is a branch or their fusion. A fusion gets a report, with the thresholds of `operating_point` or, without
+    one, those of the highest F1. Returns the metrics.
 
-    Of several processes each tests its share of the images and writes their maps and heat maps; the first writes all
-    else, and it alone has the metrics.
+    With several processes each tests its share of the images and writes their maps and heat maps. The main process
+    writes everything else, and it alone has the metrics.
     """
     start = time.perf_counter()
     samples, shard = loader.dataset.samples, loader.shard
     thumbnails = Thumbnails(folder, len(samples)) if images else None
-    report = images and hasattr(model, "branches")
-    results, watch = Results(samples, model.stopwatches(), shard.start, report, thumbnails), Stopwatch()
+    report = images and isinstance(model, USAD)
+    results, watch = Results(samples, model.parts(), shard.start, report, thumbnails), Stopwatch()
     for batch in timed(loader, watch):
         parts = model.predict_parts(batch["image"].to(model.device, non_blocking=True))
         with watch("collect"):
@@ -79,12 +80,15 @@ def evaluate(
     if operating_point:
         labels = np.array([item.label for item in samples])
         metrics["operating_point"] = operating_point.on_test(results.scores[main], labels)
-    if others:
+    if isinstance(model, USAD):
         metrics["branches"] = {name: by_part[name] for name in others}
+    else:
+        scaled = by_part[AS_PUBLISHED]
+        metrics[AS_PUBLISHED] = {key: scaled[key] for key in scaled if not key.startswith(("image_", "n_"))}
     timings = {**watch.seconds, **stage_seconds(model), "total": time.perf_counter() - start}
-    write_scores(folder / "scores.csv", results)
+    write_scores(folder / "scores.csv", results, others if isinstance(model, USAD) else [])
     write_json(folder / "metrics.json", metrics)
-    config = {**config, **environment(model), "seconds": _rounded(timings)}
+    config = {"program": PROGRAM, **config, **environment(model.device), "seconds": _rounded(timings)}
     write_json(folder / "config.json", config)
     if results.gallery is not None:
         point = operating_point
@@ -95,34 +99,17 @@ def evaluate(
     return metrics
 
 
-def environment(model: Any) -> dict[str, Any]:
-    """What a number depends on beside the settings: program, versions, device, peak memory."""
-    import timm
-    import torchvision
-
-    device = torch.device(model.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {
-        "program": PROGRAM,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-            "numpy": np.__version__,
-        },
-        "device": f"{device} ({name})",
-        "processes": size(),
-        "peak_memory_mb": peak_memory_mb(),
-    }
-
-
 def print_metrics(title: str, metrics: dict[str, Any]) -> None:
-    """One line a figure, with the protocol it follows; branches, if any, in columns beside the fusion."""
-    columns = {title: metrics, **metrics.get("branches", {})}
+    """One line a figure, with the protocol it follows.
+
+    Columns beside the first: the branches of a fusion, or a branch's figures with maps scaled as in the paper.
+    """
+    others = {"scaled maps": metrics[AS_PUBLISHED]} if AS_PUBLISHED in metrics else metrics.get("branches", {})
+    columns = {title: metrics, **others}
     print("".join(f"{name:>12}" for name in columns))
     for key, protocol in PROTOCOLS.items():
-        cells = "".join(f"{'-' if part[key] is None else format(part[key], '.4f'):>12}" for part in columns.values())
+        figures = [part.get(key) for part in columns.values()]
+        cells = "".join(f"{'-' if figure is None else format(figure, '.4f'):>12}" for figure in figures)
         print(f"{cells}  {protocol}")
     print(f"{metrics['n_images']} images, {metrics['n_anomalous']} anomalous", flush=True)
     if point := metrics.get("operating_point"):
@@ -132,6 +119,13 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
             f"{point['false_alarms']} false alarms among {metrics['n_images'] - metrics['n_anomalous']} normal images",
             flush=True,
         )
+
+
+def print_average(title: str, path: Path, metrics: dict[str, dict[str, Any]]) -> None:
+    """Write and print the mean over the categories, if there are several."""
+    if len(metrics) > 1 and is_main_process():
+        print(f"average of {len(metrics)} categories")
+        print_metrics(title, write_average(path, metrics))
 
 
 def timed(loader: Iterable[dict[str, Any]], watch: Stopwatch) -> Iterator[dict[str, Any]]:

@@ -1,10 +1,9 @@
-"""The files that a test run leaves, and whose they are: only what this program wrote is ever replaced."""
+"""The files that a test run leaves."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,40 +20,19 @@ from reporting.report import write_report
 from reporting.visualize import Thumbnails, strip, write_png
 from utils.csv_cells import safe_cell
 from utils.errors import InputError
-from utils.files import atomic_write, check_writable, write_json, write_text
+from utils.files import atomic_write, write_json, write_text
+from utils.ownership import PROGRAM, is_ours
 from utils.signals import stoppable
 
-PROGRAM = "usad"  # the mark by which a later run knows its own files
 REPORT = "report.html"
-
-
-def claim_folder(folder: Path) -> None:
-    """Raise InputError if `folder` holds files, but not those of an earlier run; see also `check_writable`."""
-    check_writable(folder)
-    used = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
-    if used and not _is_ours(folder / "config.json"):
-        raise InputError(f"{folder} holds files that USAD did not write; move them or choose another --results-dir")
 
 
 def average_path(results_dir: Path, name: str) -> Path:
     """Where the average over categories goes; raises InputError if it holds another program's file."""
     path = results_dir / f"average_{name}.json"
-    if path.exists() and not _is_ours(path):
+    if path.exists() and not is_ours(path):
         raise InputError(f"{path} was not written by USAD; move it or choose another --results-dir")
     return path
-
-
-def mark_folder(folder: Path) -> None:
-    """Leave our mark before the first result: what an interrupted run leaves is ours, too."""
-    if not (folder / "config.json").exists():
-        write_json(folder / "config.json", {"program": PROGRAM})
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["program"] == PROGRAM
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def write_average(path: Path, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -68,16 +46,15 @@ def write_average(path: Path, metrics: dict[str, dict[str, Any]]) -> dict[str, A
     return {**average, **counts}
 
 
-def write_scores(path: Path, results: Results) -> None:
-    """scores.csv: path, label, score of each test image, with the branches' own scores behind a fused one."""
-    columns = results.scores
+def write_scores(path: Path, results: Results, branches: Sequence[str]) -> None:
+    """scores.csv: path, label, score of each test image, with the `branches`' own scores behind a fused one."""
+    main = next(iter(results.scores))
+    columns = [results.scores[part] for part in (main, *branches)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "label", "score", *list(columns)[1:]])
+    writer.writerow(["path", "label", "score", *branches])
     for row, sample in enumerate(results.samples):
-        writer.writerow(
-            [safe_cell(sample.name), sample.label, *(repr(float(values[row])) for values in columns.values())]
-        )
+        writer.writerow([safe_cell(sample.name), sample.label, *(repr(float(values[row])) for values in columns)])
     write_text(path, text.getvalue())
 
 

@@ -6,17 +6,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from datasets.mvtec import Sample, defects_without_masks
 from metrics.metrics import PixelMetrics, image_curves, image_f1_threshold, image_metrics
+from models.branches.branch import Part
 from reporting.cards import Threshold
 from reporting.gallery import Entry, Gallery, Pictures
 from reporting.report import Curves
 from reporting.visualize import Thumbnails
 from utils.command_line import warn_once
-from utils.distributed import collect
 from utils.errors import InputError
+from utils.gather import collect
 
 
 class Results:
@@ -46,10 +46,10 @@ class Results:
         self.gallery = Gallery(len(samples), first=first) if report else None
         self.thumbnails = thumbnails
 
-    def add(self, parts: dict[str, tuple[torch.Tensor, torch.Tensor]], batch: dict[str, Any]) -> np.ndarray:
+    def add(self, parts: Mapping[str, Part], batch: dict[str, Any]) -> np.ndarray:
         """Take in the parts of a batch; returns the main maps [B, S, S]."""
         arrays = {
-            name: (scores.double().cpu().numpy(), maps.float().cpu().numpy()) for name, (scores, maps) in parts.items()
+            name: (part.scores.double().cpu().numpy(), part.maps.float().cpu().numpy()) for name, part in parts.items()
         }
         for name, (scores, maps) in arrays.items():
             finite = np.isfinite(scores) & np.isfinite(maps).all((1, 2))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from datasets.mvtec import Category, split_training
+from experiments import BASELINES
 from experiments.cells import Cell, CellStore, Row, Section, Table, Unavailable
 from experiments.fusions import DEFINED, FIGURES, Bench, Fusion
 from models import PatchCore
@@ -22,15 +23,6 @@ from utils.errors import InputError
 from utils.files import sha256_of_file
 
 ROOT = Path(__file__).parents[1]
-BASELINES = {
-    "padim": "PaDiM",
-    "patchcore": "PatchCore",
-    "stfpm": "STFPM",
-    "reverse_distillation": "Reverse Distillation",
-    "efficient_ad": "EfficientAD",
-    "dinomaly": "Dinomaly",
-    "anomaly_dino": "AnomalyDINO",
-}
 ENVIRONMENT = Path(".venv-baselines")
 INSTALL = f"python3 -m venv {ENVIRONMENT} && {ENVIRONMENT}/bin/pip install -r requirements-baselines.txt"
 NO_ANOMALIB = f"not run, there is no anomalib: {INSTALL}, or --baselines-python PATH"

@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from experiments import SWEEPS
 from experiments.cells import Cell, Row, Section, Table
 from experiments.measurements import Measurements
 from experiments.variants import Variant
 from metrics.metrics import image_metrics
 from models import MACLU, USAD, PatchCore
-from models.branches.gaussian import COVARIANCES
-from models.branches.postprocess import resize_maps
+from models.branches.branch import Part
 from models.networks.backbones import size_step
 
 DEFINED = 'Figures are fractions; what each is, README.md says under "How each number is defined".'
@@ -31,15 +30,6 @@ FIGURES = {
     "pro_as_published": "PRO as published",
 }
 IN_FORCE = "the value in force"
-SWEEPS: dict[str, list] = {  # name -> values; the value in force is added where it is none of them
-    "threshold": [1.0, 1.05, 1.1, 1.14, 1.2, 1.3, 1.5],
-    "lambda_obj": [0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 1.0],
-    "lambda_map": [0.0, 0.1, 0.3, 1.0, 3.0, 10.0],
-    "coreset_ratio": [0.001, 0.003, 0.01, 0.03, 0.1],
-    "covariance": list(COVARIANCES),
-    "train_ratio": [0.1, 0.25, 0.5, 0.75, 1.0],
-    "image_size": [0.6, 0.8, 1.2],  # of the branch's own size, about
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +46,18 @@ class Fusion:
         """Side of the square at which test images are loaded and maps are evaluated, as in test_fusion.py."""
         return max(variant.network.image_size for variant in self.variants.values())
 
-    def usad(self) -> USAD:
-        """The fusion of the parts, without networks; its branches have no statistics yet."""
-        branches = [self.variants[name].renderer(**self.scoring.get(name, {})) for name in self.parts]
-        for branch in branches:  # only whether there will be statistics is known yet
-            branch.calibration = {} if self.variants[branch.name].holdout_ratio else None
+    def usad(self, statistics: dict[str, dict[str, float] | None]) -> USAD:
+        """The fusion of the parts, without networks, given the branches' held-out `statistics`."""
+        branches = [self.variants[name].mapper(**self.scoring.get(name, {})) for name in self.parts]
+        for branch in branches:
+            branch.calibration = statistics.get(branch.name)
         return USAD(branches, **self.settings)
+
+    def settled(self) -> Fusion:
+        """The same with every setting of the rule written out. Raises InputError where the rule lacks something."""
+        # Only whether there will be statistics is known yet.
+        usad = self.usad({name: {} if variant.holdout_ratio else None for name, variant in self.variants.items()})
+        return dataclasses.replace(self, settings=usad.settings())
 
     def with_variants(self, **changes: Any) -> Fusion:
         """The same with these changes to every variant."""
@@ -86,7 +82,7 @@ class Bench:
         measured = {name: self.measurements.needs(fusion.variants[name], fusion.size) for name in fusion.parts}
         needs = {
             "measured": measured,
-            "rendered": {name: fusion.variants[name].settings | fusion.scoring.get(name, {}) for name in fusion.parts},
+            "mapped": {name: fusion.variants[name].settings | fusion.scoring.get(name, {}) for name in fusion.parts},
             "fusion": fusion.settings,
             "size": fusion.size,
             "maps": maps,
@@ -94,22 +90,20 @@ class Bench:
         return Cell(needs, lambda: self._figures(fusion, maps))
 
     def _figures(self, fusion: Fusion, maps: bool) -> dict[str, Any]:
-        usad = fusion.usad()
         measured = {name: self.measurements.of(fusion.variants[name], fusion.size) for name in fusion.parts}
-        for branch in usad.branches:
-            branch.calibration = measured[branch.name].calibration
+        usad = fusion.usad({name: found.calibration for name, found in measured.items()})
 
-        def found() -> Iterator[tuple[Tensor, Tensor]]:
+        def found() -> Iterator[Part]:
             for start in range(0, len(self.images.samples), self.batch_size):
                 parts = {}
                 for branch in usad.branches:
                     scores, patches = (part[start : start + self.batch_size] for part in measured[branch.name][:2])
-                    parts[branch.name] = scores, resize_maps(branch.render(patches), fusion.size)
+                    parts[branch.name] = Part(scores, *branch.anomaly_map(patches)).resized(fusion.size)
                 yield usad.fuse(parts) if len(parts) > 1 else parts[usad.branches[0].name]
 
         if maps:
             return self.images.figures(found())
-        return image_metrics(torch.cat([scores for scores, _ in found()]).numpy(), self.images.labels)
+        return image_metrics(torch.cat([part.scores for part in found()]).numpy(), self.images.labels)
 
 
 def ablation(bench: Bench, fusions: list[Fusion]) -> Table:
@@ -124,16 +118,16 @@ def ablation(bench: Bench, fusions: list[Fusion]) -> Table:
         for subset in subsets
     ]
     sections, remarks = [Section("Branches", rows)], ["A branch alone is measured by its own score and map.", DEFINED]
-    if fusions[0].settings["fusion"] == "paper":
+    if "score_weights" in fusions[0].settings:
         sections.append(Section("Terms of the image score", _score_terms(bench, fusions)))
         remarks.append("The pixel figures do not depend on the terms of the image score: the map is that of all.")
     return Table("ablation", "Ablation", FIGURES, sections, remarks)
 
 
 def _score_terms(bench: Bench, fusions: list[Fusion]) -> list[Row]:
-    usad = fusions[0].usad()
-    factors = {f"score of {name}": usad.score_weights[name] for name in fusions[0].parts}
-    factors["maximum of the map"] = usad.lambda_map
+    settings = fusions[0].settings
+    factors = {f"score of {name}": settings["score_weights"][name] for name in fusions[0].parts}
+    factors["maximum of the map"] = settings["lambda_map"]
     terms = [term for term, factor in factors.items() if factor]
     rows = []
     for count in range(1, len(terms) + 1):
@@ -161,27 +155,12 @@ def sweeps(fusion: Fusion, kinds: list[str]) -> dict[str, Sweep]:
     ma_clu, pc = (fusion.variants[branch.name].settings for branch in (MACLU, PatchCore))
     estimators = {variant.settings.get("covariance") for variant in fusion.variants.values()} - {None}
     ratios = {variant.train_ratio for variant in fusion.variants.values()}
-    usad = fusion.usad()
     found = {
         "threshold": Sweep(
             "Foreground threshold (MACLU)",
             SWEEPS["threshold"],
             ma_clu["threshold"],
             lambda fusion, value: dataclasses.replace(fusion, scoring={MACLU.name: {"threshold": value}}),
-        ),
-        "lambda_obj": Sweep(
-            "λ_obj, the factor of MACLU's score",
-            SWEEPS["lambda_obj"],
-            usad.score_weights[MACLU.name],
-            lambda fusion, value: fusion.with_settings(score_weights={MACLU.name: value}),
-            maps=False,
-        ),
-        "lambda_map": Sweep(
-            "λ_M, the factor of the map's maximum",
-            SWEEPS["lambda_map"],
-            usad.lambda_map,
-            lambda fusion, value: fusion.with_settings(lambda_map=value),
-            maps=False,
         ),
         "coreset_ratio": Sweep(
             "Coreset ratio (PatchCore)",
@@ -202,6 +181,24 @@ def sweeps(fusion: Fusion, kinds: list[str]) -> dict[str, Sweep]:
             lambda fusion, value: fusion.with_variants(train_ratio=value),
         ),
     }
+    if "score_weights" in fusion.settings:
+        found["lambda_obj"] = Sweep(
+            "λ_obj, the factor of MACLU's score",
+            SWEEPS["lambda_obj"],
+            fusion.settings["score_weights"][MACLU.name],
+            lambda fusion, value: fusion.with_settings(
+                score_weights={**fusion.settings["score_weights"], MACLU.name: value}
+            ),
+            maps=False,
+        )
+    if "lambda_map" in fusion.settings:
+        found["lambda_map"] = Sweep(
+            "λ_M, the factor of the map's maximum",
+            SWEEPS["lambda_map"],
+            fusion.settings["lambda_map"],
+            lambda fusion, value: fusion.with_settings(lambda_map=value),
+            maps=False,
+        )
     for name, variant in fusion.variants.items():
         size, step = variant.network.image_size, size_step(variant.network)
         found[f"image_size_{name}"] = Sweep(
@@ -210,8 +207,7 @@ def sweeps(fusion: Fusion, kinds: list[str]) -> dict[str, Sweep]:
             size,
             lambda fusion, value, name=name: fusion.with_variant(name, image_size=value),
         )
-    factors = ("lambda_obj", "lambda_map") if fusion.settings["fusion"] == "standardized" else ()
-    return {name: sweep for name, sweep in found.items() if name.startswith(tuple(kinds)) and name not in factors}
+    return {name: found[name] for kind in SWEEPS if kind in kinds for name in found if name.startswith(kind)}
 
 
 def _with_covariance(fusion: Fusion, value: str) -> Fusion:

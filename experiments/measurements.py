@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ from datasets.mvtec import Category, Sample
 from evaluation.results import Results
 from experiments.cells import Unavailable, digest
 from experiments.variants import Variant
-from models.branches.branch import Branch
+from models.branches.branch import Branch, Part
 from models.branches.postprocess import resize_images
+from training.settings import RunSettings
 from training.training import make_loader
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError, UnreadableError
@@ -42,15 +42,15 @@ class Images:
         self.digest = digest_of_files(self.samples)
         self._size, self._masks = 0, {}
 
-    def figures(self, found: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        """Every figure of metrics.json for batches of scores [B] and maps [B, S, S], in the order of the images."""
+    def figures(self, found: Iterable[Part]) -> dict[str, Any]:
+        """Every figure of metrics.json for batches in the order of the images."""
         results, start = Results(self.samples, ["all"]), 0
-        for scores, maps in found:
-            rows = torch.arange(start, start + len(scores))
-            masks = torch.from_numpy(np.stack([self._mask(row, maps.shape[-1]) for row in rows.tolist()]))
+        for part in found:
+            rows = torch.arange(start, start + len(part.scores))
+            masks = torch.from_numpy(np.stack([self._mask(row, part.maps.shape[-1]) for row in rows.tolist()]))
             batch = {"mask": masks, "label": torch.from_numpy(self.labels)[rows], "index": rows}
-            results.add({"all": (scores, maps)}, batch)
-            start += len(scores)
+            results.add({"all": part}, batch)
+            start += len(part.scores)
         return results.metrics()["all"]
 
     def _mask(self, row: int, size: int) -> np.ndarray:
@@ -77,7 +77,7 @@ class Measurements:
         folder: Path,
         category: Category,
         images: Images,
-        run: argparse.Namespace,
+        run: RunSettings,
         weights: dict[str, str | None],
     ) -> None:
         self.folder, self.category, self.images, self.run, self.weights = folder, category, images, run, weights
@@ -107,9 +107,9 @@ class Measurements:
         branch = self._fitted(variant)
         dataset = ImageDataset(self.images.samples, input_size, "bicubic")
         found = []
-        for batch in make_loader(self.run, dataset, f"{branch.name} measure", branch):
+        for batch in make_loader(self.run, dataset, f"{branch.name} measure", branch.device):
             images = resize_images(batch["image"].to(branch.device, non_blocking=True), branch.image_size)
-            scores, patches = branch.measure(branch.extract(images))
+            scores, patches = branch.patch_scores(branch.extract(images))
             found.append((scores.double().cpu(), patches.float().cpu()))
         measured = Measured(*(torch.cat(part) for part in zip(*found, strict=True)), branch.calibration)
         tensors = {"scores": measured.scores, "patches": measured.patches}

@@ -21,10 +21,10 @@ from evaluation.evaluate import stage_seconds, timed
 from experiments.baselines import ROOT
 from experiments.cells import Cell, Row, Section, Table, Unavailable
 from experiments.fusions import Bench, Fusion
-from models import USAD
-from models.fusion.operating_point import checkpoint_digests
-from models.fusion.usad import checkpoint_paths
-from utils.timing import Stopwatch, peak_memory_mb, processor
+from models import BRANCHES, USAD
+from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths
+from utils.machine import peak_memory_mb, processor
+from utils.timing import Stopwatch
 
 IMAGES = 200  # at most so many are timed
 FIGURES = {
@@ -81,12 +81,12 @@ def measure_apart(job: dict[str, Any]) -> dict[str, Any]:
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Time one part, a branch or the fusion, on the job's images: seconds an image, MB."""
     folder, name = Path(job["folder"]), job["part"]
-    paths = {branch: path for branch, path in checkpoint_paths(folder).items() if name in (branch.name, USAD.name)}
+    paths = {branch: path for branch, path in checkpoint_paths(folder).items() if name in (branch, USAD.name)}
     if name == USAD.name:
         model = USAD.load(folder, job["device"], job["precision"], job["weights"], **job["fusion"])
     else:
-        ((branch, path),) = paths.items()
-        model = branch.load(path, job["weights"].get(name), job["device"], job["precision"])
+        ((_, path),) = paths.items()
+        model = BRANCHES[name].load(path, job["weights"].get(name), job["device"], job["precision"])
     samples = [Sample(Path(path), path) for path in job["images"]]
     dataset = ImageDataset(samples, model.image_size, "bicubic")
     for batch in ImageLoader(
@@ -97,8 +97,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         watch.seconds.clear()
     loading, start = Stopwatch(), time.perf_counter()
     for batch in timed(ImageLoader(dataset, job["batch_size"], 0, ""), loading):
-        for scores, maps in model.predict_parts(batch["image"].to(model.device)).values():
-            scores.cpu(), maps.cpu()
+        for part in model.predict_parts(batch["image"].to(model.device)).values():
+            part.scores.cpu(), part.maps.cpu()
     total, memory, stages = time.perf_counter() - start, peak_memory_mb(), stage_seconds(model)
     return {
         "images_per_second": len(samples) / total,

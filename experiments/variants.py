@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import warnings
@@ -10,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets.mvtec import Category
+from models.branches import BRANCHES, weights_flag
 from models.branches.branch import Branch
 from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone
+from training.settings import RunSettings, SplitSettings
 from training.training import fit_branch
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import read_metadata
 from utils.errors import InputError
 from utils.files import sha256_of_file
 
@@ -35,34 +36,34 @@ class Variant:
     checkpoint_digest: str | None = None
 
     @classmethod
-    def of_checkpoint(cls, branch: type[Branch], path: Path) -> Variant:
-        """The checkpoint as it is; raises InputError where it cannot be read."""
-        _, metadata = load_checkpoint(path)
-        if metadata.get("branch") != branch.name:
-            raise InputError(f"{path} is a checkpoint of branch '{metadata.get('branch')}', not of '{branch.name}'")
+    def of_checkpoint(cls, name: str, path: Path) -> Variant:
+        """The checkpoint of the branch of that name as it is; raises InputError where it cannot be read."""
+        metadata = read_metadata(path)
+        if metadata.get("branch") != name:
+            raise InputError(f"{path} is a checkpoint of branch '{metadata.get('branch')}', not of '{name}'")
         try:
             training = metadata["training"]
             variant = cls(
-                branch,
+                BRANCHES[name],
                 BackboneSpec.from_dict(metadata["backbone"]),
                 metadata["settings"],
-                float(training.get("train_ratio", PUBLISHED_SHARE.get(branch.name, 1.0))),
+                float(training.get("train_ratio", PUBLISHED_SHARE.get(name, 1.0))),
                 float(training.get("holdout_ratio", 0.0)),
                 int(training.get("seed", 22)),
                 path,
                 sha256_of_file(path),
             )
-            variant.renderer()
+            variant.mapper()
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(
-                f"{path}: its metadata is not what branch '{branch.name}' writes ({error!r}); train the branch again"
+                f"{path}: its metadata is not what branch '{name}' writes ({error!r}); train the branch again"
             ) from None
         return variant
 
     def changed(self, **changes: Any) -> Variant:
-        """This variant with other fields, `settings` or `image_size`; itself where nothing would come out otherwise."""
+        """This variant with other fields, `settings` or `image_size`. Changes that change no result give itself."""
         if "image_size" in changes:
             changes["network"] = dataclasses.replace(self.network, image_size=changes.pop("image_size"))
         if "settings" in changes:
@@ -97,18 +98,17 @@ class Variant:
             "seed": self.seed if chosen else None,
         }
 
-    def fit(self, category: Category, run: argparse.Namespace, weights: str | None) -> Branch:
+    def fit(self, category: Category, run: RunSettings, weights: str | None) -> Branch:
         """Fit it, as the training scripts do."""
         backbone = build_backbone(
-            self.network, run.device, weights=weights, precision=run.precision, flag=self.branch.weights_flag
+            self.network, run.device, weights=weights, precision=run.precision, flag=weights_flag(self.branch.name)
         )
-        given = {"train_ratio": self.train_ratio, "holdout_ratio": self.holdout_ratio, "seed": self.seed}
-        arguments = argparse.Namespace(**{**vars(run), **given})
+        split = SplitSettings(self.train_ratio, self.holdout_ratio, self.seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # too few images for the covariance: known since the first training
-            return fit_branch(arguments, category, self.branch(backbone, **self.settings))
+            return fit_branch(run, category, split, self.branch(backbone, **self.settings))
 
-    def renderer(self, **scoring: Any) -> Branch:
+    def mapper(self, **scoring: Any) -> Branch:
         """A branch without weights that makes maps of what was measured, perhaps with other `SCORING` settings."""
         return self.branch(_outline(self.network), **self.settings | scoring)
 

@@ -1,11 +1,26 @@
-"""The branches and their fusion. A new branch joins `BRANCHES`."""
+"""USAD: networks, branches, and their fusion. `from models import USAD` is the door for other programs."""
 
-from models.branches.branch import Branch
-from models.branches.ma2patch import MA2Patch
-from models.branches.ma_clu import MACLU
-from models.branches.patchcore import PatchCore
-from models.fusion.usad import USAD
+from __future__ import annotations
 
-BRANCHES = (MACLU, MA2Patch, PatchCore)
+from typing import Any
 
-__all__ = ["BRANCHES", "MACLU", "USAD", "Branch", "MA2Patch", "PatchCore"]
+from models.branches import BRANCHES
+from utils.registry import Registry
+
+_DOORS = Registry(
+    {
+        "USAD": "models.fusion.usad:USAD",
+        "Branch": "models.branches.branch:Branch",
+        "Part": "models.branches.branch:Part",
+        "MACLU": "models.branches.ma_clu:MACLU",
+        "MA2Patch": "models.branches.ma2patch:MA2Patch",
+        "PatchCore": "models.branches.patchcore:PatchCore",
+    }
+)
+__all__ = ["BRANCHES", *_DOORS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DOORS:
+        raise AttributeError(f"module 'models' has no attribute '{name}'")
+    return _DOORS[name]

@@ -234,7 +234,7 @@ def test_fusion_agrees_with_a_plain_loop_in_double_precision(usad, test_images):
             score, anomaly_map = branch(shrunk(image, SIZES[name]))
             anomaly_map = stretched(anomaly_map, 96)
             assert float(found[name][0][row]) == pytest.approx(score, rel=1e-4), name
-            assert close(found[name][1][row], anomaly_map, 1e-4), name
+            assert close(found[name].scaled()[row], anomaly_map, 1e-4), name
             product = product * anomaly_map
             fused += {"ma_clu": 0.01, "ma2patch": 0.0, "pc": 1.0}[name] * score
         assert float(found["fusion"][0][row]) == pytest.approx(fused + product.max(), rel=1e-4)
@@ -246,13 +246,14 @@ def test_batch_size_does_not_matter(usad, test_images):
     together = usad.predict_parts(test_images)
     for row in range(len(test_images)):
         alone = others.predict_parts(test_images[row : row + 1])
-        for name, (scores, maps) in together.items():
-            assert float(alone[name][0]) == pytest.approx(float(scores[row]), rel=1e-4), name
-            assert close(alone[name][1][0], maps[row], 1e-4), name
+        for name, part in together.items():
+            assert float(alone[name].scores) == pytest.approx(float(part.scores[row]), rel=1e-4), name
+            assert close(alone[name].maps[0], part.maps[row], 1e-4), name
+            assert close(alone[name].scaled()[0], part.scaled()[row], 1e-4), name
 
 
 def test_maps_are_those_of_the_largest_branch(usad, test_images):
-    scores, maps = usad.predict(test_images)
+    scores, maps, *_ = usad.predict(test_images)
     assert scores.shape == (5,) and maps.shape == (5, 96, 96)
     assert scores.dtype == torch.float64 and maps.dtype == torch.float32
 
@@ -270,8 +271,9 @@ def test_save_and_load_bit_for_bit(usad, tmp_path, index):
     assert first.read_bytes() == second.read_bytes()
     assert (loaded.calibration, loaded.training) == (branch.calibration, branch.training)
     assert loaded.settings() == branch.settings()
-    for ours, theirs in zip(loaded.predict(images), branch.predict(images), strict=True):
-        assert torch.equal(ours, theirs)
+    ours, theirs = loaded.predict(images), branch.predict(images)
+    assert torch.equal(ours.scores, theirs.scores) and torch.equal(ours.maps, theirs.maps)
+    assert torch.equal(ours.scaled(), theirs.scaled())
     branch.calibration = before
 
 
@@ -293,10 +295,7 @@ def test_statistics_on_held_out_images(usad):
     branch = usad.branches[2]
     images = random_images(6, branch.image_size, seed=6)
     statistics = calibrate(branch, FittingImages(images, 4))
-    assert branch.rescale_maps
-    branch.rescale_maps = False
-    scores, maps = branch.predict(images)
-    branch.rescale_maps = True
+    scores, maps, *_ = branch.predict(images)
     tops = highest_hundredth(maps)
     expected = [scores.mean(), scores.std(), tops.mean(), tops.std(ddof=1)]
     expected += [maps.double().mean(), maps.double().std(correction=0)]
@@ -326,7 +325,7 @@ def test_standardized_fusion(usad, test_images):
             USAD(branches, fusion="standardized")
     finally:
         for branch in branches:
-            branch.calibration, branch.rescale_maps = None, True
+            branch.calibration = None
 
 
 # Gaussian
@@ -460,7 +459,7 @@ def patchcore_with(bank: np.ndarray, stand_in, neighbors: int = 3) -> PatchCore:
 def test_patchcore_with_a_tiny_bank(stand_in, entries):
     rng = np.random.default_rng(entries)
     bank, patches = rng.normal(size=(entries, 8)), rng.normal(size=(3, 4, 8))
-    scores, maps = patchcore_with(bank, stand_in).score(torch.from_numpy(patches).float())
+    scores, maps, *_ = patchcore_with(bank, stand_in).score(torch.from_numpy(patches).float())
     assert torch.isfinite(maps).all()
     for score, image in zip(scores, patches, strict=True):
         distances = np.linalg.norm(image[:, None] - bank, axis=2)
@@ -476,7 +475,7 @@ def test_patchcore_with_a_tiny_bank(stand_in, entries):
 
 def test_patchcore_with_copies_in_its_bank(stand_in):
     patches = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
-    scores, _ = patchcore_with(np.zeros((3, 8)), stand_in).score(patches)
+    scores = patchcore_with(np.zeros((3, 8)), stand_in).score(patches).scores
     # All three entries are as far: the weight is 1 - 1/2.
     np.testing.assert_allclose(scores, patches.norm(dim=2).amax(1) / 2, rtol=1e-5)
     flat = patchcore_with(patches[0].double().numpy(), stand_in).score(patches[:1])
@@ -555,12 +554,11 @@ def test_the_fourth_branch_of_the_readme(trained, tmp_path, monkeypatch):
     assert type(fourth).__base__ is Branch
     images = random_images(2, usad.image_size, seed=12)
     parts = usad.predict_parts(images)
-    scores, maps = parts["fusion"]
+    scores, maps, *_ = parts["fusion"]
     branches = [parts[branch.name] for branch in usad.branches]
-    product = torch.stack([part[1] for part in branches]).prod(0)
-    expected = sum(
-        usad.score_weights[branch.name] * part[0].double() for branch, part in zip(usad.branches, branches, strict=True)
-    )
+    product = torch.stack([part.scaled() for part in branches]).prod(0)
+    weights = usad.rule.score_weights
+    expected = sum(weights[name] * parts[name].scores.double() for name in weights)
     np.testing.assert_allclose(scores, expected + product.amax((1, 2)).double(), rtol=1e-6)
     assert maps.shape == (2, usad.image_size, usad.image_size)
-    assert usad.score_weights[fourth.name] > 0
+    assert usad.rule.score_weights[fourth.name] > 0

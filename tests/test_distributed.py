@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tiny import draw_category, run_in_process, small_flags
 
-from utils import distributed
+from utils import distributed, gather
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 
@@ -165,12 +165,12 @@ def test_every_process_gets_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(distributed, "local_rank", lambda: 1)
     monkeypatch.setattr(distributed, "local_size", lambda: 2)
-    assert distributed.own_gpu("cuda") == "cuda:1" and chosen == [1]
+    assert gather.own_gpu("cuda") == "cuda:1" and chosen == [1]
     with pytest.raises(InputError, match="use auto"):
-        distributed.own_gpu("cuda:0")
+        gather.own_gpu("cuda:0")
     monkeypatch.setattr(distributed, "local_size", lambda: 3)
     with pytest.raises(InputError, match="3 processes for 2 GPUs"):
-        distributed.own_gpu("cuda")
+        gather.own_gpu("cuda")
 
 
 def test_machines_with_different_images_are_refused(monkeypatch):
@@ -178,6 +178,6 @@ def test_machines_with_different_images_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "all_rows", lambda mark: torch.cat([mark, other]))
     other = torch.tensor([1])
     with pytest.raises(InputError, match="the machines do not have the same images"):
-        distributed.require_same("images", lambda: ["good/000.png"])
+        gather.require_same("images", lambda: ["good/000.png"])
     monkeypatch.setattr(distributed, "all_rows", lambda mark: torch.cat([mark, mark]))
-    distributed.require_same("images", lambda: ["good/000.png"])
+    gather.require_same("images", lambda: ["good/000.png"])

@@ -10,7 +10,7 @@ from sklearn.random_projection import SparseRandomProjection
 
 from datasets.loading import mask_to_tensor, to_tensor
 from metrics.metrics import PixelMetrics
-from models import MACLU, USAD, MA2Patch, PatchCore
+from models import MACLU, USAD, MA2Patch, Part, PatchCore
 from models.branches.coreset import greedy_k_center
 from models.branches.patchcore import patch_features
 from models.branches.postprocess import resize_images, resize_maps
@@ -67,7 +67,8 @@ def test_ma_clu_fit(ma_clu):
 
 def test_ma_clu_scores_and_maps(ma_clu):
     branch, features, data = ma_clu
-    scores, maps = branch.score(features)
+    part = branch.score(features)
+    scores, maps = part.scores, part.scaled()
     np.testing.assert_allclose(branch.confidence(features[1]), data["patch_confidence"], rtol=1e-3)
     np.testing.assert_allclose(scores, data["score"], rtol=1e-3)
     assert relative(maps, data["anomaly_map"]) < 1e-3
@@ -81,7 +82,8 @@ def test_ma2patch_fit(ma2patch):
 
 def test_ma2patch_scores_and_maps(ma2patch):
     branch, (_, tokens), data = ma2patch
-    scores, maps = branch.score(tokens)
+    part = branch.score(tokens)
+    scores, maps = part.scores, part.scaled()
     assert relative(branch.contribution(tokens), data["contribution"]) < 1e-3
     np.testing.assert_allclose(scores, data["score"], rtol=1e-3)
     assert relative(maps, data["anomaly_map"]) < 1e-3
@@ -114,7 +116,8 @@ def test_patchcore_features_and_bank(patchcore):
 
 def test_patchcore_scores_and_maps(patchcore):
     branch, features, data = patchcore
-    scores, maps = branch.score(features)
+    part = branch.score(features)
+    scores, maps = part.scores, part.scaled()
     np.testing.assert_allclose(scores, data["score"], rtol=1e-4)
     # Their blur is Pillow's, through 8 bits; ours is a true Gaussian.
     np.testing.assert_allclose(maps, data["anomaly_map"], atol=0.01)
@@ -147,15 +150,15 @@ def fusion_of(ma_clu, ma2patch, patchcore, patchcore_maps, size):
     parts = {
         "ma_clu": clu.score(clu_features),
         "ma2patch": attribution.score(tokens),
-        "pc": (pc.score(pc_features)[0], patchcore_maps),
+        "pc": Part(pc.score(pc_features).scores, patchcore_maps),
     }
-    return usad.fuse({name: (scores, resize_maps(maps, size)) for name, (scores, maps) in parts.items()})
+    return usad.rule.fuse({name: part.resized(size) for name, part in parts.items()})
 
 
 def stored_parts(golden, size):
     files = {"ma_clu": "ma_clu", "ma2patch": "ma2patch", "pc": "patchcore"}
     return {
-        name: (
+        name: Part(
             torch.from_numpy(golden(file)["score"]),
             resize_maps(torch.from_numpy(golden(file)["anomaly_map"]), size),
         )
@@ -166,15 +169,15 @@ def stored_parts(golden, size):
 def test_fusion_of_stored_parts(golden, ma_clu, ma2patch, patchcore):
     data = golden("fusion")
     usad = USAD([ma_clu[0], ma2patch[0], patchcore[0]], lambda_map=float(data["lambda_map"]))
-    assert usad.score_weights["ma_clu"] == float(data["lambda_obj"])
-    scores, maps = usad.fuse(stored_parts(golden, int(data["size"])))
+    assert usad.rule.score_weights["ma_clu"] == float(data["lambda_obj"])
+    scores, maps = usad.rule.fuse(stored_parts(golden, int(data["size"])))
     np.testing.assert_allclose(scores, data["score"], rtol=1e-5)
     np.testing.assert_allclose(maps, data["fused_map"], atol=1e-6)
 
 
 def test_fusion_of_own_parts(golden, ma_clu, ma2patch, patchcore):
     data = golden("fusion")
-    pc_maps = patchcore[0].score(patchcore[1])[1]
+    pc_maps = patchcore[0].score(patchcore[1]).scaled()
     scores, maps = fusion_of(ma_clu, ma2patch, patchcore, pc_maps, int(data["size"]))
     assert relative(maps, data["fused_map"]) < 0.015
     np.testing.assert_allclose(scores, data["score"], rtol=2e-3)

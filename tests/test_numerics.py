@@ -123,14 +123,16 @@ def test_no_patch_in_one_cluster(stand_in):
     branch.gaussian = Gaussian(torch.zeros(3), torch.eye(3))
     branch.centers = torch.tensor([[0.0, 0, 0], [9.0, 9, 9]])
     for patches in (torch.zeros(1, 4, 3), torch.full((1, 4, 3), 9.0)):
-        scores, maps = branch.score((torch.zeros(1, 3), patches))
+        part = branch.score((torch.zeros(1, 3), patches))
+        scores, maps = part.scores, part.scaled()
         assert torch.isfinite(scores).all() and torch.isfinite(maps).all()
 
 
 def test_ma2patch_at_the_mean_itself(stand_in):
     branch = MA2Patch(stand_in(12, (2, 2), 3))
     branch.gaussian = Gaussian(torch.zeros(3), torch.zeros(3, 3))
-    scores, maps = branch.score(torch.zeros(1, 4, 3))
+    part = branch.score(torch.zeros(1, 4, 3))
+    scores, maps = part.scores, part.scaled()
     assert torch.isfinite(scores).all() and (maps == 0).all()
 
 
@@ -138,7 +140,8 @@ def test_a_bank_of_one_entry_and_copies(stand_in):
     branch = PatchCore(stand_in(12, (2, 2), 3))
     for bank in (torch.zeros(1, 3), torch.zeros(5, 3)):
         branch.load_state({"bank": bank})
-        scores, maps = branch.score(torch.zeros(1, 4, 3))
+        part = branch.score(torch.zeros(1, 4, 3))
+        scores, maps = part.scores, part.scaled()
         assert torch.isfinite(scores).all() and torch.isfinite(maps).all()
 
 

@@ -195,7 +195,7 @@ def test_thresholds_come_from_the_held_out_images_alone(root, models, tmp_path, 
     assert fuse(root, models, tmp_path, "--fusion", fusion, "--false-alarm-rate", "0.2") == 0
     stored = OperatingPoint.read(models / "belt")
     usad = USAD.load(models / "belt")
-    assert usad.fusion == fusion and usad.threshold == stored.threshold
+    assert usad.rule.name == fusion and usad.threshold == stored.threshold
     names = sorted(path.name for path in (root / "data/belt/train/good").iterdir())
     held = [names[i] for i in sorted(random.Random("holdout 22").sample(range(2 * HELD), HELD))]
     results = usad([root / "data/belt/train/good" / name for name in held])

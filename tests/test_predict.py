@@ -25,9 +25,9 @@ import predict
 from datasets import sources
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD, to_tensor
 from datasets.sources import Camera, Images, Video, find_sources
-from evaluation.predictions import Alarm
 from models import USAD
 from models.fusion.prediction import regions
+from prediction.recorder import Alarm
 from utils.command_line import run
 from utils.csv_cells import safe_cell
 from utils.errors import InputError

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +34,42 @@ def save_checkpoint(path: str | os.PathLike, tensors: dict[str, Tensor], metadat
 
 
 def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and metadata. Raises InputError: not there, not safetensors, another program's."""
-    path = Path(path)
-    if not path.is_file():
+    """Tensors (on the CPU) and metadata.
+
+    Raises InputError: not there, not safetensors, another program's, values that are not finite.
+    """
+    with _opened(path) as (file, metadata):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator here)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: tensor '{name}' holds values that are not finite; train the branch again")
+    return tensors, metadata
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The metadata alone, without reading the tensors. Raises InputError as `load_checkpoint` does."""
+    with _opened(path) as (_, metadata):
+        return metadata
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict[str, Any]]]:
+    if not Path(path).is_file():
         raise InputError(f"no checkpoint {path}; train the branch or give --models-dir")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if FORMAT not in metadata:
+            content = file.metadata() or {}
+            if FORMAT not in content:
                 raise InputError(f"{path} is a safetensors file, but not a USAD checkpoint; train the branch again")
-            content = json.loads(metadata[FORMAT])
-            if not isinstance(content, dict):
+            metadata = json.loads(content[FORMAT])
+            if not isinstance(metadata, dict):
                 raise ValueError("its metadata is no dictionary")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator here)
+            yield file, metadata
     except (SafetensorError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be read as a USAD checkpoint ({error}); it may be truncated or of another kind: "
             "train the branch again, or turn published files into ours with convert_published.py"
         ) from None
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: tensor '{name}' holds values that are not finite; train the branch again")
-    return tensors, content
 
 
 def check_replaceable(path: Path) -> None:

@@ -1,41 +1,20 @@
 """The processes that share a run, on one machine or many: torchrun starts them, and one alone is the same run.
 
-Images are dealt out in contiguous shards. What a pass over them gathers is held by accumulators, objects with
-`state()`, a dictionary of tensors, and `merge(state)`. `collect` brings them together on the first process, which alone
-selects and speaks, and writes all but the others' pictures; `from_first` hands what it found to all.
+This half knows who is who and needs no PyTorch while there is one process; utils/gather.py moves tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from utils.errors import InputError
-from utils.files import digest_of_lines
-
-State = Mapping[str, "Tensor | np.ndarray"]
-PATIENCE = datetime.timedelta(days=7)  # for the first process, which may select for hours while the others wait
+PATIENCE = datetime.timedelta(days=7)  # the others wait while the main process selects, which may take hours
 FAILURES = "usad/failures"
 
-_store: dist.Store | None = None  # torchrun's own key-value store, where there are several processes
-
-
-class Accumulator(Protocol):
-    """Something gathered from images, which can take in what was gathered from others."""
-
-    def state(self) -> State: ...
-
-    def merge(self, state: State) -> None: ...
+_store: Any = None  # torchrun's own key-value store, where there are several processes
 
 
 class Abandoned(Exception):
@@ -57,6 +36,9 @@ def processes() -> Iterator[None]:
     if not is_launched():
         yield
         return
+    import torch
+    import torch.distributed as dist
+
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, number, count = next(dist.rendezvous("env://"))
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
@@ -73,16 +55,16 @@ def processes() -> Iterator[None]:
 
 def size() -> int:
     """The number of processes."""
-    return dist.get_world_size() if _store is not None else 1
+    return int(os.environ["WORLD_SIZE"]) if _store is not None else 1
 
 
 def rank() -> int:
     """This process's number among them, from 0."""
-    return dist.get_rank() if _store is not None else 0
+    return int(os.environ["RANK"]) if _store is not None else 0
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that selects and speaks."""
+    """Whether this is the process that selects, speaks and writes."""
     return rank() == 0
 
 
@@ -96,19 +78,6 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if _store is not None else 0
 
 
-def own_gpu(name: str) -> str:
-    """The GPU of this process where `--device` names GPUs; raises InputError where it has none of its own."""
-    gpus = torch.cuda.device_count()
-    if name != "cuda":
-        raise InputError(f"--device {name} is one GPU for {local_size()} processes; use auto, which gives each its own")
-    if local_size() > gpus:
-        raise InputError(
-            f"{local_size()} processes for {gpus} GPUs here; lower torchrun's --nproc-per-node or use --device cpu"
-        )
-    torch.cuda.set_device(local_rank())
-    return f"cuda:{local_rank()}"
-
-
 def shard(count: int, batch_size: int) -> range:
     """This process's share of `count` images: contiguous, and whole batches of those that one process would form.
 
@@ -117,60 +86,6 @@ def shard(count: int, batch_size: int) -> range:
     batches = -(-count // batch_size)
     start, stop = (-(-batches * part // size()) * batch_size for part in (rank(), rank() + 1))
     return range(min(start, count), min(stop, count))
-
-
-def collect(*accumulators: Accumulator) -> bool:
-    """Merge the accumulators of all processes, in their order, into the first one's; whether this is the first."""
-    for accumulator in accumulators:
-        if not is_main_process():
-            _transfer(accumulator.state(), partial(dist.send, dst=0))
-            continue
-        for source in range(1, size()):
-            accumulator.merge(_transfer(None, partial(dist.recv, src=source)))
-    return is_main_process()
-
-
-def from_first(compute: Callable[[], State]) -> State:
-    """The tensors that `compute` gives on the first process, which alone calls it, on every process."""
-    state = compute() if is_main_process() else None
-    return state if size() == 1 else _transfer(state, partial(dist.broadcast, src=0))
-
-
-def all_rows(rows: Tensor) -> Tensor:
-    """The rows [n, ...] of all processes, in their order, on every process; for little data, on the CPU."""
-    if size() == 1:
-        return rows
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(size())]
-    dist.all_gather(counts, torch.tensor([len(rows)]))
-    parts = [rows.new_empty(max(counts), *rows.shape[1:]) for _ in counts]
-    padded = torch.cat([rows, rows.new_zeros(len(parts[0]) - len(rows), *rows.shape[1:])])
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def all_entries(entries: dict[str, str]) -> dict[str, str]:
-    """The entries of all processes' dictionaries, in their order, on every process."""
-    lines = "".join(json.dumps(entry) + "\n" for entry in entries.items())
-    everything = all_rows(torch.tensor(list(lines.encode()), dtype=torch.uint8))
-    return dict(json.loads(line) for line in everything.numpy().tobytes().splitlines())
-
-
-def require_same(what: str, lines: Callable[[], Iterable[str]]) -> None:
-    """Raise InputError where the processes do not have the same `lines`, as where machines hold different copies."""
-    if size() > 1:
-        mark = torch.tensor([int(digest_of_lines(lines())[:15], 16)])
-        if len(all_rows(mark).unique()) > 1:
-            raise InputError(f"the machines do not have the same {what}; share one disk, or copy it to all of them")
-
-
-@contextlib.contextmanager
-def one_per_machine_first() -> Iterator[None]:
-    """What the block downloads, one process of each machine downloads; the others find it there."""
-    if local_rank() > 0:
-        barrier()
-    yield
-    if local_rank() == 0:
-        barrier()
 
 
 def check() -> None:
@@ -185,30 +100,3 @@ def first_to_fail() -> bool:
         return _store is None or _store.add(FAILURES, 1) == 1
     except RuntimeError:  # the store has gone away with the process that kept it
         return False
-
-
-def barrier() -> None:
-    """Wait until all processes are here."""
-    all_rows(torch.zeros(0))
-
-
-def _transfer(state: State | None, move: Callable[[Tensor], object]) -> dict[str, Tensor]:
-    """Send `state`, or receive one where it is None: `move` sends a tensor or fills it.
-
-    A description of the tensors goes ahead, by gloo: a process waits there, and NCCL is used only once both are ready.
-    """
-    receiving = state is None
-    tensors = {name: torch.as_tensor(value) for name, value in (state or {}).items()}
-    layout = [(name, str(tensor.dtype), tensor.shape, tensor.device.type) for name, tensor in tensors.items()]
-    header = torch.frombuffer(bytearray(json.dumps(layout).encode()), dtype=torch.uint8)
-    length = torch.tensor([len(header)])
-    move(length)
-    if receiving:
-        header = torch.empty(int(length), dtype=torch.uint8)
-    move(header)
-    for name, dtype, shape, device in json.loads(header.numpy().tobytes()):
-        if receiving:
-            tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
-        if tensors[name].numel():
-            move(tensors[name].detach().contiguous().view(-1).view(torch.uint8))
-    return tensors

@@ -1,0 +1,18 @@
+"""The branches by name. A new one is a file with a subclass of `Branch`, and a line here."""
+
+from utils.registry import Registry
+
+BRANCHES = Registry(
+    {
+        "ma_clu": "models.branches.ma_clu:MACLU",
+        "ma2patch": "models.branches.ma2patch:MA2Patch",
+        "pc": "models.branches.patchcore:PatchCore",
+    }
+)
+METHOD = ("ma_clu", "ma2patch", "pc")  # the branches of the paper: a folder of checkpoints holds at least these
+COVARIANCES = ("empirical", "ledoit-wolf")
+
+
+def weights_flag(branch: str) -> str:
+    """The flag that says where the weights of the branch of that name are now, `--pc-weights` for instance."""
+    return f"--{branch.replace('_', '-')}-weights"

@@ -7,34 +7,57 @@ import inspect
 import math
 import os
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from models.branches import weights_flag
+from models.branches.postprocess import resize_maps
 from models.networks.backbones import BackboneSpec, build_backbone
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError
 from utils.timing import Stopwatch
 
+AS_PUBLISHED = "as_published"
 STATISTICS = ("score_mean", "score_std", "top_mean", "top_std", "map_mean", "map_std")  # of a calibration
-Parts = dict[str, tuple[Tensor, Tensor]]  # name -> scores [B], maps [B, H, W]
+
+
+class Part(NamedTuple):
+    """What a branch says of a batch; higher is more anomalous.
+
+    `low` and `span` are the ranges [B, 1, 1] to which the paper scales each map before it multiplies them; without
+    them a map enters the product as it is.
+    """
+
+    scores: Tensor  # [B]
+    maps: Tensor  # [B, S, S], unscaled
+    low: Tensor | None = None
+    span: Tensor | None = None
+
+    def scaled(self) -> Tensor:
+        """The maps [B, S, S] on a scale of 0 to 1; all zeros where the range is under 1e-8."""
+        if self.low is None:
+            return self.maps
+        return torch.where(self.span < 1e-8, 0.0, (self.maps - self.low) / self.span.clamp(min=1e-8))
+
+    def resized(self, size: int) -> Part:
+        """The same with maps [B, size, size]."""
+        return self._replace(maps=resize_maps(self.maps, size))
 
 
 class Branch(abc.ABC):
     """A way of looking at a frame.
 
     A subclass needs a `name`, `fit` and `predict`; with a backbone, `state` and `load_state` it can be saved.
-    `predict` is by default `score(extract(images))`, which lets a run tell the two stages' times apart; `score` is
-    by default `render(measure(features))`, which lets reproduce_tables.py keep what a network pass found in little
-    space.
+    `predict` by default goes from `extract` (the network) over `patch_scores` to `anomaly_map`. So a run can tell the
+    stages' times apart, and reproduce_tables.py keeps the small patch scores instead of maps.
     """
 
     name: ClassVar[str]
     score_weight: ClassVar[float] = 1.0  # factor of this branch's score in the paper's fused score
     map_weight: ClassVar[float] = 1.0  # of this branch's map in the standardized fusion
     backbone_kind: ClassVar[str] = "tokens"  # or "maps"
-    weights_flag: ClassVar[str] = "--weights"  # how test_fusion.py is told where this branch's weights are
 
     def __init__(self, backbone: nn.Module | None = None, image_size: int | None = None) -> None:
         self.backbone = backbone
@@ -42,44 +65,48 @@ class Branch(abc.ABC):
         self.device = torch.device("cpu") if backbone is None else backbone.device
         self.training: dict[str, Any] = {}  # what it was fitted on, for the checkpoint
         self.calibration: dict[str, float] | None = None  # statistics on held-out normal images
-        self.rescale_maps = True  # the paper's per-image min-max; off for standardized fusion
         self.stopwatch = Stopwatch()
 
     @abc.abstractmethod
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:
         """Learn what is normal from batches whose "image" is [B, 3, S, S], ImageNet-normalised; "index" is [B].
 
-        Of several processes each sees its share; the first learns from what all gathered (utils/distributed.py), and
-        its `state` goes to the others.
+        With several processes each sees its share. The main process learns from what `collect` gathered
+        (utils/distributed.py), and its `state` goes to the others.
         """
 
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, S, S] at `image_size` -> scores [B], maps [B, S, S]; higher is more anomalous."""
+    def predict(self, images: Tensor) -> Part:
+        """Images [B, 3, S, S] at `image_size` -> scores [B] and maps [B, S, S]."""
         with self.stopwatch("extract"):
             features = self.extract(images)
         with self.stopwatch("score"):
             return self.score(features)
 
+    def score(self, features: Any) -> Part:
+        """What `extract` gave -> scores [B] and maps [B, S, S]."""
+        scores, patches = self.patch_scores(features)
+        return Part(scores, *self.anomaly_map(patches))
+
     def extract(self, images: Tensor) -> Any:
-        """Images [B, 3, S, S] -> what `score` needs of them; the network pass."""
+        """Images [B, 3, S, S] -> what `patch_scores` needs of them; the network's pass."""
         raise NotImplementedError
 
-    def score(self, features: Any) -> tuple[Tensor, Tensor]:
-        """What `extract` gave -> scores [B], anomaly maps [B, S, S]."""
-        scores, patches = self.measure(features)
-        return scores, self.render(patches)
-
-    def measure(self, features: Any) -> tuple[Tensor, Tensor]:
+    def patch_scores(self, features: Any) -> tuple[Tensor, Tensor]:
         """What `extract` gave -> scores [B], and a value for each patch [B, h, w]."""
         raise NotImplementedError
 
-    def render(self, patches: Tensor) -> Tensor:
-        """The patches' values [B, h, w] -> anomaly maps [B, S, S]."""
+    def anomaly_map(self, patches: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The patches' values [B, h, w] -> maps [B, S, S], and `low` and `span` of a `Part`."""
         raise NotImplementedError
 
-    def predict_parts(self, images: Tensor) -> Parts:
-        """The prediction under this branch's name, the shape in which the evaluation takes it."""
-        return {self.name: self.predict(images)}
+    def parts(self) -> list[str]:
+        """The names in `predict_parts`."""
+        return [self.name, AS_PUBLISHED]
+
+    def predict_parts(self, images: Tensor) -> dict[str, Part]:
+        """The prediction, and the same with each map scaled to its own range, as the paper's product takes it."""
+        part = self.predict(images)
+        return {self.name: part, AS_PUBLISHED: Part(part.scores, part.scaled())}
 
     def stopwatches(self) -> dict[str, Stopwatch]:
         """The times of its stages, under the branch's name."""
@@ -125,12 +152,12 @@ class Branch(abc.ABC):
             spec = BackboneSpec.from_dict(metadata["backbone"])
             settings, training, calibration = (metadata[key] for key in ("settings", "training", "calibration"))
             parameters = inspect.signature(cls).parameters
-            settings = {name: type(parameters[name].default)(value) for name, value in settings.items()}
+            settings = {name: _like(parameters[name].default, value) for name, value in settings.items()}
             if not isinstance(training, dict):
                 raise TypeError("training")
             if calibration is not None:
                 _check_statistics(calibration)
-            backbone = build_backbone(spec, device, weights=weights, precision=precision, flag=cls.weights_flag)
+            backbone = build_backbone(spec, device, weights=weights, precision=precision, flag=weights_flag(cls.name))
             branch = cls(backbone, **settings)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
@@ -144,6 +171,11 @@ class Branch(abc.ABC):
             raise InputError(f"{path}: {error}; train the branch again") from None
         branch.training, branch.calibration = training, calibration
         return branch
+
+
+def _like(default: Any, value: Any) -> Any:
+    """A stored setting as the type of its default, where that tells one."""
+    return value if default is None else type(default)(value)
 
 
 def _check_statistics(calibration: dict[str, float]) -> None:

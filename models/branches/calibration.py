@@ -10,23 +10,21 @@ import torch
 
 from models.branches.branch import Branch
 from models.branches.postprocess import mean_of_top
-from utils.distributed import all_rows
 from utils.errors import InputError
+from utils.gather import all_rows
 
 
 def calibrate(branch: Branch, loader: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Mean and standard deviation of the branch's scores, of its maps' tops (`mean_of_top`), and of their pixels.
 
-    The maps are those before any per-image min-max. The loader gives two images or more.
+    The loader gives two images or more.
     """
-    branch.rescale_maps = False
     scores, sums = [torch.zeros(0, 2, dtype=torch.float64)], [torch.zeros(0, 3, dtype=torch.float64)]
     for batch in loader:
-        batch_scores, maps = branch.predict(batch["image"].to(branch.device, non_blocking=True))
-        maps = maps.double()
-        scores.append(torch.stack([batch_scores.double(), mean_of_top(maps)], 1).cpu())
+        part = branch.predict(batch["image"].to(branch.device, non_blocking=True))
+        maps = part.maps.double()
+        scores.append(torch.stack([part.scores.double(), mean_of_top(maps)], 1).cpu())
         sums.append(torch.tensor([[maps.numel(), maps.sum(), maps.square().sum()]], dtype=torch.float64))
-    branch.rescale_maps = True
     scores, tops = all_rows(torch.cat(scores)).unbind(1)
     pixels, total, squares = all_rows(torch.cat(sums)).sum(0).tolist()
     mean = total / pixels

@@ -12,7 +12,6 @@ from utils.checkpoint import take
 from utils.errors import InputError
 
 RIDGE = 1e-6  # added to the covariance's diagonal before it is inverted
-COVARIANCES = ("empirical", "ledoit-wolf")
 
 
 class RunningMoments:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.branches.branch import Branch
 from models.branches.gaussian import Gaussian, GaussianFit
 from models.branches.postprocess import gaussian_blur, resize_maps
-from utils.distributed import collect
+from utils.gather import collect
 
 BLUR_SIGMA = 4.0  # pixels of the input
 
@@ -23,7 +23,6 @@ class MA2Patch(Branch):
 
     name = "ma2patch"
     score_weight = 0.0
-    weights_flag = "--ma2patch-weights"
 
     def __init__(self, backbone: nn.Module, covariance: str = "empirical") -> None:
         super().__init__(backbone)
@@ -41,12 +40,12 @@ class MA2Patch(Branch):
         """Patch tokens [B, N, D]."""
         return self.backbone(images)[1]
 
-    def measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def patch_scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
         contribution = self.contribution(features).float().unflatten(1, self.backbone.grid)
         return self.gaussian.distance(features.double().mean(1)), contribution
 
-    def render(self, patches: Tensor) -> Tensor:
-        return gaussian_blur(resize_maps(patches, self.image_size), BLUR_SIGMA)
+    def anomaly_map(self, patches: Tensor) -> tuple[Tensor, None, None]:
+        return gaussian_blur(resize_maps(patches, self.image_size), BLUR_SIGMA), None, None
 
     def contribution(self, tokens: Tensor) -> Tensor:
         """Patch tokens [B, N, D] -> |D_M(g) - D_M(g without patch i)| [B, N], float64.

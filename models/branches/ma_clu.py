@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from models.branches.branch import Branch
 from models.branches.gaussian import Gaussian, GaussianFit
 from models.branches.patch_store import PatchStore
-from models.branches.postprocess import gaussian_blur, min_max, resize_maps
+from models.branches.postprocess import gaussian_blur, map_range, resize_maps
 from utils.checkpoint import take
-from utils.distributed import collect
 from utils.errors import InputError
+from utils.gather import collect
 
 BLUR_SIGMA = 4.0  # pixels of the input
 KMEANS_SEED = 42
@@ -32,7 +32,6 @@ class MACLU(Branch):
 
     name = "ma_clu"
     score_weight = 0.01
-    weights_flag = "--ma-clu-weights"
 
     def __init__(
         self,
@@ -63,16 +62,14 @@ class MACLU(Branch):
         """CLS token [B, E] and patch tokens [B, N, D]."""
         return self.backbone(images)
 
-    def measure(self, features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def patch_scores(self, features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         cls, tokens = features
         return self.gaussian.distance(cls), self.confidence(tokens).unflatten(1, self.backbone.grid)
 
-    def render(self, patches: Tensor) -> Tensor:
+    def anomaly_map(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         confidence = self.without_coal(patches.flatten(1)).view_as(patches)
         maps = resize_maps(confidence, self.image_size)
-        if self.rescale_maps:
-            maps = min_max(maps)
-        return gaussian_blur(maps, BLUR_SIGMA)
+        return gaussian_blur(maps, BLUR_SIGMA), *map_range(maps)
 
     def confidence(self, tokens: Tensor) -> Tensor:
         """Patch tokens [B, N, D] -> d_bg / d_fg [B, N]: above 1 nearer to the coal than to the belt."""

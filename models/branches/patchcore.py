@@ -13,11 +13,11 @@ from models.branches.branch import Branch
 from models.branches.coreset import greedy_k_center, sparse_projection
 from models.branches.neighbors import NearestNeighbors
 from models.branches.patch_store import PatchStore
-from models.branches.postprocess import gaussian_blur, min_max, resize_maps
+from models.branches.postprocess import gaussian_blur, map_range, resize_maps
 from models.branches.whitening import ROWS, Whitening
 from utils.checkpoint import take
-from utils.distributed import collect
 from utils.errors import InputError
+from utils.gather import collect
 
 BLUR_SIGMA = 4.0  # pixels of the input
 PROJECTION_EPS = 0.9  # Johnson-Lindenstrauss distortion that sets the projection's width
@@ -34,7 +34,6 @@ class PatchCore(Branch):
     name = "pc"
     map_weight = 8.0  # its map follows objects most closely by far; equal weights blur it
     backbone_kind = "maps"
-    weights_flag = "--pc-weights"
 
     def __init__(
         self,
@@ -85,7 +84,7 @@ class PatchCore(Branch):
         """Patch features [B, h*w, D] on the grid of the finest map, not yet whitened."""
         return patch_features(self.backbone(images), self.backbone.neighborhood)
 
-    def measure(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def patch_scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
         if self.whitening:
             features = self.whitening(features)
         batch, count, width = features.shape
@@ -93,10 +92,8 @@ class PatchCore(Branch):
         distances, nearest = distances.view(batch, count), nearest.view(batch, count)
         return self.image_scores(features, distances, nearest), distances.unflatten(1, self.backbone.grid)
 
-    def render(self, patches: Tensor) -> Tensor:
-        if self.rescale_maps:
-            patches = min_max(patches)
-        return gaussian_blur(resize_maps(patches, self.image_size), BLUR_SIGMA)
+    def anomaly_map(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return gaussian_blur(resize_maps(patches, self.image_size), BLUR_SIGMA), *map_range(patches)
 
     def image_scores(self, features: Tensor, distances: Tensor, nearest: Tensor) -> Tensor:
         """Patch features [B, N, D], distances to and indices of their nearest entries [B, N] -> scores [B].

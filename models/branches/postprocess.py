@@ -25,11 +25,10 @@ def resize_images(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
 
 
-def min_max(maps: Tensor) -> Tensor:
-    """Each map [B, h, w] to [0, 1] by its own range; all zeros where the range is under 1e-8."""
+def map_range(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest value and range [B, 1, 1] of each map [B, h, w]."""
     low = maps.amin((1, 2), keepdim=True)
-    span = maps.amax((1, 2), keepdim=True) - low
-    return torch.where(span < 1e-8, 0.0, (maps - low) / span.clamp(min=1e-8))
+    return low, maps.amax((1, 2), keepdim=True) - low
 
 
 def mean_of_top(maps: Tensor) -> Tensor:

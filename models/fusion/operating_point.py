@@ -5,19 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 
-from utils.distributed import all_rows
 from utils.errors import InputError
-from utils.files import sha256_of_file, write_json
-
-if TYPE_CHECKING:
-    from models.fusion.usad import USAD
+from utils.files import write_json
 
 FILE_NAME = "usad.json"
 FORMAT = "usad-operating-point-1"
@@ -39,7 +33,7 @@ class OperatingPoint:
     images: int  # held-out normal images
     expected_rate: float
     interval: tuple[float, float]
-    fusion: dict[str, Any]  # USAD's settings
+    fusion: dict[str, Any]  # `USAD.settings`
     checkpoints: dict[str, str]  # file name -> SHA-256
 
     @property
@@ -118,15 +112,12 @@ def _are_numbers(value: Any) -> bool:
 
 
 def find_operating_point(
-    usad: USAD, folder: Path, batches: Iterable[dict[str, Any]], false_alarm_rate: float
+    scores: np.ndarray, peaks: np.ndarray, false_alarm_rate: float, fusion: dict[str, Any], checkpoints: dict[str, str]
 ) -> OperatingPoint:
-    """The operating point of `usad`, whose checkpoints lie in `folder`, from batches of held-out normal images."""
-    scores, peaks = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0)]
-    for batch in batches:
-        batch_scores, maps = usad.predict(batch["image"].to(usad.device, non_blocking=True))
-        scores.append(batch_scores.double().cpu())
-        peaks.append(maps.amax((1, 2)).float().cpu())
-    scores, peaks = (all_rows(torch.cat(values)).numpy() for values in (scores, peaks))
+    """The operating point from held-out normal images: their fused scores [N] and the maxima of their maps [N].
+
+    `fusion` and `checkpoints` say what it holds for. Raises InputError where a number is not finite.
+    """
     if not (np.isfinite(scores).all() and np.isfinite(peaks).all()):
         raise InputError("the fused score or map of a held-out image is not finite; check the weights")
     expected, interval = exceedance(len(scores), false_alarm_rate)
@@ -137,8 +128,8 @@ def find_operating_point(
         images=len(scores),
         expected_rate=expected,
         interval=interval,
-        fusion=usad.settings(),
-        checkpoints=checkpoint_digests(folder),
+        fusion=fusion,
+        checkpoints=checkpoints,
     )
 
 
@@ -169,10 +160,3 @@ def exceedance(count: int, rate: float) -> tuple[float, tuple[float, float]]:
     tail = (1 - CONFIDENCE) / 2
     low, high = (float(betaincinv(count + 1 - k, k, p)) for p in (tail, 1 - tail))
     return (count + 1 - k) / (count + 1), (low, high)
-
-
-def checkpoint_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of the checkpoints in `folder`, by file name."""
-    from models.fusion.usad import checkpoint_paths
-
-    return {path.name: sha256_of_file(path) for path in checkpoint_paths(folder).values()}

@@ -1,23 +1,19 @@
-"""From images of any size to scores, maps in source pixels, and the regions above a threshold."""
+"""What is said of one image: its score, its map in its own pixels, and the regions above a threshold."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image
 
 from datasets.images import read_image
-from datasets.loading import to_tensor
+from models.fusion.operating_point import OperatingPoint
 from utils.errors import InputError
-
-if TYPE_CHECKING:
-    from models.fusion.usad import USAD
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
 
@@ -34,29 +30,33 @@ class Prediction:
     area: int | None = None  # pixels at or above the pixel threshold
 
 
-def predict_images(usad: USAD, images: Sequence[ImageLike]) -> list[Prediction]:
-    """Predictions of one batch, each image stretched to the model's square and its map stretched back.
+class Model(Protocol):
+    """What frames are shown to. It gives scores and maps; whether PyTorch computes them does not matter."""
 
-    Raises InputError for a file that cannot be read, an array of another kind, or scores that are not finite.
-    """
-    pictures = [as_picture(image) for image in images]
-    batch = torch.stack([to_tensor(picture, usad.image_size, "bicubic") for picture in pictures])
-    parts = {
-        name: (scores.double().cpu().numpy(), maps.float().cpu().numpy())
-        for name, (scores, maps) in usad.predict_parts(batch.to(usad.device)).items()
-    }
-    for name, (scores, maps) in parts.items():
-        if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
-            raise InputError(f"{name} gives a score or map that is not finite; check the weights")
-    predictions = []
-    for index, picture in enumerate(pictures):
-        branches = {name: (float(scores[index]), maps[index]) for name, (scores, maps) in parts.items()}
-        score, square = branches.pop(usad.name)
-        fused = cv2.resize(square, picture.size, interpolation=cv2.INTER_LINEAR)
-        anomalous = None if usad.threshold is None else score >= usad.threshold
-        boxes, area = (None, None) if usad.pixel_threshold is None else regions(fused, usad.pixel_threshold)
-        predictions.append(Prediction(score, fused, branches, anomalous, boxes, area))
-    return predictions
+    name: str
+    device: Any
+    threshold: float | None
+    pixel_threshold: float | None
+    operating_point: OperatingPoint | None
+
+    batch_size: int  # frames at a time, unless the caller says otherwise
+
+    def __call__(self, images: Sequence[ImageLike], batch_size: int | None = None) -> list[Prediction]: ...
+
+
+def decide(
+    score: float,
+    square: np.ndarray,
+    size: tuple[int, int],
+    branches: dict[str, tuple[float, np.ndarray]],
+    threshold: float | None,
+    pixel_threshold: float | None,
+) -> Prediction:
+    """The prediction for an image of `size` (width, height) whose map `square` [S, S] is stretched back to it."""
+    fused = cv2.resize(square, size, interpolation=cv2.INTER_LINEAR)
+    anomalous = None if threshold is None else score >= threshold
+    boxes, area = (None, None) if pixel_threshold is None else regions(fused, pixel_threshold)
+    return Prediction(score, fused, branches, anomalous, boxes, area)
 
 
 def as_picture(image: ImageLike) -> Image.Image:

@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
-from models.networks import libraries
+from models.networks import DEMO_NETWORK, MAX_SIDE, libraries
 from models.networks.cuda import CapturedPasses, use_cuda_kernels
 from models.networks.folding import fold_batch_norms, fold_layer_scales
 from models.networks.kernels import OneDNNAttention, onednn_gains, use_onednn
-from models.networks.wavelets import NAME as DEMO_NETWORK
 from models.networks.wavelets import SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
 from models.networks.weights import fingerprint, pretrained_state_dict, random_state_dict, read_state_dict
 from utils.errors import InputError
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MAX_SIDE = 4096  # pixels of a square input
 SMALLEST_MAP = 3  # PatchCore pools 3 x 3 without padding
 
 

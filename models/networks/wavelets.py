@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NAME = "wavelet_pyramid"
 STRIDE = 8  # pixels of the input between two places of a map
 SIZE_STEP = 2 * STRIDE  # of inputs whose octaves all halve evenly
 SCALES = 5  # octaves, the finest about 4 pixels long

@@ -14,8 +14,7 @@ import cv2
 import numpy as np
 
 from datasets.sources import Frame, Images, Source, Video
-from models import USAD
-from models.fusion.prediction import Prediction
+from models.fusion.prediction import Model, Prediction
 from reporting.gallery import Entry, Gallery, Pictures
 from reporting.report import Threshold, write_report
 from utils.csv_cells import safe_cell
@@ -160,9 +159,11 @@ class VideoFile:
 class Recorder:
     """Takes frames and their predictions, writes all files; keeps no more than the report's gallery in memory."""
 
-    def __init__(self, folder: Path, usad: USAD, smooth: int, overlays: str | None, json_lines: TextIO | None) -> None:
+    def __init__(
+        self, folder: Path, model: Model, smooth: int, overlays: str | None, json_lines: TextIO | None
+    ) -> None:
         self.folder = folder
-        self.usad = usad
+        self.model = model
         self.smooth = smooth
         self.overlays = overlays
         self.table = Table(folder / TABLE, json_lines)
@@ -197,7 +198,7 @@ class Recorder:
         wanted = self.overlays == "all" or (self.overlays == "anomalous" and bool(alarm))
         image = np.asarray(frame.image)
         if wanted or isinstance(self._source, Video):
-            picture = draw(image, prediction, alarm, self.usad.pixel_threshold)
+            picture = draw(image, prediction, alarm, self.model.pixel_threshold)
             if wanted:
                 write_overlay(self.folder / OVERLAYS, self.table.rows + 1, frame, picture)
             if isinstance(self._source, Video):
@@ -208,12 +209,12 @@ class Recorder:
         self.gallery.add(
             Entry(
                 name=frame.source if isinstance(self._source, Images) else f"{frame.source} #{frame.number}",
-                scores={self.usad.name: prediction.score, **scores},
+                scores={self.model.name: prediction.score, **scores},
                 group=self._source.name,
                 alarm=alarm,
                 note=frame.time if isinstance(frame.time, str) else f"{frame.time:.2f} s",
             ),
-            lambda: Pictures(image, {self.usad.name: prediction.map, **maps}),
+            lambda: Pictures(image, {self.model.name: prediction.map, **maps}),
         )
 
     def _new_video(self, frame: Frame) -> VideoFile:
@@ -231,11 +232,11 @@ class Recorder:
     def write_report(self, config: dict[str, Any]) -> None:
         """report.html over all frames."""
         threshold = None
-        if self.usad.threshold is not None:
-            point = self.usad.operating_point
-            given = point is None or point.threshold != self.usad.threshold
+        if self.model.threshold is not None:
+            point = self.model.operating_point
+            given = point is None or point.threshold != self.model.threshold
             source = "--threshold" if given else point.source
-            threshold = Threshold(self.usad.threshold, self.usad.pixel_threshold, source, on_test_set=False)
+            threshold = Threshold(self.model.threshold, self.model.pixel_threshold, source, on_test_set=False)
         facts = {key: str(config[key]) for key in ("frames", "anomalous", "dropped") if config.get(key) is not None}
         write_report(self.folder / REPORT, "Predictions", self.gallery, threshold=threshold, config=config, facts=facts)
 

@@ -1,0 +1,51 @@
+"""The checkpoints of a category: which files they are, and which fusion they call for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from models.branches import BRANCHES, METHOD
+from utils.checkpoint import read_metadata
+from utils.errors import InputError
+from utils.files import sha256_of_file
+
+
+def checkpoint_path(folder: Path, branch: str) -> Path:
+    """Where the checkpoint of the branch of that name lies in a category's folder."""
+    return folder / f"{branch}.safetensors"
+
+
+def checkpoint_paths(folder: Path) -> dict[str, Path]:
+    """The checkpoints in `folder` by branch name.
+
+    The paper's three must be there, other registered branches take part where they have been trained. Raises InputError
+    naming every one that is missing.
+    """
+    paths = {name: checkpoint_path(folder, name) for name in BRANCHES}
+    missing = [paths[name].name for name in METHOD if not paths[name].is_file()]
+    if missing:
+        raise InputError(
+            f"{folder} has no {', '.join(missing)}; train with train_<branch>.py and copy trained_models/ to "
+            "saved_models/ (or pass --models-dir trained_models), or use convert_published.py"
+        )
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def checkpoint_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the checkpoints in `folder`, by file name."""
+    return {path.name: sha256_of_file(path) for path in checkpoint_paths(folder).values()}
+
+
+def default_fusion(folder: Path) -> str:
+    """The fusion that the checkpoints in `folder` call for: standardized if all are of the demo network.
+
+    Raises InputError where one is missing or damaged.
+    """
+    everything = map(read_metadata, checkpoint_paths(folder).values())
+    return "standardized" if all(map(_of_demo_network, everything)) else "paper"
+
+
+def _of_demo_network(metadata: dict[str, Any]) -> bool:
+    network = metadata.get("backbone")
+    return isinstance(network, dict) and network.get("weights") == "demo" and metadata.get("calibration") is not None

@@ -1,0 +1,39 @@
+"""The paper's fusion: maps multiplied, scores added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.branches.branch import Branch, Part
+from models.branches.postprocess import gaussian_blur
+from models.fusion.rule import FusionRule
+
+
+class PaperProduct(FusionRule):
+    """M = product of the maps, each scaled to its own range; s = Σ weight · branch score + lambda_map · max M.
+
+    The returned map is M after a 5x5 Gaussian blur. A branch's weight is its `score_weight` (MACLU 0.01, the paper's
+    λ_obj; PatchCore 1; MA2Patch 0) unless `score_weights` names it.
+    """
+
+    name = "paper"
+
+    def __init__(
+        self, branches: Sequence[Branch], score_weights: dict[str, float] | None = None, lambda_map: float = 1.0
+    ) -> None:
+        super().__init__(branches)
+        self.score_weights = {branch.name: branch.score_weight for branch in branches} | (score_weights or {})
+        self.lambda_map = lambda_map
+
+    def fuse(self, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor]:
+        product = torch.stack([part.scaled() for part in parts.values()]).prod(0)
+        scores = sum(self.score_weights[name] * part.scores.double() for name, part in parts.items())
+        scores = scores + self.lambda_map * product.amax((1, 2)).double()
+        return scores, gaussian_blur(product, sigma=1.0, radius=2, edge_repeated=False)
+
+    def settings(self) -> dict[str, Any]:
+        return {"score_weights": self.score_weights, "lambda_map": self.lambda_map}

@@ -1,0 +1,68 @@
+"""The flags of predict.py that do not depend on what computes the scores, and the settings that they come to."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from utils.command_line import Parser, number
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionSettings:
+    """Which frames are looked at, when there is an alarm, and what is written."""
+
+    sources: tuple[str, ...]
+    out: Path
+    every: int  # 2 looks at every second frame
+    smooth: int  # frames in a row that switch the alarm
+    threshold: float | None  # of the score; None: the model's own
+    pixel_threshold: float | None  # of the map; None: the model's own
+    overlays: str | None  # "anomalous", "all" or "none"; None: no pictures at all
+    json_lines: bool
+
+
+def add_prediction_flags(parser: Parser) -> None:
+    """Frames, alarms and output."""
+    parser.add_argument(
+        "sources",
+        metavar="SOURCE",
+        nargs="+",
+        help="image, folder, pattern, video file, camera number or address (rtsp://…, http://…)",
+    )
+    parser.add_argument("--out", type=Path, default=Path("predictions"), help="default: predictions")
+    group = parser.add_argument_group("frames and alarms")
+    group.add_argument("--every", type=number(int, 1), default=1, help="look at every N-th frame (default: 1)")
+    group.add_argument(
+        "--smooth",
+        type=number(int, 1),
+        default=1,
+        help="frames in a row that turn the alarm on, or off again (default: 1)",
+    )
+    group.add_argument("--threshold", type=number(float, float("-inf")), help="of the score (default: usad.json's)")
+    group.add_argument("--pixel-threshold", type=number(float, float("-inf")), help="of the map (default: usad.json's)")
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--overlays",
+        choices=("anomalous", "all", "none"),
+        help="frames drawn with contours and boxes (default: anomalous)",
+    )
+    group.add_argument("--json-lines", action="store_true", help="each row on stdout as JSON as well")
+    group.add_argument("--no-images", action="store_true", help="the table alone: no overlays, video or report")
+
+
+def prediction_settings(parser: Parser, args: argparse.Namespace) -> PredictionSettings:
+    """What those flags come to."""
+    if args.no_images and args.overlays:
+        parser.error("--overlays has no effect with --no-images; drop one of them")
+    return PredictionSettings(
+        tuple(args.sources),
+        args.out,
+        args.every,
+        args.smooth,
+        args.threshold,
+        args.pixel_threshold,
+        None if args.no_images else args.overlays or "anomalous",
+        args.json_lines,
+    )

@@ -1,0 +1,133 @@
+"""From frames to rows and alarms, with any model that gives scores and maps."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from datasets.sources import Camera, Frame, Source, find_sources
+from models.fusion.prediction import Model
+from prediction.options import PredictionSettings
+from prediction.recorder import SCRIPT, Recorder, check_output, clear_output
+from utils.command_line import warn
+from utils.errors import InputError
+from utils.files import write_json
+from utils.locks import folder_lock
+from utils.machine import environment
+from utils.ownership import PROGRAM
+from utils.redact import redact
+from utils.signals import stoppable
+
+
+def predict(
+    settings: PredictionSettings, load: Callable[[], Model], batch_size: int | None, flags: dict[str, Any]
+) -> None:
+    """Look at all sources and write the results to `settings.out`.
+
+    `load` gives the model, once the sources are known to be there; `batch_size` None leaves the number of frames at a
+    time to the model; `flags` go into config.json.
+    """
+    sources = find_sources(settings.sources)
+    check_output(settings.out, sources)
+    camera = next((source for source in sources if isinstance(source, Camera)), None)
+    if camera and batch_size:
+        raise InputError("--batch-size has no effect with a camera, whose frames go one by one; leave it out")
+    with folder_lock(settings.out):
+        if camera is None:
+            return look(settings, load(), sources, batch_size, flags)
+        try:
+            camera.open(settings.every)
+            look(settings, load(), [camera], 1, flags)
+        finally:
+            camera.close()
+
+
+def look(
+    settings: PredictionSettings, model: Model, sources: list[Source], batch_size: int | None, flags: dict[str, Any]
+) -> None:
+    """Run the model over the sources and write the results."""
+    take_thresholds(model, settings)
+    flags = {**flags, "sources": [redact(source) for source in settings.sources]}
+    config = {"program": PROGRAM, "script": SCRIPT, "finished": False, "settings": flags}
+    write_json(settings.out / "config.json", config)
+    clear_output(settings.out)
+    start = time.perf_counter()
+    json_lines = sys.stdout if settings.json_lines else None
+    with Recorder(settings.out, model, settings.smooth, settings.overlays, json_lines) as recorder:
+        try:
+            for source in sources:
+                recorder.start(source, settings.every)
+                look_at(source, settings, model, batch_size or model.batch_size, recorder)
+        except KeyboardInterrupt:
+            if not isinstance(sources[0], Camera):
+                raise
+        except BrokenPipeError:  # who read the JSON lines has gone; Python would complain once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
+    config |= {
+        "finished": True,
+        "frames": recorder.table.rows,
+        "anomalous": None if model.threshold is None else recorder.table.alarms,
+        "dropped": sum(source.dropped for source in sources),
+        "unreadable": [problem for source in sources for problem in source.problems],
+        "operating_point": model.operating_point and model.operating_point.figures(),
+        **environment(model.device),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    write_json(settings.out / "config.json", config)
+    if settings.overlays:
+        recorder.write_report(config)
+    summarize(settings, config)
+
+
+def take_thresholds(model: Model, settings: PredictionSettings) -> None:
+    """Put the given thresholds in force; says where there are none."""
+    if settings.threshold is not None:
+        model.threshold = settings.threshold
+    if settings.pixel_threshold is not None:
+        model.pixel_threshold = settings.pixel_threshold
+    if model.threshold is None:
+        if settings.smooth > 1:
+            raise InputError("--smooth has no effect without a threshold; give --threshold, or leave it out")
+        warn(
+            "the model has no operating point: scores only. Thresholds come from test_fusion.py --false-alarm-rate "
+            "0.01 (checkpoints trained with --holdout-ratio), or from --threshold and --pixel-threshold"
+        )
+
+
+def look_at(source: Source, settings: PredictionSettings, model: Model, batch_size: int, recorder: Recorder) -> None:
+    """All frames of one source, in order."""
+    with tqdm(desc=source.name, unit="frame", leave=False, disable=settings.json_lines or None) as progress:
+        for frames in stoppable(batches(source.frames(settings.every), batch_size)):
+            predictions = model([frame.image for frame in frames], batch_size)
+            for frame, prediction in zip(frames, predictions, strict=True):
+                recorder.add(frame, prediction)
+            progress.update(len(frames))
+
+
+def batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
+    """Lists of `size` frames, the last one shorter."""
+    frames = iter(frames)
+    while batch := list(itertools.islice(frames, size)):
+        yield batch
+
+
+def summarize(settings: PredictionSettings, config: dict[str, Any]) -> None:
+    """The last line; raises InputError if some files could not be read."""
+    line = f"{config['frames']} frames"
+    if config["anomalous"] is not None:
+        line += f", {config['anomalous']} anomalous"
+    if config["dropped"]:
+        line += f", {config['dropped']} dropped because they came faster than they could be looked at"
+    print(f"{line}; results in {settings.out}", file=sys.stderr if settings.json_lines else sys.stdout, flush=True)
+    problems = config["unreadable"]
+    for problem in problems:
+        print(f"unreadable: {problem}", file=sys.stderr)
+    if problems:
+        raise InputError(f"{len(problems)} file(s), listed above, could not be read; the others are in {settings.out}")

@@ -1,0 +1,280 @@
+"""The flags that scripts share, and the settings that they come to. Reading a command line takes no PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from models.branches import BRANCHES, COVARIANCES, weights_flag
+from models.fusion import RULES
+from models.networks import DEMO_NETWORK, MAX_SIDE
+from training.settings import DataSettings, RunSettings
+from utils import distributed
+from utils.command_line import Parser, category_name, number
+from utils.errors import InputError
+
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+LAMBDA_OBJ = "ma_clu"  # the branch whose score --lambda-obj weighs
+share = number(float, 0, 1, above=True)
+side = number(int, 1, MAX_SIDE)  # of a square input in pixels
+
+# What suits the network that ships, and the small data sets that it is for.
+DEMO_DEFAULTS = {
+    "backbone": DEMO_NETWORK,
+    "image_size": 400,
+    "holdout_ratio": 0.2,
+}
+
+
+def add_data_flags(parser: Parser) -> None:
+    """Where images are read from and results go."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data-root", type=Path, default=Path("data"), help="holds <category>/train, test, ground_truth"
+    )
+    group.add_argument(
+        "--category",
+        type=category_name,
+        nargs="+",
+        default=["coal_ad"],
+        help="folders in MVTec layout, or 'all'; only coal_ad is downloaded (default: coal_ad)",
+    )
+    group.add_argument("--results-dir", type=Path, default=Path("result"), help="default: result")
+    group.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="look at all files first and leave out those that cannot be read; config.json lists them",
+    )
+
+
+def data_settings(args: argparse.Namespace) -> DataSettings:
+    """What those flags come to, `all` written out. Raises InputError where a category is not there."""
+    from datasets.mvtec import find_categories
+
+    names = find_categories(args.data_root, args.category)
+    return DataSettings(args.data_root, tuple(names), args.results_dir, args.skip_unreadable)
+
+
+def add_models_flag(parser: Parser) -> None:
+    """Where trained checkpoints are read from."""
+    parser.add_argument(
+        "--models-dir",
+        type=Path,
+        default=Path("saved_models"),
+        help="holds <category>/<branch>.safetensors (default: saved_models)",
+    )
+
+
+def add_fusion_flags(parser: Parser) -> None:
+    """How the branches are fused."""
+    group = parser.add_argument_group("fusion")
+    group.add_argument("--fusion", choices=tuple(RULES), help="default: paper; with the demo network standardized")
+    group.add_argument("--lambda-obj", type=number(float, 0), help="factor of MACLU's score (default: 0.01)")
+    group.add_argument("--lambda-map", type=number(float, 0), help="factor of the fused map's maximum (default: 1)")
+
+
+def fusion_options(args: argparse.Namespace, folders: Iterable[Path]) -> dict[str, Any]:
+    """Arguments of `USAD` for the checkpoints in `folders`; where no rule is named, the checkpoints choose one.
+
+    Raises InputError where the checkpoints disagree, or a factor was given that the rule does not have.
+    """
+    name = args.fusion or _default_fusion(folders)
+    factors = {
+        "score_weights": None if args.lambda_obj is None else {LAMBDA_OBJ: args.lambda_obj},
+        "lambda_map": args.lambda_map,
+    }
+    given = {setting: value for setting, value in factors.items() if value is not None}
+    known = inspect.signature(RULES[name]).parameters
+    for setting in given:
+        if setting not in known:
+            flag = "--lambda-map" if setting == "lambda_map" else "--lambda-obj"
+            raise InputError(f"{flag} has no effect with --fusion {name}; leave it out")
+    return {"fusion": name, **given}
+
+
+def _default_fusion(folders: Iterable[Path]) -> str:
+    from models.fusion.checkpoints import default_fusion
+
+    names = {default_fusion(folder) for folder in folders}
+    if len(names) > 1:
+        raise InputError("some of the categories' checkpoints are of the demo network, some are not; give --fusion")
+    return names.pop()
+
+
+def add_weights_flags(parser: Parser, branches: Iterable[str] = BRANCHES, default: str | None = None) -> None:
+    """Where each branch's weights given as a file are now; with `default` the flags take other sources, too."""
+    group = parser.add_argument_group("weights")
+    for name in branches:
+        text = f"where the weights of {name} are now"
+        if default:
+            text = f"pretrained, random, or a .safetensors/.pth file (default: {default})"
+        group.add_argument(weights_flag(name), default=default, metavar="FILE", help=text)
+
+
+def weights_by_branch(args: argparse.Namespace, branches: Iterable[str] = BRANCHES) -> dict[str, str | None]:
+    """The values of those flags, by branch name."""
+    return {name: getattr(args, weights_flag(name).removeprefix("--").replace("-", "_")) for name in branches}
+
+
+def add_run_flags(parser: Parser, workers: bool = True) -> None:
+    """What the networks run on and, with `workers`, who reads the images."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--batch-size", type=number(int, 1), help="images at a time (default: 4 on a CPU, 32 on a GPU)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="auto: fp32 on a CPU, bf16 on a GPU that has it",
+    )
+    if workers:
+        group.add_argument(
+            "--workers",
+            type=number(int, 0, 256),
+            help="processes that read images (default: 1 on a CPU, up to 8 on a GPU)",
+        )
+
+
+def run_settings(args: argparse.Namespace) -> RunSettings:
+    """What those flags come to on this machine. Raises InputError for a device or a precision that is not there."""
+    device = choose_device(args.device, args.precision)
+    on_gpu = device.startswith("cuda")
+    workers = getattr(args, "workers", None)
+    if workers is None:
+        workers = min(8, max(1, (os.cpu_count() or 1) // distributed.local_size())) if on_gpu else 1
+    return RunSettings(device, args.precision, args.batch_size or (32 if on_gpu else 4), workers)
+
+
+def choose_device(name: str, precision: str) -> str:
+    """The device that `--device` stands for. Also switches TF32 on if, and only if, it is asked for.
+
+    Raises InputError for a device that is not there, or a precision that it does not have.
+    """
+    import torch
+
+    from utils.gather import own_gpu
+
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", name):
+        raise InputError(f"--device {name} is not one of auto, cpu, cuda, cuda:0, cuda:1 and so on")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if distributed.size() > 1 and name.startswith("cuda"):
+        name = own_gpu(name)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device, dtype=torch.float64)  # the statistics need it; Apple's GPUs have none
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise InputError(f"--device {name} is not available ({reason}); use auto or cpu") from None
+    if device.type != "cuda" and precision in ("fp16", "tf32"):
+        raise InputError(f"--precision {precision} needs an NVIDIA GPU; use fp32, or bf16")
+    tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    return str(device)
+
+
+def add_output_flags(parser: Parser) -> None:
+    """What a test writes beside its figures."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--no-images", action="store_true", help="write no heat maps and no report")
+    group.add_argument("--save-maps", action="store_true", help="write the raw float32 maps as TIFF")
+
+
+def fusion_record(settings: dict[str, Any]) -> dict[str, Any]:
+    """`USAD.settings` under the names of the flags; a factor that the rule does not have is None."""
+    lambda_obj = settings.get("score_weights", {}).get(LAMBDA_OBJ)
+    return {"fusion": settings["fusion"], "lambda_obj": lambda_obj, "lambda_map": settings.get("lambda_map")}
+
+
+def record(args: argparse.Namespace, **settled: Any) -> dict[str, Any]:
+    """The flags as JSON values for config.json, with what was `settled` in the place of what was left open."""
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    return dict(sorted({**values, **settled}.items()))
+
+
+def training_parser(description: str, backbone: str, image_size: int, train_ratio: float) -> Parser:
+    """The flags that all training scripts take, with the branch's own defaults."""
+    parser = Parser(description)
+    add_data_flags(parser)
+    parser.add_argument(
+        "--models-dir",
+        type=Path,
+        default=Path("trained_models"),
+        help="the checkpoint goes to <models-dir>/<category>/ (default: trained_models)",
+    )
+    group = parser.add_argument_group("network")
+    group.add_argument("--backbone", default=backbone, help=f"a timm name (default: {backbone})")
+    group.add_argument(
+        "--weights",
+        default="pretrained",
+        help="pretrained, demo (the network that ships), random (untrained), or a .safetensors/.pth file "
+        "(default: pretrained)",
+    )
+    group.add_argument("--image-size", type=side, default=image_size, help=f"default: {image_size}")
+    group.add_argument(
+        "--normalize-contrast",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="bring each image to one mean colour and one contrast first (the demo network does that by itself)",
+    )
+    group = parser.add_argument_group("fit")
+    group.add_argument("--train-ratio", type=share, default=train_ratio, help=f"default: {train_ratio:g}")
+    group.add_argument(
+        "--holdout-ratio",
+        type=number(float, 0, 0.9),
+        default=0.0,
+        help="share of the normal training images kept out of the fit, for --fusion standardized and for "
+        "thresholds (default: 0)",
+    )
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=22)
+    add_run_flags(parser)
+    add_output_flags(parser)
+    parser.add_argument("--no-eval", action="store_true", help="stop after the checkpoint is written")
+    return parser
+
+
+def parse_training(parser: Parser, **demo_defaults: Any) -> argparse.Namespace:
+    """The flags as given; with `--weights demo` its defaults stand for those that are not given, and are printed."""
+    args = parser.parse_args()
+    if args.no_eval and (args.save_maps or args.no_images):
+        raise InputError("--save-maps and --no-images have no effect with --no-eval; drop one of them")
+    if args.weights != "demo":
+        return args
+    defaults = DEMO_DEFAULTS | demo_defaults
+    parser.set_defaults(**defaults)
+    args = parser.parse_args()
+    in_force = (f"{key.replace('_', '-')} {getattr(args, key)}" for key in defaults)
+    print(f"with --weights demo: {', '.join(in_force)}", flush=True)
+    return args
+
+
+def add_token_flags(parser: Parser) -> None:
+    """The flags of the branches that fit a Gaussian to a ViT's tokens."""
+    parser.add_argument(
+        "--position-size",
+        type=side,
+        help="input size at which position embeddings are first laid out (default: the image size)",
+    )
+    parser.add_argument(
+        "--covariance",
+        choices=COVARIANCES,
+        default="empirical",
+        help="ledoit-wolf (shrinkage) suits fewer images than the network has channels",
+    )
+
+
+def add_budget_flag(parser: Parser, default: float) -> None:
+    """The flag of the branches that learn from the training images' patches themselves."""
+    parser.add_argument(
+        "--patch-budget",
+        type=number(float, 0, above=True),
+        default=default,
+        help="GB (10^9 bytes) of memory for the training patches; beyond it each image gives an equal, seeded sample "
+        f"(default: {default:g})",
+    )

@@ -1,0 +1,98 @@
+"""From a category's checkpoints to the results of their fusion: what test_fusion.py does."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datasets.loading import ImageDataset
+from datasets.mvtec import Category, Sample
+from evaluation.evaluate import evaluate, print_average, print_metrics
+from evaluation.result_files import average_path
+from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths
+from models.fusion.operating_point import FILE_NAME, OperatingPoint, find_operating_point
+from models.fusion.usad import USAD
+from training.categories import opened_categories
+from training.options import data_settings, fusion_options, fusion_record, record, run_settings, weights_by_branch
+from training.settings import RunSettings
+from training.training import held_out_samples, make_loader
+from utils.command_line import warn
+from utils.distributed import is_main_process
+from utils.gather import all_rows, one_per_machine_first, require_same
+
+
+def test(args: argparse.Namespace) -> None:
+    """Test the fusion of each category and write its results; `args` are the flags of test_fusion.py."""
+    run, data = run_settings(args), data_settings(args)
+    folders = [args.models_dir / name for name in data.categories]
+    for folder in folders:
+        checkpoint_paths(folder)  # raises where one is missing
+    options = fusion_options(args, folders)
+    average = average_path(data.results_dir, USAD.name)
+
+    def samples_of(category: Category) -> list[Sample]:
+        return category.test_samples() + (category.train_samples() if args.false_alarm_rate else [])
+
+    metrics = {}
+    with opened_categories(data, samples_of, run.workers, results=USAD.name) as categories:
+        for category in categories:
+            metrics[category.name] = test_category(args, category, run, options)
+    print_average(USAD.name, average, metrics)
+
+
+def test_category(
+    args: argparse.Namespace, category: Category, run: RunSettings, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Load the category's checkpoints, test their fusion and write its results; returns the figures."""
+    checkpoints = args.models_dir / category.name
+    require_same("checkpoints in --models-dir", lambda: checkpoint_digests(checkpoints).values())
+    with one_per_machine_first():
+        usad = USAD.load(checkpoints, run.device, run.precision, weights_by_branch(args), **options)
+    if len({branch.training.get("files_digest") for branch in usad.branches} - {None}) > 1:
+        warn(f"the branches of {category.name} were trained on different lists of files")
+    if args.false_alarm_rate:
+        usad.set_operating_point(find_thresholds(usad, category, run, checkpoints, args.false_alarm_rate))
+    settings = record(args, **dataclasses.asdict(run), **fusion_record(usad.settings()), category=category.name)
+    branches = {
+        branch.name: {"backbone": branch.backbone.spec.to_dict(), **branch.settings(), "training": branch.training}
+        for branch in usad.branches
+    }
+    dataset = ImageDataset(category.test_samples(), usad.image_size, "bicubic")
+    folder = args.results_dir / category.name / usad.name
+    metrics = evaluate(
+        usad,
+        make_loader(run, dataset, "fusion test", usad.device),
+        folder,
+        {"settings": settings, "left_out": category.left_out, "branches": branches},
+        images=not args.no_images,
+        save_maps=args.save_maps,
+        operating_point=usad.operating_point,
+    )
+    if is_main_process():
+        print_metrics(usad.name, metrics)
+        print(f"{category.name}: results in {folder}", flush=True)
+    return metrics
+
+
+def find_thresholds(
+    usad: USAD, category: Category, run: RunSettings, checkpoints: Path, false_alarm_rate: float
+) -> OperatingPoint:
+    """Find the operating point on the held-out normal images and store it beside the checkpoints."""
+    dataset = ImageDataset(held_out_samples(category, usad.branches), usad.image_size, "bicubic")
+    found = [torch.zeros(0, 2, dtype=torch.float64)]
+    for batch in make_loader(run, dataset, "fusion held out", usad.device):
+        part = usad.predict(batch["image"].to(usad.device, non_blocking=True))
+        found.append(torch.stack([part.scores.double(), part.maps.amax((1, 2)).double()], 1).cpu())
+    scores, peaks = all_rows(torch.cat(found)).numpy().T
+    digests = checkpoint_digests(checkpoints)
+    point = find_operating_point(scores, peaks.astype("float32"), false_alarm_rate, usad.settings(), digests)
+    if is_main_process():
+        point.write(checkpoints)
+    print(f"{category.name}: thresholds from {point.source}; in {checkpoints / FILE_NAME}")
+    if point.shortfall:
+        warn(point.shortfall)
+    return point

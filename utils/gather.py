@@ -1,0 +1,126 @@
+"""What several processes gathered, brought together.
+
+What a pass over images gathers is held by accumulators, objects with `state()`, a dictionary of tensors, and
+`merge(state)`. `collect` brings them together on the main process; `from_first` hands what it made of them to all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.distributed import is_main_process, local_rank, local_size, size
+from utils.errors import InputError
+from utils.files import digest_of_lines
+
+State = Mapping[str, "Tensor | np.ndarray"]
+
+
+class Accumulator(Protocol):
+    """Something gathered from images, which can take in what was gathered from others."""
+
+    def state(self) -> State: ...
+
+    def merge(self, state: State) -> None: ...
+
+
+def collect(*accumulators: Accumulator) -> bool:
+    """Merge the accumulators of all processes, in their order, into the first one's; whether this is the first."""
+    for accumulator in accumulators:
+        if not is_main_process():
+            _transfer(accumulator.state(), partial(dist.send, dst=0))
+            continue
+        for source in range(1, size()):
+            accumulator.merge(_transfer(None, partial(dist.recv, src=source)))
+    return is_main_process()
+
+
+def from_first(compute: Callable[[], State]) -> State:
+    """The tensors that `compute` gives on the first process, which alone calls it, on every process."""
+    state = compute() if is_main_process() else None
+    return state if size() == 1 else _transfer(state, partial(dist.broadcast, src=0))
+
+
+def all_rows(rows: Tensor) -> Tensor:
+    """The rows [n, ...] of all processes, in their order, on every process; for little data, on the CPU."""
+    if size() == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(size())]
+    dist.all_gather(counts, torch.tensor([len(rows)]))
+    parts = [rows.new_empty(max(counts), *rows.shape[1:]) for _ in counts]
+    padded = torch.cat([rows, rows.new_zeros(len(parts[0]) - len(rows), *rows.shape[1:])])
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def all_entries(entries: dict[str, str]) -> dict[str, str]:
+    """The entries of all processes' dictionaries, in their order, on every process."""
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries.items())
+    everything = all_rows(torch.tensor(list(lines.encode()), dtype=torch.uint8))
+    return dict(json.loads(line) for line in everything.numpy().tobytes().splitlines())
+
+
+def require_same(what: str, lines: Callable[[], Iterable[str]]) -> None:
+    """Raise InputError where the processes do not have the same `lines`, as where machines hold different copies."""
+    if size() > 1:
+        mark = torch.tensor([int(digest_of_lines(lines())[:15], 16)])
+        if len(all_rows(mark).unique()) > 1:
+            raise InputError(f"the machines do not have the same {what}; share one disk, or copy it to all of them")
+
+
+@contextlib.contextmanager
+def one_per_machine_first() -> Iterator[None]:
+    """What the block downloads, one process of each machine downloads; the others find it there."""
+    if local_rank() > 0:
+        barrier()
+    yield
+    if local_rank() == 0:
+        barrier()
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    all_rows(torch.zeros(0))
+
+
+def own_gpu(name: str) -> str:
+    """The GPU of this process where `--device` names GPUs; raises InputError where it has none of its own."""
+    gpus = torch.cuda.device_count()
+    if name != "cuda":
+        raise InputError(f"--device {name} is one GPU for {local_size()} processes; use auto, which gives each its own")
+    if local_size() > gpus:
+        raise InputError(
+            f"{local_size()} processes for {gpus} GPUs here; lower torchrun's --nproc-per-node or use --device cpu"
+        )
+    torch.cuda.set_device(local_rank())
+    return f"cuda:{local_rank()}"
+
+
+def _transfer(state: State | None, move: Callable[[Tensor], object]) -> dict[str, Tensor]:
+    """Send `state`, or receive one where it is None: `move` sends a tensor or fills it.
+
+    A description of the tensors goes ahead, by gloo: a process waits there, and NCCL is used only once both are ready.
+    """
+    receiving = state is None
+    tensors = {name: torch.as_tensor(value) for name, value in (state or {}).items()}
+    layout = [(name, str(tensor.dtype), tensor.shape, tensor.device.type) for name, tensor in tensors.items()]
+    header = torch.frombuffer(bytearray(json.dumps(layout).encode()), dtype=torch.uint8)
+    length = torch.tensor([len(header)])
+    move(length)
+    if receiving:
+        header = torch.empty(int(length), dtype=torch.uint8)
+    move(header)
+    for name, dtype, shape, device in json.loads(header.numpy().tobytes()):
+        if receiving:
+            tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
+        if tensors[name].numel():
+            move(tensors[name].detach().contiguous().view(-1).view(torch.uint8))
+    return tensors

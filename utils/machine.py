@@ -1,0 +1,66 @@
+"""The machine that a run is on: its processor, its memory, the versions of what matters."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import sys
+from typing import Any
+
+from utils.distributed import size
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy")
+
+
+def environment(device: Any) -> dict[str, Any]:
+    """What a number depends on beside the settings: versions, device, processes, peak memory."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    cuda = cuda_in_use()
+    name = cuda.get_device_name(device) if cuda and str(device).startswith("cuda") else processor()
+    return {
+        "versions": versions,
+        "device": f"{device} ({name})",
+        "processes": size(),
+        "peak_memory_mb": peak_memory_mb(),
+    }
+
+
+def cuda_in_use() -> Any:
+    """torch.cuda if this process uses a GPU."""
+    torch = sys.modules.get("torch")  # a script without PyTorch has no GPU to wait for
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def _peak_resident_kib() -> float:
+    # On Linux getrusage counts what the parent process held when it started this one, too.
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return float(line.split()[1])
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1024 if sys.platform == "darwin" else peak
+
+
+def peak_memory_mb() -> dict[str, float]:
+    """Peak memory of this process and, with CUDA in use, of PyTorch on the GPU, in MB (10^6 bytes)."""
+    peak = {}
+    with contextlib.suppress(ImportError):  # Windows has no resource module
+        peak["host"] = round(_peak_resident_kib() * 1024 / 1e6, 1)
+    if cuda := cuda_in_use():
+        peak["gpu"] = round(cuda.max_memory_allocated() / 1e6, 1)
+    return peak
+
+
+def processor() -> str:
+    """The processor's name; where the system does not tell it, that of its kind."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
