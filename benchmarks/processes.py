@@ -141,7 +141,7 @@ def fit_and_test(job: dict[str, Any]) -> dict[str, float]:
     branch.fit(_loader(job["train"], job, "bilinear"))
     fitted = time.perf_counter()
     for batch in _loader(job["test"], job, "bicubic"):
-        scores, maps = branch.predict(batch["image"].to(branch.device))
+        scores, maps, *_ = branch.predict(batch["image"].to(branch.device))
         scores.tolist(), maps.cpu()
     end, processor = time.perf_counter(), time.process_time() - processor
     return {"fit": fitted - start, "test": end - fitted, "cpu": processor, "bank": len(branch.memory_bank.rows)}

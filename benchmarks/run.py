@@ -27,7 +27,8 @@ from benchmarks import metric_stages, processes, stages
 from benchmarks.measure import Row
 from benchmarks.plot import plot
 from benchmarks.settings import Settings
-from utils.command_line import PRECISIONS, Parser, choose_device, default_batch_size, number, run
+from training.options import PRECISIONS, choose_device
+from utils.command_line import Parser, number, run
 from utils.errors import InputError
 from utils.files import write_json, write_text
 from utils.machine import processor
@@ -55,7 +56,7 @@ def main() -> None:
     settings = Settings(
         device,
         precision,
-        args.batch_size or default_batch_size(device),
+        args.batch_size or (32 if device.startswith("cuda") else 4),
         args.quick,
         args.images,
         args.reference_images,

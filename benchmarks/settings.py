@@ -58,7 +58,7 @@ class Settings:
     def branches(self) -> dict[str, Branch]:
         """The three branches, untrained networks, fitted on noise."""
         fitted = {}
-        for kind in BRANCHES:
+        for kind in BRANCHES.values():
             name, size = self.networks[kind.name]
             spec = BackboneSpec(kind.backbone_kind, name, size, weights="random", seed=SEED)
             branch = kind(build_backbone(spec, self.device, precision=self.precision))

@@ -89,7 +89,7 @@ def fused(settings: Settings, images: int) -> Iterator[Row]:
 
     def ours() -> Tensor:
         for start in range(0, images, len(batch)):
-            scores, maps = usad.predict(batch[: images - start])
+            scores, maps, *_ = usad.predict(batch[: images - start])
             maps.cpu()
         return scores.cpu()
 
@@ -98,7 +98,7 @@ def fused(settings: Settings, images: int) -> Iterator[Row]:
         return scores[0]
 
     took, reference_took, _, expected = pair(ours, plain)
-    near = abs(float(usad.predict(batch)[0][0]) / expected - 1)
+    near = abs(float(usad.predict(batch).scores[0]) / expected - 1)
     rate = sum(settings.gflop(name) for name in branches) * images / took
     yield Row(
         f"fused inference {settings.precision}",

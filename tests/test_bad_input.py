@@ -51,7 +51,7 @@ def nothing_is_built(monkeypatch):
 
     monkeypatch.setattr(training.training, "build_backbone", build)
     monkeypatch.setattr("models.branches.branch.build_backbone", build)
-    monkeypatch.setattr("training.training.ensure_coalad", build)
+    monkeypatch.setattr("datasets.coalad.ensure_coalad", build)
 
 
 # Flags

@@ -434,11 +434,11 @@ def test_the_published_programs_files_give_its_scores_and_maps(tmp_path):
 def small_networks(monkeypatch):
     """timm's smallest networks in the place of the authors'; returns their widths."""
     networks = {
-        MACLU: ("tokens", "test_vit", 160),
-        MA2Patch: ("tokens", "test_vit", 160),
-        PatchCore: ("maps", "test_resnet", 96),
+        "ma_clu": ("tokens", "test_vit", 160),
+        "ma2patch": ("tokens", "test_vit", 160),
+        "pc": ("maps", "test_resnet", 96),
     }
-    monkeypatch.setattr(convert_published, "NETWORKS", networks)
+    monkeypatch.setattr("models.published.conversion.NETWORKS", networks)
     widths = []
     for kind, name, size in networks.values():
         backbone = empty_backbone(BackboneSpec(kind, name, size))

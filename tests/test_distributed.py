@@ -163,21 +163,21 @@ def test_every_process_gets_a_gpu_of_its_own(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(distributed, "local_rank", lambda: 1)
-    monkeypatch.setattr(distributed, "local_size", lambda: 2)
+    monkeypatch.setattr(gather, "local_rank", lambda: 1)
+    monkeypatch.setattr(gather, "local_size", lambda: 2)
     assert gather.own_gpu("cuda") == "cuda:1" and chosen == [1]
     with pytest.raises(InputError, match="use auto"):
         gather.own_gpu("cuda:0")
-    monkeypatch.setattr(distributed, "local_size", lambda: 3)
+    monkeypatch.setattr(gather, "local_size", lambda: 3)
     with pytest.raises(InputError, match="3 processes for 2 GPUs"):
         gather.own_gpu("cuda")
 
 
 def test_machines_with_different_images_are_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "size", lambda: 2)
-    monkeypatch.setattr(distributed, "all_rows", lambda mark: torch.cat([mark, other]))
+    monkeypatch.setattr(gather, "size", lambda: 2)
+    monkeypatch.setattr(gather, "all_rows", lambda mark: torch.cat([mark, other]))
     other = torch.tensor([1])
     with pytest.raises(InputError, match="the machines do not have the same images"):
         gather.require_same("images", lambda: ["good/000.png"])
-    monkeypatch.setattr(distributed, "all_rows", lambda mark: torch.cat([mark, mark]))
+    monkeypatch.setattr(gather, "all_rows", lambda mark: torch.cat([mark, mark]))
     gather.require_same("images", lambda: ["good/000.png"])

@@ -25,7 +25,7 @@ import predict
 from datasets import sources
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD, to_tensor
 from datasets.sources import Camera, Images, Video, find_sources
-from models import USAD
+from models import USAD, Part
 from models.fusion.prediction import regions
 from prediction.recorder import Alarm
 from utils.command_line import run
@@ -50,7 +50,7 @@ class RedBranch:
     def predict(self, images):
         self.before()
         maps = images[:, 0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]
-        return maps.amax((1, 2)), maps
+        return Part(maps.amax((1, 2)), maps)
 
 
 def usad_with(**options):
@@ -126,7 +126,7 @@ def test_call_takes_paths_images_and_arrays(tmp_path):
     for result in results:
         assert result.score == alone[0].score and result.boxes == alone[0].boxes
         assert result.map.shape == image.shape[:2] and result.map.dtype == np.float32
-    scores, maps = usad.predict(to_tensor(Image.fromarray(image), 96, "bicubic")[None])
+    scores, maps, *_ = usad.predict(to_tensor(Image.fromarray(image), 96, "bicubic")[None])
     assert alone[0].score == float(scores[0])
     assert np.array_equal(alone[0].map, cv2.resize(maps[0].numpy(), (300, 120)))
     assert alone[0].branches["red"][1].shape == (96, 96)

@@ -84,18 +84,19 @@ def place(ablated, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def direct(trained):
-    """Labels, masks, and every branch's scores and maps at 96 px, one image at a time."""
+    """Labels, masks, and every branch's scores, maps and scaled maps at 96 px, one image at a time."""
     category = Category(trained / "data", "belt")
-    branches = [branch.load(trained / f"models/belt/{branch.name}.safetensors") for branch in BRANCHES]
-    found = {name: ([], []) for name in NAMES}
+    branches = [BRANCHES[name].load(trained / f"models/belt/{name}.safetensors") for name in NAMES]
+    found = {name: ([], [], []) for name in NAMES}
     samples = list(ImageDataset(category.test_samples(), 96, "bicubic"))
     for sample in samples:
         for branch in branches:
-            scores, maps = branch.predict(resize_images(sample["image"][None], branch.image_size))
-            found[branch.name][0].append(float(scores[0]))
-            found[branch.name][1].append(resize_maps(maps, 96)[0].numpy())
+            part = branch.predict(resize_images(sample["image"][None], branch.image_size))
+            found[branch.name][0].append(float(part.scores[0]))
+            found[branch.name][1].append(resize_maps(part.maps, 96)[0].numpy())
+            found[branch.name][2].append(resize_maps(part.scaled(), 96)[0].numpy())
     labels, masks = [sample["label"] for sample in samples], np.stack([sample["mask"].numpy() for sample in samples])
-    return labels, masks, {name: (np.array(s), np.stack(m)) for name, (s, m) in found.items()}
+    return labels, masks, {name: (np.array(s), np.stack(m), np.stack(u)) for name, (s, m, u) in found.items()}
 
 
 # Cells against direct computation
@@ -105,9 +106,9 @@ def direct(trained):
 def test_ablation_of_branches(ablated, direct, subset):
     labels, masks, parts = direct
     weights = {"ma_clu": 0.01, "ma2patch": 0.0, "pc": 1.0}
-    scores, maps = parts[subset[0]]
+    scores, maps, _ = parts[subset[0]]
     if len(subset) > 1:
-        product = np.prod([parts[name][1] for name in subset], axis=0)
+        product = np.prod([parts[name][2] for name in subset], axis=0)
         scores = sum(weights[name] * parts[name][0] for name in subset) + product.max((1, 2))
         maps = np.stack([cv2.GaussianBlur(image, (5, 5), 1) for image in product])
     row = means(rows_of(ablated, "ablation")[" + ".join(subset)])
@@ -130,7 +131,7 @@ def test_ablation_agrees_with_the_fusions_own_run(ablated):
 
 def test_ablation_of_score_terms(ablated, direct):
     labels, _, parts = direct
-    peak = np.prod([maps for _, maps in parts.values()], axis=0).max((1, 2))
+    peak = np.prod([scaled for *_, scaled in parts.values()], axis=0).max((1, 2))
     terms = {
         "0.01 · score of ma_clu": 0.01 * parts["ma_clu"][0],
         "1 · score of pc": parts["pc"][0],
@@ -167,7 +168,7 @@ def test_sweeps_without_a_fit(place, direct, monkeypatch):
     monkeypatch.setattr("models.branches.branch.build_backbone", None)
     reproduce(place, "--tables", "sensitivity", "--sweeps", "threshold,lambda_obj,lambda_map")
     labels, masks, parts = direct
-    peak = np.prod([maps for _, maps in parts.values()], axis=0).max((1, 2))
+    peak = np.prod([scaled for *_, scaled in parts.values()], axis=0).max((1, 2))
     for value, row in rows_of(place, "sensitivity", section=1).items():
         scores = float(value) * parts["ma_clu"][0] + parts["pc"][0] + peak
         assert means(row)["image_auroc"] == pytest.approx(roc_auc_score(labels, scores))
@@ -181,8 +182,8 @@ def test_sweeps_without_a_fit(place, direct, monkeypatch):
     distinct = set()
     for value, row in rows_of(place, "sensitivity").items():
         branch.threshold = float(value)
-        maps = resize_maps(branch.predict(resize_images(images, 64))[1], 96).numpy()
-        product = maps * parts["ma2patch"][1] * parts["pc"][1]
+        maps = resize_maps(branch.predict(resize_images(images, 64)).scaled(), 96).numpy()
+        product = maps * parts["ma2patch"][2] * parts["pc"][2]
         blurred = np.stack([cv2.GaussianBlur(image, (5, 5), 1) for image in product])
         assert means(row)["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), blurred.ravel()), abs=1e-5)
         distinct.add(means(row)["pixel_auroc"])

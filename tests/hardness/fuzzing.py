@@ -50,7 +50,7 @@ def targets(folder: Path, models: Path) -> dict[str, Target]:
     """All kinds; good files are made in `folder`, those of the three branches lie in `models`."""
     from hardness import corpus
 
-    branches = {branch.name: branch for branch in BRANCHES}
+    branches = dict(BRANCHES)
     published = corpus.published(folder / "published")
     network = corpus.weights(folder / "weights")
     read_weights = corpus.weights_reader()
