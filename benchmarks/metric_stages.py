@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from benchmarks import reference_metrics
 from benchmarks.measure import Row, apart, pair
 from benchmarks.settings import SEED, Settings
-from metrics.metrics import PixelMetrics
+from metrics.pixel import PixelMetrics
 from metrics.published_pro import PublishedPro, region_areas
 
 

@@ -19,7 +19,7 @@ from evaluation.result_files import (
     write_test_report,
 )
 from evaluation.results import Results
-from metrics.metrics import PROTOCOLS
+from metrics import protocols
 from models.branches.branch import AS_PUBLISHED, Branch
 from models.fusion.operating_point import OperatingPoint
 from models.fusion.usad import USAD
@@ -107,7 +107,7 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     others = {"scaled maps": metrics[AS_PUBLISHED]} if AS_PUBLISHED in metrics else metrics.get("branches", {})
     columns = {title: metrics, **others}
     print("".join(f"{name:>12}" for name in columns))
-    for key, protocol in PROTOCOLS.items():
+    for key, protocol in protocols().items():
         figures = [part.get(key) for part in columns.values()]
         cells = "".join(f"{'-' if figure is None else format(figure, '.4f'):>12}" for figure in figures)
         print(f"{cells}  {protocol}")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from datasets.mvtec import Sample
 from evaluation.results import Results
-from metrics.metrics import PROTOCOLS
+from metrics import protocols
 from reporting.cards import Threshold
 from reporting.report import write_report
 from reporting.visualize import Thumbnails, strip, write_png
@@ -38,7 +38,7 @@ def average_path(results_dir: Path, name: str) -> Path:
 def write_average(path: Path, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Write the mean over categories of every figure that is defined in one at least, and the categories' own."""
     average = {}
-    for key in PROTOCOLS:
+    for key in protocols():
         values = [part[key] for part in metrics.values() if part[key] is not None]
         average[key] = float(np.mean(values)) if values else None
     counts = {key: sum(part[key] for part in metrics.values()) for key in ("n_images", "n_anomalous")}

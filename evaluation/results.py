@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from datasets.mvtec import Sample, defects_without_masks
-from metrics.metrics import PixelMetrics, image_curves, image_f1_threshold, image_metrics
+from metrics import METRICS
 from models.branches.branch import Part
 from reporting.cards import Threshold
 from reporting.gallery import Entry, Gallery, Pictures
@@ -42,7 +42,7 @@ class Results:
             text = f"no masks of {', '.join(self.unmasked)} (for instance {example}): figures of pixels are null"
             warn_once(text, f"{text}, those of images are computed")
         self.scores = {part: np.zeros(len(samples)) for part in parts}  # 0 for those of other processes
-        self.pixels = {part: PixelMetrics() for part in self.scores}
+        self.measured = {part: {name: metric() for name, metric in METRICS.items()} for part in self.scores}
         self.gallery = Gallery(len(samples), first=first) if report else None
         self.thumbnails = thumbnails
 
@@ -57,8 +57,9 @@ class Results:
                 sample = self.samples[int(batch["index"][int(np.argmin(finite))])]
                 raise InputError(f"{name} gives a score or map that is not finite on {sample.path}; check the weights")
             self.scores[name][np.asarray(batch["index"])] = scores
-            if not self.unmasked:
-                self.pixels[name].update(maps, batch["mask"].numpy(), batch["label"].numpy() == 1)
+            for metric in self.measured[name].values():
+                if not (metric.needs_masks and self.unmasked):
+                    metric.update(maps, batch["mask"].numpy(), batch["label"].numpy() == 1, scores)
         main = next(iter(arrays.values()))[1]
         if self.thumbnails is not None:
             for anomaly_map in main:
@@ -71,7 +72,8 @@ class Results:
     def collect(self) -> bool:
         """Add what the other processes have gathered to the first one's; whether this is the first."""
         optional = (part for part in (self.gallery, self.thumbnails) if part is not None)
-        return collect(self, *self.pixels.values(), *optional)
+        metrics = (metric for metrics in self.measured.values() for metric in metrics.values())
+        return collect(self, *metrics, *optional)
 
     def state(self) -> dict[str, np.ndarray]:
         """The scores by part."""
@@ -93,37 +95,24 @@ class Results:
 
     def metrics(self) -> dict[str, dict[str, Any]]:
         """By part: every figure of metrics.json; a figure that is undefined is None."""
-        labels = np.array([sample.label for sample in self.samples])
-        counts = {"n_images": len(labels), "n_anomalous": int(labels.sum())}
+        counts = {"n_images": len(self.samples), "n_anomalous": sum(sample.label for sample in self.samples)}
         return {
-            name: {
-                **image_metrics(scores, labels),
-                **self.pixels[name].compute(),
-                **counts,
-            }
-            for name, scores in self.scores.items()
+            part: {figure: value for metric in metrics.values() for figure, value in metric.compute().items()} | counts
+            for part, metrics in self.measured.items()
         }
 
     def curves(self) -> Curves:
         """By part, the points of the curves that a report draws."""
-        labels = np.array([sample.label for sample in self.samples])
-        curves = {}
-        for name, scores in self.scores.items():
-            image, pixel = image_curves(scores, labels), self.pixels[name].curves(400)
-            named = {
-                f"{kind}_{key}": points
-                for kind, of in (("image", image), ("pixel", pixel))
-                for key, points in of.items()
-            }
-            curves[name] = {key: tuple(points.values()) for key, points in named.items()}
-        return curves
+        return {
+            part: {name: points for metric in metrics.values() for name, points in metric.curves().items()}
+            for part, metrics in self.measured.items()
+        }
 
     def best_threshold(self) -> Threshold | None:
         """The thresholds of the highest F1 on these very images; None where they are undefined."""
-        labels = np.array([sample.label for sample in self.samples])
-        main = next(iter(self.scores))
-        score = image_f1_threshold(self.scores[main], labels)
+        measured = self.measured[next(iter(self.scores))]
+        score = measured["image"].f1_threshold()
         if score is None:
             return None
         source = "highest F1 of images, and of pixels for the contour"
-        return Threshold(score, self.pixels[main].f1_threshold(), source, on_test_set=True)
+        return Threshold(score, measured["pixel"].f1_threshold(), source, on_test_set=True)

@@ -13,7 +13,7 @@ from experiments import SWEEPS
 from experiments.cells import Cell, Row, Section, Table
 from experiments.measurements import Measurements
 from experiments.variants import Variant
-from metrics.metrics import image_metrics
+from metrics.image import image_metrics
 from models import MACLU, USAD, PatchCore
 from models.branches.branch import Part
 from models.networks.backbones import size_step

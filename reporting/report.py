@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metrics.metrics import FPR_LIMIT, PROTOCOLS
+from metrics import protocols
+from metrics.pixel import FPR_LIMIT
 from reporting.cards import Threshold, card, filters, group_options, html_text, kind_of, legend, part_title
 from reporting.charts import Bars, Line, curve_chart, histogram_chart
 from reporting.gallery import Gallery, Kept
@@ -100,7 +101,7 @@ def _verdict(gallery: Gallery, metrics: Mapping[str, Any] | None, threshold: Thr
     """The tiles at the top: the main figures, then what the threshold does."""
     tiles = []
     for key in HEADLINES if metrics else ():
-        name = PROTOCOLS[key].partition(", ")[0]
+        name = protocols()[key].partition(", ")[0]
         branches = [(figures[key], part) for part, figures in metrics.get("branches", {}).items()]
         best = max((pair for pair in branches if pair[0] is not None), default=None)
         note = f"best branch {best[0]:.3f}, {html_text(part_title(best[1]))}" if best else ""
@@ -144,7 +145,7 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     columns = {"fusion": metrics, **metrics.get("branches", {})}
     head = "".join(f'<th scope="col">{html_text(part_title(part))}</th>' for part in columns)
     rows = []
-    for key, protocol in PROTOCOLS.items():
+    for key, protocol in protocols().items():
         name, _, detail = protocol.partition(", ")
         cells = "".join(f"<td>{_figure(figures[key], 4)}</td>" for figures in columns.values())
         detail = f"<small>{html_text(detail)}</small>" if detail else ""
@@ -183,7 +184,7 @@ def _charts(gallery: Gallery, metrics: Mapping[str, Any] | None, curves: Curves,
             chart.x_limit,
             chance=chart.key.endswith("roc"),
         )
-        name = PROTOCOLS[chart.figure].partition(", ")[0]
+        name = protocols()[chart.figure].partition(", ")[0]
         figures.append(_chart_figure(chart.title, name, svg, keys))
     if len(gallery):
         figures.append(_histogram(gallery, threshold))

@@ -13,7 +13,7 @@ from tiny import run_in_process, small_flags
 
 from benchmarks import measure, plain_fusion, reference, reference_metrics
 from benchmarks.metric_stages import drawn_maps
-from metrics.metrics import PixelMetrics
+from metrics.pixel import PixelMetrics
 from models.branches.coreset import greedy_k_center
 from models.branches.neighbors import NearestNeighbors
 from models.branches.patchcore import patch_features

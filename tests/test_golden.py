@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.random_projection import SparseRandomProjection
 
 from datasets.loading import mask_to_tensor, to_tensor
-from metrics.metrics import PixelMetrics
+from metrics.pixel import PixelMetrics
 from models import MACLU, USAD, MA2Patch, Part, PatchCore
 from models.branches.coreset import greedy_k_center
 from models.branches.patchcore import patch_features

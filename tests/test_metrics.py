@@ -11,8 +11,9 @@ import torch
 from scipy import ndimage
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
-from metrics import metrics
-from metrics.metrics import PixelMetrics, image_curves, image_f1_threshold, image_metrics
+from metrics import pixel
+from metrics.image import ImageMetrics, image_curves, image_f1_threshold, image_metrics
+from metrics.pixel import PixelMetrics
 
 DATA = Path(__file__).parent / "data"
 PIXEL_KEYS = {"pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "pro_as_published"}
@@ -123,7 +124,7 @@ def test_image_metrics_refuse_nan():
 @pytest.mark.parametrize("levels", [None, 8, 40])
 @pytest.mark.parametrize("chunk", [1 << 18, 5])
 def test_pixel_metrics_agree_with_sklearn_and_plain_loops(monkeypatch, scale, levels, chunk):
-    monkeypatch.setattr(metrics, "CHUNK", chunk)
+    monkeypatch.setattr(pixel, "CHUNK", chunk)
     maps, masks, labels = draw(seed=11, levels=levels)
     maps = maps * np.float32(scale)
     found = compute(maps, masks, labels)
@@ -202,7 +203,7 @@ def test_update_after_compute_and_merge_of_shards():
     first, second = PixelMetrics(), PixelMetrics()
     first.update(maps[:3], masks[:3], labels[:3])
     first.compute()
-    first.curves()
+    first.points()
     first.update(maps[3:5], masks[3:5], labels[3:5])
     assert first.compute() == compute(maps[:5], masks[:5], labels[:5])
     second.update(maps[5:], masks[5:], labels[5:])
@@ -229,7 +230,7 @@ def test_pixel_metrics_of_one_class_are_undefined(fill):
     pixels = PixelMetrics()
     pixels.update(maps, np.full_like(masks, fill), np.ones(len(maps), bool))
     assert pixels.compute() == dict.fromkeys(PIXEL_KEYS)
-    assert pixels.curves() == {}
+    assert pixels.points() == {}
 
 
 def test_nothing_added():
@@ -275,11 +276,11 @@ def test_shapes_must_fit():
 
 @pytest.mark.parametrize("chunk", [1 << 18, 7])
 def test_curves_are_exact_and_keep_their_ends(monkeypatch, chunk):
-    monkeypatch.setattr(metrics, "CHUNK", chunk)
+    monkeypatch.setattr(pixel, "CHUNK", chunk)
     maps, masks, labels = draw(seed=17, levels=60)
     pixels = PixelMetrics()
     pixels.update(maps, masks, labels)
-    full, thin = pixels.curves(max_points=10**6), pixels.curves(max_points=20)
+    full, thin = pixels.points(max_points=10**6), pixels.points(max_points=20)
     figures = pixels.compute()
 
     def points(curves, name):
@@ -300,7 +301,7 @@ def test_curves_are_exact_and_keep_their_ends(monkeypatch, chunk):
 
 
 def test_memory_stays_near_four_bytes_a_pixel(monkeypatch):
-    monkeypatch.setattr(metrics, "CHUNK", 1 << 13)
+    monkeypatch.setattr(pixel, "CHUNK", 1 << 13)
     rng = np.random.default_rng(18)
     masks = np.zeros((8, 200, 200), bool)
     masks[4:, 20:60, 30:90] = True
@@ -311,7 +312,7 @@ def test_memory_stays_near_four_bytes_a_pixel(monkeypatch):
         for _ in range(n_batches):
             pixels.update(rng.random((8, 200, 200), np.float32), masks, labels)
         pixels.compute()
-        pixels.curves()
+        pixels.points()
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -348,3 +349,19 @@ def test_image_curves_enclose_the_image_figures(levels):
     assert ap == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
     assert (roc["fpr"][-1], roc["tpr"][-1], pr["recall"][-1]) == (1, 1, 1)
     assert image_curves(scores, np.ones(30, bool)) == {}
+
+
+@pytest.mark.parametrize("levels", [None, 4])
+def test_shards_of_image_metrics_are_merged(levels):
+    rng = np.random.default_rng(9)
+    scores, labels = rng.normal(size=40), rng.integers(0, 2, 40).astype(bool)
+    if levels:
+        scores = np.round(scores * levels)
+    parts = [ImageMetrics() for _ in range(3)]
+    for part, rows in zip(parts, np.array_split(np.arange(40), 3), strict=True):
+        part.update(np.zeros((len(rows), 2, 2)), np.zeros((len(rows), 2, 2), bool), labels[rows], scores[rows])
+    for part in parts[1:]:
+        parts[0].merge(part.state())
+    assert parts[0].compute() == image_metrics(scores, labels)
+    assert parts[0].f1_threshold() == image_f1_threshold(scores, labels)
+    assert set(parts[0].curves()) == {"image_roc", "image_pr"}

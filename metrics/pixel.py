@@ -1,73 +1,43 @@
-"""Image and pixel metrics on raw scores: exact, nothing clamped or rescaled.
+"""Figures of the pixels, exact on raw maps: nothing is clamped or rescaled.
 
-All figures are fractions; None stands for a figure that is undefined on the data at hand.
-
-    AUROC, AP, F1-max   as scikit-learn defines them, ties included, over all thresholds
-    AUPRO               Bergmann et al. 2021: overlap averaged over the defect regions of all images, against
-                        the false positive rate over the background of all images (normal ones too),
-                        integrated up to FPR 0.3 and divided by 0.3; every distinct score is a threshold
-    PRO as published    the USAD authors' own protocol, in published_pro.py
-
-The counts behind them matter only at the scores of positives. So all scores are sorted once and the positives
-looked up among them; no threshold is ever applied to an image.
+AUROC, AP, F1-max   as scikit-learn defines them, ties included, over all thresholds
+AUPRO               Bergmann et al. 2021: overlap averaged over the defect regions of all images, against the false
+                    positive rate over the background of all images (normal ones too), integrated up to FPR 0.3 and
+                    divided by 0.3; every distinct score is a threshold
+PRO as published    the USAD authors' own protocol (published_pro.py)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import numpy as np
 
+from metrics.metric import Metric
 from metrics.published_pro import PublishedPro, region_areas
+from metrics.ranking import Ranking, Step, count_at, roc_knots
 
 FPR_LIMIT = 0.3
-PROTOCOLS = {
-    "image_auroc": "image AUROC",
-    "image_ap": "image average precision",
-    "image_f1_max": "image F1, best threshold",
-    "pixel_auroc": "pixel AUROC, all test pixels",
-    "pixel_ap": "pixel average precision",
-    "pixel_f1_max": "pixel F1, best threshold",
-    "aupro": "AUPRO, all images, exact thresholds, FPR limit 0.3",
-    "pro_as_published": "PRO, the authors' protocol (anomalous images, maps scaled one by one)",
-}
-CHUNK = 1 << 15  # region pixels ranked at a time: what comes of them stays in the processor's cache
+CHUNK = 1 << 15  # region pixels ranked at a time: few enough for the processor's cache
+CURVE_POINTS = 400  # of a curve that is drawn
 
 
-def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """`image_auroc`, `image_ap` and `image_f1_max` of scores [n] for labels [n] (0 normal, 1 anomalous).
-
-    All are None if a class is missing. Raises ValueError if a score is NaN or infinite.
-    """
-    ranking, _ = _rank_images(scores, labels)
-    return {f"image_{name}": value for name, value in ranking.result().items()}
-
-
-def image_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float | None:
-    """The score from which on images count as anomalous for the highest F1; None if a class is missing."""
-    return _rank_images(scores, labels)[0].f1_threshold
-
-
-def image_curves(scores: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
-    """The ROC and precision-recall curves of image scores, as `PixelMetrics.curves` has them, not thinned."""
-    ranking, step = _rank_images(scores, labels)
-    if step is None:
-        return {}
-    recall, n_negative = step.tp / ranking.n_positive, ranking.n_negative
-    roc = _knots(step.fp_above / n_negative, step.fp / n_negative, recall, np.zeros(2))
-    roc = np.hstack([roc, np.ones((2, 1))])
-    return {
-        "roc": {"fpr": roc[0], "tpr": roc[1]},
-        "pr": {"recall": recall, "precision": step.tp / (step.tp + step.fp)},
-    }
-
-
-class PixelMetrics:
+class PixelMetrics(Metric):
     """Pixel metrics of a test set that arrives in batches; 4 bytes a pixel and 8 more a defect pixel.
 
     Shards of a test set are combined by `merge(other.state())`.
     """
+
+    protocols: ClassVar[dict[str, str]] = {
+        "pixel_auroc": "pixel AUROC, all test pixels",
+        "pixel_ap": "pixel average precision",
+        "pixel_f1_max": "pixel F1, best threshold",
+        "aupro": "AUPRO, all images, exact thresholds, FPR limit 0.3",
+        "pro_as_published": "PRO, the authors' protocol (anomalous images, maps scaled one by one)",
+    }
+
+    needs_masks = True
 
     def __init__(self) -> None:
         self._scores = _Buffer(np.float32)  # of all pixels
@@ -76,8 +46,12 @@ class PixelMetrics:
         self._published = PublishedPro()
         self._sorted = False
 
-    def update(self, maps: np.ndarray, masks: np.ndarray, anomalous: np.ndarray) -> None:
+    def update(
+        self, maps: np.ndarray, masks: np.ndarray, anomalous: np.ndarray, scores: np.ndarray | None = None
+    ) -> None:
         """Add anomaly maps [B, H, W] (float32), defect masks [B, H, W] (bool) and image labels [B] (bool).
+
+        Image scores play no part.
 
         Arrays or CPU tensors; other number types are rounded to float32. An anomalous image with an empty
         mask has no region; all its pixels are background. Raises ValueError, and adds nothing, on shapes that
@@ -88,18 +62,18 @@ class PixelMetrics:
         if maps.ndim != 3 or maps.shape != masks.shape or maps.shape[:1] != anomalous.shape:
             shapes = f"maps {maps.shape}, masks {masks.shape}, labels {anomalous.shape}"
             raise ValueError(f"{shapes} do not fit together")
-        for i, (scores, mask, is_anomalous) in enumerate(zip(maps, masks, anomalous, strict=True)):
-            if not np.isfinite(scores).all():
+        for i, (pixels, mask, is_anomalous) in enumerate(zip(maps, masks, anomalous, strict=True)):
+            if not np.isfinite(pixels).all():
                 raise ValueError(f"the anomaly map of image {self._n_images + i} is not finite")
             if mask.any() and not is_anomalous:
                 raise ValueError(f"image {self._n_images + i} is labelled normal but its mask marks a defect")
-        for scores, mask, is_anomalous in zip(maps, masks, anomalous, strict=True):
+        for pixels, mask, is_anomalous in zip(maps, masks, anomalous, strict=True):
             areas, n_regions = region_areas(mask)
-            self._scores.append(scores.ravel())
-            self._regions.append(_pack(scores[mask], areas))
+            self._scores.append(pixels.ravel())
+            self._regions.append(_pack(pixels[mask], areas))
             self._n_regions += n_regions
             if is_anomalous:
-                self._published.update(scores, mask, areas, n_regions)
+                self._published.update(pixels, mask, areas, n_regions)
         self._n_images += len(maps)
         self._sorted = False
 
@@ -109,20 +83,24 @@ class PixelMetrics:
         All are None without a defect region or without a background pixel; for the last, see `PublishedPro`.
         """
         n_background = self._scores.size - self._regions.size
-        ranking = _Ranking(self._regions.size, n_background)
+        ranking = Ranking(self._regions.size, n_background)
         aupro = None
         if ranking.defined:
             area, end = 0.0, np.zeros(2)
             for step, overlap in self._steps():
                 ranking.add(step)
-                knots = _knots(step.fp_above / n_background, step.fp / n_background, overlap, end)
+                knots = roc_knots(step.fp_above / n_background, step.fp / n_background, overlap, end)
                 area, end = area + _area_below(knots, FPR_LIMIT), knots[:, -1]
             # Below the lowest region score every region is found and only the false positives still grow.
             aupro = (area + max(0.0, FPR_LIMIT - float(end[0]))) / FPR_LIMIT
         figures = {f"pixel_{name}": value for name, value in ranking.result().items()}
         return {**figures, "aupro": aupro, "pro_as_published": self._published.compute()}
 
-    def curves(self, max_points: int = 1000) -> dict[str, dict[str, np.ndarray]]:
+    def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        found = self.points(CURVE_POINTS)
+        return {f"pixel_{name}": tuple(values.values()) for name, values in found.items()}
+
+    def points(self, max_points: int = 1000) -> dict[str, dict[str, np.ndarray]]:
         """Points of the ROC, precision-recall and PRO curves, at most `max_points` (2 or more) of each.
 
         {"roc": {"fpr", "tpr"}, "pr": {"recall", "precision"}, "pro": {"fpr", "pro"}}: float64 vectors, from
@@ -137,8 +115,8 @@ class PixelMetrics:
         roc_end = pro_end = np.zeros(2)
         for step, overlap in self._steps():
             fpr_above, fpr, recall = step.fp_above / n_background, step.fp / n_background, step.tp / n_region
-            roc.append(_thin_rising(_knots(fpr_above, fpr, recall, roc_end), max_points))
-            pro.append(_thin_rising(_knots(fpr_above, fpr, overlap, pro_end), max_points))
+            roc.append(_thin_rising(roc_knots(fpr_above, fpr, recall, roc_end), max_points))
+            pro.append(_thin_rising(roc_knots(fpr_above, fpr, overlap, pro_end), max_points))
             pr.append(_thin(np.stack([recall, step.tp / (step.tp + step.fp)]), recall, max_points))
             roc_end, pro_end = roc[-1][:, -1], pro[-1][:, -1]
         corner = np.ones((2, 1))
@@ -153,7 +131,7 @@ class PixelMetrics:
 
     def f1_threshold(self) -> float | None:
         """The score from which on pixels count as defect for the highest F1; None where F1 is undefined."""
-        ranking = _Ranking(self._regions.size, self._scores.size - self._regions.size)
+        ranking = Ranking(self._regions.size, self._scores.size - self._regions.size)
         if ranking.defined:
             for step, _ in self._steps():
                 ranking.add(step)
@@ -169,7 +147,7 @@ class PixelMetrics:
             "published_overlap": self._published.overlap.copy(),
         }
 
-    def merge(self, state: dict[str, np.ndarray]) -> None:
+    def merge(self, state: Mapping[str, np.ndarray]) -> None:
         """Add the images of another PixelMetrics, given its `state()`, as arrays or CPU tensors."""
         arrays = {name: np.asarray(values) for name, values in state.items()}
         n_images, n_regions = (int(n) for n in arrays["counts"])
@@ -182,7 +160,7 @@ class PixelMetrics:
         self._published.n_regions += n_regions
         self._sorted = False
 
-    def _steps(self) -> Iterator[tuple[_Step, np.ndarray]]:
+    def _steps(self) -> Iterator[tuple[Step, np.ndarray]]:
         """Yield counts at the distinct region scores, highest first, and the mean overlap [K] there."""
         everything, keys = self._scores.values(), self._regions.values()
         if not self._sorted:
@@ -197,76 +175,8 @@ class PixelMetrics:
             first = np.flatnonzero(np.concatenate([[True], scores[1:] != scores[:-1]]))
             gains = np.add.reduceat(1.0 / areas, first) / self._n_regions
             overlaps = np.minimum(overlap + np.cumsum(gains), 1.0)
-            yield _count(scores[first], np.diff(first, append=stop - start), start, everything), overlaps
+            yield count_at(scores[first], np.diff(first, append=stop - start), start, everything), overlaps
             start, overlap = stop, float(overlaps[-1])
-
-
-class _Step(NamedTuple):
-    """Counts at a run of distinct scores of positives, highest first; vectors [K]."""
-
-    score: np.ndarray  # the scores; all else are integers
-    count: np.ndarray  # positives with this very score
-    tp: np.ndarray  # positives with this score or a higher one
-    fp_above: np.ndarray  # negatives with a higher score
-    fp: np.ndarray  # negatives with this score or a higher one
-
-
-def _count(scores: np.ndarray, count: np.ndarray, tp_before: int, everything: np.ndarray) -> _Step:
-    """Rank falling distinct `scores` [K], of `count` [K] positives each, among all scores [N], rising."""
-    tp = tp_before + np.cumsum(count)
-    above = everything.size - np.searchsorted(everything, scores, side="right")
-    at_or_above = everything.size - np.searchsorted(everything, scores, side="left")
-    return _Step(scores, count, tp, above - (tp - count), at_or_above - tp)
-
-
-class _Ranking:
-    """AUROC, AP and F1-max from steps that arrive in descending order of the score."""
-
-    def __init__(self, n_positive: int, n_negative: int) -> None:
-        self.n_positive, self.n_negative = n_positive, n_negative
-        self.defined = n_positive > 0 and n_negative > 0
-        self._twice_area = 0  # in pairs of a positive and a negative: an integer, hence exact
-        self._ap = self._f1_max = 0.0
-        self.f1_threshold: float | None = None
-
-    def add(self, step: _Step) -> None:
-        self._twice_area += int(np.sum(step.count * (2 * self.n_negative - step.fp_above - step.fp)))
-        self._ap += float(np.sum(step.count * (step.tp / (step.tp + step.fp)))) / self.n_positive
-        f1 = 2 * step.tp / (step.tp + step.fp + self.n_positive)
-        best = int(f1.argmax())
-        if f1[best] > self._f1_max:
-            self._f1_max, self.f1_threshold = float(f1[best]), float(step.score[best])
-
-    def result(self) -> dict[str, float | None]:
-        if not self.defined:
-            return {"auroc": None, "ap": None, "f1_max": None}
-        auroc = self._twice_area / (2 * self.n_positive * self.n_negative)
-        return {"auroc": auroc, "ap": self._ap, "f1_max": self._f1_max}
-
-
-def _rank_images(scores: np.ndarray, labels: np.ndarray) -> tuple[_Ranking, _Step | None]:
-    """Image scores [n] ranked; counts at anomalous images' distinct scores, None if a class is missing."""
-    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, bool)
-    if scores.ndim != 1 or scores.shape != labels.shape:
-        raise ValueError(f"scores {scores.shape} and labels {labels.shape} are not two vectors of one length")
-    if not np.isfinite(scores).all():
-        raise ValueError(f"the score of image {np.flatnonzero(~np.isfinite(scores))[0]} is not finite")
-    ranking, step = _Ranking(int(labels.sum()), int((~labels).sum())), None
-    if ranking.defined:
-        distinct, count = np.unique(scores[labels], return_counts=True)
-        step = _count(distinct[::-1], count[::-1], 0, np.sort(scores))
-        ranking.add(step)
-    return ranking, step
-
-
-def _knots(fpr_above: np.ndarray, fpr: np.ndarray, hits: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Corners [2, 1 + 2K] of the curve of `hits` [K] over FPR that continues from the point `start` [2].
-
-    Up to a region score only false positives grow, a level stroke; ties at the score make a sloping one.
-    """
-    x = np.append(start[0], np.stack([fpr_above, fpr], axis=1))
-    y = np.repeat(np.append(start[1], hits), 2)[:-1]
-    return np.stack([x, y])
 
 
 def _area_below(points: np.ndarray, limit: float) -> float:

@@ -1,0 +1,36 @@
+"""The one shape of a metric: figures of a test set that arrives in batches, in shares, on several processes."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+
+
+class Metric(abc.ABC):
+    """One of each is made for the fusion and for every branch. All figures are fractions; None means undefined."""
+
+    protocols: ClassVar[dict[str, str]]  # figure -> how it is defined, in a line; the key in metrics.json
+    needs_masks: ClassVar[bool] = False  # it gets no data, and its figures are undefined, where a defect has no masks
+
+    @abc.abstractmethod
+    def update(self, maps: np.ndarray, masks: np.ndarray, anomalous: np.ndarray, scores: np.ndarray) -> None:
+        """Add maps [B, S, S] (float32), defect masks [B, S, S] (bool), labels [B] (bool) and image scores [B]."""
+
+    @abc.abstractmethod
+    def compute(self) -> dict[str, float | None]:
+        """The figures of `protocols`, of everything added so far."""
+
+    def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Points x and y of the curves that a report draws, by name."""
+        return {}
+
+    @abc.abstractmethod
+    def state(self) -> dict[str, np.ndarray]:
+        """What was added so far, as plain arrays."""
+
+    @abc.abstractmethod
+    def merge(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add what another has seen, given its `state()`."""

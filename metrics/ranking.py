@@ -1,0 +1,66 @@
+"""Counts and curves of a ranking, exact: the same for image scores and for pixels.
+
+The counts matter only at the scores of positives. So all scores are sorted once and the positives looked up among
+them; no threshold is ever applied to an image.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Step(NamedTuple):
+    """Counts at a run of distinct scores of positives, highest first; vectors [K]."""
+
+    score: np.ndarray  # the scores; all else are integers
+    count: np.ndarray  # positives with this very score
+    tp: np.ndarray  # positives with this score or a higher one
+    fp_above: np.ndarray  # negatives with a higher score
+    fp: np.ndarray  # negatives with this score or a higher one
+
+
+def count_at(scores: np.ndarray, count: np.ndarray, tp_before: int, everything: np.ndarray) -> Step:
+    """Rank falling distinct `scores` [K], of `count` [K] positives each, among all scores [N], rising."""
+    tp = tp_before + np.cumsum(count)
+    above = everything.size - np.searchsorted(everything, scores, side="right")
+    at_or_above = everything.size - np.searchsorted(everything, scores, side="left")
+    return Step(scores, count, tp, above - (tp - count), at_or_above - tp)
+
+
+class Ranking:
+    """AUROC, AP and F1-max from steps that arrive in descending order of the score."""
+
+    def __init__(self, n_positive: int, n_negative: int) -> None:
+        self.n_positive, self.n_negative = n_positive, n_negative
+        self.defined = n_positive > 0 and n_negative > 0
+        self._twice_area = 0  # in pairs of a positive and a negative: an integer, hence exact
+        self._ap = self._f1_max = 0.0
+        self.f1_threshold: float | None = None
+
+    def add(self, step: Step) -> None:
+        """Take in the counts at lower scores than before."""
+        self._twice_area += int(np.sum(step.count * (2 * self.n_negative - step.fp_above - step.fp)))
+        self._ap += float(np.sum(step.count * (step.tp / (step.tp + step.fp)))) / self.n_positive
+        f1 = 2 * step.tp / (step.tp + step.fp + self.n_positive)
+        best = int(f1.argmax())
+        if f1[best] > self._f1_max:
+            self._f1_max, self.f1_threshold = float(f1[best]), float(step.score[best])
+
+    def result(self) -> dict[str, float | None]:
+        """`auroc`, `ap` and `f1_max`; None if a class is missing."""
+        if not self.defined:
+            return {"auroc": None, "ap": None, "f1_max": None}
+        auroc = self._twice_area / (2 * self.n_positive * self.n_negative)
+        return {"auroc": auroc, "ap": self._ap, "f1_max": self._f1_max}
+
+
+def roc_knots(fpr_above: np.ndarray, fpr: np.ndarray, hits: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Corners [2, 1 + 2K] of the curve of `hits` [K] over FPR that continues from the point `start` [2].
+
+    Up to a region score only false positives grow, a level stroke; ties at the score make a sloping one.
+    """
+    x = np.append(start[0], np.stack([fpr_above, fpr], axis=1))
+    y = np.repeat(np.append(start[1], hits), 2)[:-1]
+    return np.stack([x, y])
