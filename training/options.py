@@ -6,7 +6,7 @@ import argparse
 import inspect
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +278,18 @@ def add_budget_flag(parser: Parser, default: float) -> None:
         help="GB (10^9 bytes) of memory for the training patches; beyond it each image gives an equal, seeded sample "
         f"(default: {default:g})",
     )
+
+
+def add_setting_flags(parser: Parser, branch: Callable[..., Any]) -> list[str]:
+    """A flag for each keyword argument of a branch's constructor, of the kind of its default; returns their names."""
+    group = parser.add_argument_group("branch")
+    settings = list(inspect.signature(branch).parameters.values())[1:]
+    for setting in settings:
+        flag, default = f"--{setting.name.replace('_', '-')}", setting.default
+        if flag in parser.flags():  # --seed is the training's own
+            continue
+        if isinstance(default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
+        else:
+            group.add_argument(flag, type=str if default is None else type(default), default=default)
+    return [setting.name for setting in settings]

@@ -35,11 +35,14 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            close = difflib.get_close_matches(flag, known, 1)
+            close = difflib.get_close_matches(flag, self.flags(), 1)
             hint = f"did you mean {close[0]}? " if close else ""
             self.error(f"unknown argument {flag}: {hint}{self.prog} --help lists what this script takes")
         return parsed
+
+    def flags(self) -> list[str]:
+        """Every flag it knows."""
+        return [option for action in self._actions for option in action.option_strings]
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.prog}: {message}")

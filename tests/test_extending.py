@@ -1,0 +1,183 @@
+"""A branch, a fusion rule, a metric and a data set from outside: a class, and a line in a registry."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from tiny import draw_category, run_in_process, small_flags
+from torch import nn
+
+from datasets import DOWNLOADS
+from metrics import METRICS
+from metrics.metric import Metric
+from models import BRANCHES, USAD
+from models.branches.branch import Branch
+from models.fusion import RULES
+from models.fusion.rule import FusionRule
+
+HERE = "test_extending"
+
+
+class Brightness(Branch):
+    """How far each patch's mean token is from the mean of the training patches."""
+
+    name = "brightness"
+    score_weight = 0.5
+
+    def __init__(self, backbone: nn.Module, power: float = 2.0, label: str | None = None) -> None:
+        super().__init__(backbone)
+        self.power, self.label = power, label  # a setting without a default value, too
+
+    def fit(self, loader):
+        self.mean = torch.cat([self.extract(batch["image"]) for batch in loader]).mean((0, 1))
+
+    def extract(self, images):
+        return self.backbone(images)[1]
+
+    def patch_scores(self, features):
+        patches = (features - self.mean).abs().pow(self.power).mean(-1)
+        return patches.amax(1), patches.unflatten(1, self.backbone.grid)
+
+    def anomaly_map(self, patches):
+        maps = torch.nn.functional.interpolate(patches[:, None], size=(self.image_size,) * 2)[:, 0]
+        return maps, None, None
+
+    def settings(self):
+        return {"power": self.power, "label": self.label}
+
+    def state(self):
+        return {"mean": self.mean}
+
+    def load_state(self, tensors):
+        self.mean = tensors["mean"]
+
+
+class Loudest(FusionRule):
+    """The highest score and, at each pixel, the highest map, each times a gain."""
+
+    name = "loudest"
+
+    def __init__(self, branches, gain: float = 3.0) -> None:
+        super().__init__(branches)
+        self.gain = gain
+
+    def fuse(self, parts):
+        scores = torch.stack([part.scores.double() for part in parts.values()]).amax(0)
+        return self.gain * scores, self.gain * torch.stack([part.maps for part in parts.values()]).amax(0)
+
+    def settings(self):
+        return {"gain": self.gain}
+
+
+class HighestNormal(Metric):
+    """The highest score of a normal image."""
+
+    protocols = {"highest_normal": "highest score of a normal image"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.scores = np.zeros(0)
+
+    def update(self, maps, masks, anomalous, scores):
+        self.scores = np.append(self.scores, np.asarray(scores)[~np.asarray(anomalous)])
+
+    def compute(self):
+        return {"highest_normal": float(self.scores.max()) if len(self.scores) else None}
+
+    def state(self):
+        return {"scores": self.scores}
+
+    def merge(self, state: Mapping[str, np.ndarray]):
+        self.scores = np.append(self.scores, state["scores"])
+
+
+def draw_far_belt(root):
+    """A "download"."""
+    if not (root / "far_belt").exists():
+        draw_category(root / "far_belt", seed=3)
+
+
+def figures(root, part="fusion"):
+    return json.loads((root / "result/belt" / part / "metrics.json").read_text(encoding="utf-8"))
+
+
+def fuse(root, *flags):
+    finished = run_in_process("test_fusion", *small_flags(root, "test_fusion"), *flags)
+    assert finished.code == 0, finished.err
+    return figures(root)
+
+
+@pytest.fixture
+def fourth(monkeypatch):
+    monkeypatch.setitem(BRANCHES.places, "brightness", f"{HERE}:Brightness")
+
+
+def test_a_fourth_branch_from_training_to_tables(workplace, fourth):
+    three = fuse(workplace)
+    assert set(three["branches"]) == {"ma_clu", "ma2patch", "pc"}  # folders of three checkpoints stay valid
+    flags = [*small_flags(workplace, "train_any"), "--weights", "random", "--backbone", "test_vit", "--image-size", 64]
+    finished = run_in_process("training.__main__", "brightness", *flags, "--power", 1.5)
+    assert finished.code == 0, finished.err
+    assert (workplace / "models/belt/brightness.safetensors").is_file()
+    assert figures(workplace, "brightness")["image_auroc"] is not None
+    four = fuse(workplace)
+    assert set(four["branches"]) == {"ma_clu", "ma2patch", "pc", "brightness"}
+    assert four["branches"]["pc"]["image_auroc"] == three["branches"]["pc"]["image_auroc"]
+    report = (workplace / "result/belt/fusion/report.html").read_text(encoding="utf-8")
+    assert "brightness" in report.lower()
+    usad = USAD.load(workplace / "models/belt")
+    added = usad.branches[-1]
+    assert (added.name, added.power, added.label) == ("brightness", 1.5, None)
+    assert usad.rule.score_weights["brightness"] == 0.5
+    tables = run_in_process("reproduce_tables", *small_flags(workplace, "reproduce_tables"), "--tables", "ablation")
+    assert tables.code == 0, tables.err
+    content = json.loads((workplace / "result/belt/tables/ablation.json").read_text(encoding="utf-8"))
+    assert len(content["sections"][0]["rows"]) == 15
+    weights = run_in_process("test_fusion", *small_flags(workplace, "test_fusion"), "--brightness-weights", "no.pth")
+    assert weights.code == 2 and "no.pth" in weights.err
+
+
+def test_a_rule(workplace, monkeypatch):
+    monkeypatch.setitem(RULES.places, "loudest", f"{HERE}:Loudest")
+    fused = fuse(workplace, "--fusion", "loudest")
+    branches = fused["branches"]
+    assert branches["pc"] == fuse(workplace)["branches"]["pc"]  # a rule changes nothing of the branches
+    fuse(workplace, "--fusion", "loudest", "--no-images")
+    rows = (workplace / "result/belt/fusion/scores.csv").read_text(encoding="utf-8").splitlines()
+    for row in rows[1:]:
+        score, *parts = map(float, row.split(",")[2:])
+        assert score == pytest.approx(3 * max(parts))
+    flags = [*small_flags(workplace, "test_fusion"), "--fusion", "loudest", "--lambda-map", 2]
+    refused = run_in_process("test_fusion", *flags)
+    assert refused.code == 2 and "--lambda-map has no effect" in refused.err
+    tables = [*small_flags(workplace, "reproduce_tables"), "--tables", "ablation", "--fusion", "loudest"]
+    assert run_in_process("reproduce_tables", *tables).code == 0
+    content = json.loads((workplace / "result/belt/tables/ablation.json").read_text(encoding="utf-8"))
+    assert [section["title"] for section in content["sections"]] == ["Branches"]
+
+
+def test_a_metric(workplace, monkeypatch):
+    monkeypatch.setitem(METRICS.places, "highest_normal", f"{HERE}:HighestNormal")
+    fused = fuse(workplace)
+    rows = (workplace / "result/belt/fusion/scores.csv").read_text(encoding="utf-8").splitlines()[1:]
+    normal = [float(row.split(",")[2]) for row in rows if row.split(",")[1] == "0"]
+    assert fused["highest_normal"] == max(normal)
+    assert all("highest_normal" in branch for branch in fused["branches"].values())
+    report = (workplace / "result/belt/fusion/report.html").read_text(encoding="utf-8")
+    assert "highest score of a normal image" in report
+
+
+def test_a_data_set_with_a_download(tmp_path, monkeypatch):
+    monkeypatch.setitem(DOWNLOADS.places, "far_belt", f"{HERE}:draw_far_belt")
+    (tmp_path / "data").mkdir()
+    finished = run_in_process("train_pc", *small_flags(tmp_path, "train_pc", "far_belt"), "--no-eval")
+    assert finished.code == 0, finished.err
+    assert (tmp_path / "models/far_belt/pc.safetensors").is_file()
+    shutil.rmtree(tmp_path / "data/far_belt")
+    monkeypatch.undo()
+    again = run_in_process("train_pc", *small_flags(tmp_path, "train_pc", "far_belt"), "--no-eval")
+    assert again.code == 2 and "no category folder" in again.err

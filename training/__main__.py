@@ -1,0 +1,32 @@
+"""Train any registered branch by its name, with its settings as flags: the way for a branch of your own.
+
+python -m training mean_frame --category my_belt --backbone resnet18 --image-size 224
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+
+from models.branches import BRANCHES
+from training.options import add_setting_flags, parse_training, training_parser
+from training.training import train
+from utils.command_line import run
+from utils.errors import InputError
+
+NETWORKS = {"tokens": ("vit_small_patch14_dinov2.lvd142m", 350), "maps": ("wide_resnet50_2", 238)}  # unless given
+
+
+def main() -> None:
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if name not in BRANCHES:
+        raise InputError(f"python -m training BRANCH …: '{name}' is not one of {', '.join(BRANCHES)}")
+    branch = BRANCHES[name]
+    parser = training_parser(inspect.getdoc(branch) or __doc__, *NETWORKS[branch.backbone_kind], train_ratio=1.0)
+    settings = add_setting_flags(parser, branch)
+    args = parse_training(parser)
+    train(args, name, **{setting: getattr(args, setting) for setting in settings})
+
+
+if __name__ == "__main__":
+    run(main, torchrun=True)
