@@ -95,7 +95,7 @@ class Bench:
     def usad(self, precision: str) -> USAD:
         """The fusion of three branches at this precision; fitted once, in float32, so that only precision differs."""
         if precision not in self.models:
-            self.models[precision] = USAD([self._branch(kind, precision) for kind in BRANCHES])
+            self.models[precision] = USAD([self._branch(kind, precision) for kind in BRANCHES.values()])
         return self.models[precision]
 
     def _branch(self, kind: type, precision: str) -> Any:
@@ -111,8 +111,7 @@ class Bench:
 
     def backbone(self, name: str, precision: str) -> Backbone:
         network, size = self.networks[name]
-        kind = next(kind.backbone_kind for kind in BRANCHES if kind.name == name)
-        spec = BackboneSpec(kind, network, size, weights="random", seed=SEED)
+        spec = BackboneSpec(BRANCHES[name].backbone_kind, network, size, weights="random", seed=SEED)
         return build_backbone(spec, self.device, precision=precision)
 
     def images(self, count: int, size: int) -> Tensor:
@@ -216,7 +215,7 @@ def checks(bench: Bench) -> None:
     everything = torch.cat([frames(count, exact.image_size, 5), frames(count, exact.image_size, 6, strange=True)])
     for part in everything.split(bench.args.batches[0]):
         for name, usad in (("fp32", exact), ("bf16", rough)):
-            scores[name] += usad.predict(part.to(bench.device))[0].tolist()
+            scores[name] += usad.predict(part.to(bench.device)).scores.tolist()
     far = max(abs(a / b - 1) for a, b in zip(scores["bf16"], scores["fp32"], strict=True))
     aurocs = [float(roc_auc_score(labels, found)) for found in scores.values()]
     bench.say(score_error_bf16=far, auroc_fp32=aurocs[0], auroc_bf16=aurocs[1])
@@ -253,8 +252,8 @@ def fused(bench: Bench) -> None:
             bench.say(**{f"score_ms_{branch.name}_{batch}": 1e3 * score / batch})
 
         def work(images: Tensor = images) -> None:
-            for part in usad.predict(images):
-                part.cpu()
+            part = usad.predict(images)
+            part.scores.cpu(), part.maps.cpu()
 
         took, peak = measured(bench, work)
         bench.rate("fused inference", usad.image_size, batch, took, sum(map(bench.gflop, bench.networks)), peak)
@@ -300,7 +299,7 @@ def published(bench: Bench) -> None:
     images = bench.images(8, usad.image_size)
     for image in images[:2]:
         expected = loop(image[None])["fusion"][0]
-    bench.say(score_error_against_published=abs(float(usad.predict(images[1:2])[0]) / expected - 1))
+    bench.say(score_error_against_published=abs(float(usad.predict(images[1:2]).scores) / expected - 1))
     took = bench._round(lambda: [loop(image[None]) for image in images], 1) / len(images)
     bench.say(published_loop_ms_per_image=1e3 * took)
 

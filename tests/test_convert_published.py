@@ -15,7 +15,6 @@ import torch
 from sklearn.cluster import KMeans
 from tiny import run_in_process
 
-import convert_published
 from benchmarks import reference
 from models.branches.ma2patch import MA2Patch
 from models.branches.ma_clu import MACLU
@@ -425,9 +424,9 @@ def test_the_published_programs_files_give_its_scores_and_maps(tmp_path):
         "ma_clu": ma_clu.score((tokens["ma_clu"][:, 0], tokens["ma_clu"][:, 1:])),
         "ma2patch": ma2patch.score(tokens["ma2patch"][:, 1:]),
     }
-    for name, (scores, maps) in results.items():
-        assert_close(scores, golden[name]["score"])
-        assert_close(maps, golden[name]["anomaly_map"])
+    for name, part in results.items():
+        assert_close(part.scores, golden[name]["score"])
+        assert_close(part.scaled(), golden[name]["anomaly_map"])
 
 
 @pytest.fixture
@@ -479,9 +478,9 @@ def test_converted_branches_compute_with_the_files_numbers(tmp_path, small_netwo
     for image in torch.randn(3, 1, 3, 160, 160, generator=torch.Generator().manual_seed(1)):
         expected = loop(image)
         for name, branch in branches.items():
-            scores, maps = branch.predict(image)
-            assert float(scores[0]) == pytest.approx(expected[name][0], rel=1e-4)
-            assert_close(maps[0], expected[name][1], 1e-4)
+            part = branch.predict(image)
+            assert float(part.scores[0]) == pytest.approx(expected[name][0], rel=1e-4)
+            assert_close(part.scaled()[0], expected[name][1], 1e-4)
 
 
 def test_files_of_other_networks_write_nothing(tmp_path, small_networks):
