@@ -23,7 +23,7 @@ from models.branches.coreset import LazyGreedy, sparse_projection
 from models.branches.neighbors import NearestNeighbors
 from models.branches.patch_store import PatchStore
 from models.branches.patchcore import patch_features
-from models.branches.postprocess import gaussian_blur, min_max, resize_maps
+from models.branches.postprocess import gaussian_blur, resize_maps
 from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone
 from scenes.scenes import draw_scene
 
@@ -264,7 +264,7 @@ def postprocess(settings: Settings, side: int) -> Iterator[Row]:
         return np.stack(maps)
 
     took, plain_took, maps, expected = pair(
-        lambda: gaussian_blur(min_max(resize_maps(on_device, side)), 4.0).cpu(), plain
+        lambda: gaussian_blur(resize_maps(on_device, side), 4.0).cpu(), plain
     )
     near = _difference(maps, torch.from_numpy(expected))
     agreement = f"maps within {near:.1e}"

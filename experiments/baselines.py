@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from datasets.mvtec import Category, split_training
 from experiments import BASELINES
 from experiments.cells import Cell, CellStore, Row, Section, Table, Unavailable
 from experiments.fusions import DEFINED, FIGURES, Bench, Fusion
 from models import PatchCore
-from models.branches.postprocess import resize_maps
+from models.branches.branch import Part
 from utils.errors import InputError
 from utils.files import sha256_of_file
 
@@ -164,11 +163,11 @@ def run_baseline(python: Path, job: dict[str, Any], folder: Path) -> str:
     return result["setting"]
 
 
-def raw_results(folder: Path, batch_size: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of a baseline's raw scores [B], and of its raw maps resized to [B, size, size]."""
+def raw_results(folder: Path, batch_size: int, size: int) -> Iterator[Part]:
+    """A baseline's raw scores and maps in batches, maps resized to [B, size, size]."""
     scores, maps = np.load(folder / "scores.npy"), np.load(folder / "maps.npy", mmap_mode="r")
     if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
         raise Unavailable("it gives a score or map that is not finite")
     for start in range(0, len(scores), batch_size):
         rows = slice(start, start + batch_size)
-        yield torch.from_numpy(scores[rows]), resize_maps(torch.from_numpy(np.array(maps[rows])), size)
+        yield Part(torch.from_numpy(scores[rows]), torch.from_numpy(np.array(maps[rows]))).resized(size)

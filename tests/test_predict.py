@@ -186,7 +186,7 @@ def test_other_images_are_refused(image):
 
 def test_scores_that_are_not_finite_are_refused():
     usad = usad_with()
-    usad.branches[0].predict = lambda images: (torch.full((1,), torch.nan), images[:, 0])
+    usad.branches[0].predict = lambda images: Part(torch.full((1,), torch.nan), images[:, 0])
     with pytest.raises(InputError, match="not finite"):
         usad(frame(np.random.default_rng(5)))
 

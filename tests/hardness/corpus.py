@@ -78,7 +78,7 @@ def load_and_predict(branch_class: type[Branch], path: Path) -> None:
     branch = branch_class.load(path)
     if branch.image_size > 512:  # as large as it says, which takes as long as it takes
         return
-    scores, maps = branch.predict(torch.zeros(1, 3, branch.image_size, branch.image_size))
+    scores, maps, *_ = branch.predict(torch.zeros(1, 3, branch.image_size, branch.image_size))
     if not (torch.isfinite(scores).all() and torch.isfinite(maps).all()):
         raise InputError("refused by every script")  # Results and predict_images look for it
 
