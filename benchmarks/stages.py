@@ -263,9 +263,7 @@ def postprocess(settings: Settings, side: int) -> Iterator[Row]:
             maps.append(gaussian_filter((whole - whole.min()) / np.ptp(whole), 4))
         return np.stack(maps)
 
-    took, plain_took, maps, expected = pair(
-        lambda: gaussian_blur(resize_maps(on_device, side), 4.0).cpu(), plain
-    )
+    took, plain_took, maps, expected = pair(lambda: gaussian_blur(resize_maps(on_device, side), 4.0).cpu(), plain)
     near = _difference(maps, torch.from_numpy(expected))
     agreement = f"maps within {near:.1e}"
     yield Row("post-processing", 16 * side**2, "pixels", took, plain_took, "OpenCV and SciPy, map by map", agreement)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from datasets.images import Note
-from utils import distributed
+from utils import gather
 from utils.command_line import warn_once
 
 TEXTS = {
@@ -33,8 +33,8 @@ class Notes:
 
     def say(self) -> None:
         """Warn of what all processes found: once a run, but of empty masks once for each data set."""
-        counts = distributed.all_rows(torch.tensor([list(self._counts.values())])).sum(0).tolist()
-        examples = distributed.all_entries(self._examples)
+        counts = gather.all_rows(torch.tensor([list(self._counts.values())])).sum(0).tolist()
+        examples = gather.all_entries(self._examples)
         for note, count in zip(Note, counts, strict=True):
             if count:
                 example = examples[note.name]

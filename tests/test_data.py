@@ -18,7 +18,7 @@ from tiny import draw_category, draw_frame, run_in_process, small_flags
 from datasets.images import Note, find_files, read_image, read_mask
 from datasets.loading import ImageDataset, ImageLoader, mask_to_tensor, to_tensor
 from datasets.mvtec import Category, Sample, defects_without_masks, find_categories, split_training
-from metrics.metrics import PROTOCOLS
+from metrics import protocols
 from utils.errors import InputError
 
 RED_RAMP = np.stack(np.broadcast_arrays(*np.ogrid[20:200:12j, 0:250:10j], 60), 2).round().astype(np.uint8)
@@ -511,7 +511,7 @@ def test_without_masks_the_figures_of_pixels_are_null(workplace, masked):
     assert finished.code == 0 and line.startswith(f"warning: no masks of {kind} (for instance ")
     folder = workplace / "result/belt/fusion"
     for found in (figures(folder), figures(folder)["branches"]["pc"]):
-        assert {key for key, value in found.items() if value is None} == set(PROTOCOLS) - {
+        assert {key for key, value in found.items() if value is None} == set(protocols()) - {
             "image_auroc",
             "image_ap",
             "image_f1_max",
