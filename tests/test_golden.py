@@ -127,7 +127,7 @@ def test_coreset_after_projection(golden):
     data = golden("coreset")
     chosen = greedy_k_center(torch.from_numpy(data["projected"]), int(data["coreset_size"]), progress=False)
     np.testing.assert_array_equal(chosen, data["coreset_index"])
-    drawn = SparseRandomProjection(eps=0.9, random_state=22).fit(np.empty((1500, int(data["feature_width"]))))
+    drawn = SparseRandomProjection(eps=0.9, random_state=22).fit(np.zeros((1500, int(data["feature_width"]))))
     assert drawn.n_components_ == data["projected"].shape[1]
 
 

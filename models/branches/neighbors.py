@@ -29,6 +29,11 @@ def exact_matmul(device: torch.device) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def exact_cdist(x: Tensor, y: Tensor) -> Tensor:
+    """`torch.cdist` of [..., n, D] and [..., m, D] from differences, which lose no digits."""
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 class NearestNeighbors:
     """The rows of a matrix nearest to queries, by Euclidean distance.
 
@@ -78,7 +83,7 @@ class NearestNeighbors:
             columns.append(column + start)
         best = _lowest(torch.cat(scores, 1), k)[1]
         near = torch.cat(columns, 1).gather(1, best).sort(dim=1).values
-        distances = _distances(queries, self.rows[near])
+        distances = exact_cdist(queries[:, None], self.rows[near])[:, 0]
         distances, order = distances.sort(dim=1, stable=True)
         return distances, near.gather(1, order)
 
@@ -104,11 +109,6 @@ def _load_faiss() -> ModuleType | None:
     faiss.omp_set_num_threads(torch.get_num_threads())
     faiss.cvar.distance_compute_blas_threshold = 1  # products for few queries, too
     return faiss
-
-
-def _distances(queries: Tensor, rows: Tensor) -> Tensor:
-    """Distances [q, k] of the queries [q, D] to `rows` [q, k, D], from differences."""
-    return torch.cdist(queries[:, None], rows, compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
 
 
 def _smallest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
