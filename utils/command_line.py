@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from utils import distributed
 from utils.errors import InputError
+from utils.packages import check_packages
 from utils.redact import redact
 from utils.signals import Terminated, leave_signals, watch_signals
 
@@ -86,6 +87,7 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: warn(str(message))
+            check_packages()
             with distributed.processes():
                 if distributed.size() > 1 and not torchrun:
                     raise InputError(f"{Path(sys.argv[0]).name} is one process; start it with python, not torchrun")

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import platform
 import sys
 from typing import Any
 
 from utils.distributed import size
+from utils.packages import installed_version
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
 def environment(device: Any) -> dict[str, Any]:
     """What a number depends on beside the settings: versions, device, processes, peak memory."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+    versions = {package: version for package in PACKAGES if (version := installed_version(package))}
     cuda = cuda_in_use()
     name = cuda.get_device_name(device) if cuda and str(device).startswith("cuda") else processor()
     return {
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **versions},
         "device": f"{device} ({name})",
         "processes": size(),
         "peak_memory_mb": peak_memory_mb(),

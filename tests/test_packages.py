@@ -1,0 +1,62 @@
+"""Installed packages against the ranges of requirements.txt."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.errors import InputError
+from utils.packages import REQUIREMENTS, check_packages, installed_version
+
+ROOT = Path(__file__).parents[1]
+
+
+def pretend(folder: Path, name: str, version: str) -> None:
+    """Make a package look installed in `folder`."""
+    information = folder / f"{name}-{version}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("1.0.9", True), ("1.4", True), ("1.0.9a0+nv25", True), ("1.0.8", False), ("2.0.0", False), ("2.0.0rc1", False)],
+)
+def test_ranges(tmp_path, monkeypatch, version, fits):
+    pretend(tmp_path, "some_nets", version)
+    monkeypatch.syspath_prepend(tmp_path)
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("# a comment\n\nnot-installed>=3\nsome-nets>=1.0.9,<2  # why\n")
+    if fits:
+        check_packages(requirements)
+    else:
+        with pytest.raises(InputError) as caught:
+            check_packages(requirements)
+        assert f"some-nets {version} " in str(caught.value) and "some-nets>=1.0.9,<2;" in str(caught.value)
+    check_packages(tmp_path / "absent.txt")
+    assert (installed_version("some-nets"), installed_version("not-installed")) == (version, None)
+
+
+def test_this_environment_is_in_range():
+    assert REQUIREMENTS.is_file()
+    check_packages()
+
+
+@pytest.mark.parametrize("script", ["train_pc.py", "predict.py"])
+def test_a_script_says_so_in_one_line_before_anything_else(tmp_path, script):
+    pretend(tmp_path, "timm", "0.9.16")
+    finished = subprocess.run(
+        [sys.executable, ROOT / script, "--no-such-flag"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 2 and not finished.stdout
+    assert finished.stderr.startswith("error: timm 0.9.16 is installed, but this program needs timm>=1.")
+    assert finished.stderr.count("\n") == 1

@@ -1,0 +1,39 @@
+"""Which releases of packages are installed, and whether requirements.txt allows them; nothing is imported for it."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from utils.errors import InputError
+
+REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
+
+
+def installed_version(name: str) -> str | None:
+    """The release of a package, None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_packages(requirements: Path = REQUIREMENTS) -> None:
+    """Raise InputError for an installed package outside its range in `requirements`.
+
+    A package that is not installed is no error, since a run may not need it. Where the file is missing nothing is
+    checked: an installer has put this copy there, and has checked the ranges itself.
+    """
+    lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
+    for wanted in filter(None, (line.partition("#")[0].strip() for line in lines)):
+        requirement = Requirement(wanted)
+        version = installed_version(requirement.name)
+        # An early build such as 2.7.0a0+nv25 counts as the release it leads to.
+        if version and not requirement.specifier.contains(Version(version).base_version):
+            raise InputError(
+                f"{requirement.name} {version} is installed, but this program needs {wanted}; "
+                f"pip install '{wanted}' puts it right"
+            )
