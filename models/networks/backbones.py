@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
-from models.networks import DEMO_NETWORK, MAX_SIDE, libraries
+from models.networks import DEMO_NETWORK, MAX_SIDE
 from models.networks.cuda import CapturedPasses, use_cuda_kernels
 from models.networks.folding import fold_batch_norms, fold_layer_scales
 from models.networks.kernels import OneDNNAttention, onednn_gains, use_onednn
 from models.networks.wavelets import SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
-from models.networks.weights import fingerprint, pretrained_state_dict, random_state_dict, read_state_dict
+from models.networks.weights import (
+    fingerprint,
+    imagenet_state_dict,
+    pretrained_state_dict,
+    random_state_dict,
+    read_state_dict,
+)
 from utils.errors import InputError
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,9 +32,9 @@ SMALLEST_MAP = 3  # PatchCore pools 3 x 3 without padding
 class BackboneSpec:
     """Everything that decides what a backbone computes; stored in checkpoints.
 
-    `kind` is "tokens" or "maps". `weights` is "pretrained", "demo", "random" or "file" (then `file` is its
-    path). `position_size` None stands for the image size. With `normalize_contrast` each image is first brought to
-    one mean and contrast. `build_backbone` fills in `fingerprint` and `precision`.
+    `kind` is "tokens" or "maps". `weights` is "pretrained", "demo", "imagenet", "random" or "file" (then `file` is
+    its path). `position_size` None stands for the image size. With `normalize_contrast` each image is first brought
+    to one mean and contrast. `build_backbone` fills in `fingerprint` and `precision`.
     """
 
     kind: str
@@ -45,8 +51,8 @@ class BackboneSpec:
     normalize_contrast: bool = False
 
     def with_weights(self, weights: str) -> BackboneSpec:
-        """This network with the weights a flag names: "pretrained", "demo", "random", or a file's path."""
-        if weights in ("pretrained", "demo", "random"):
+        """This network with the weights a flag names: "pretrained", "demo", "imagenet", "random", or a file's path."""
+        if weights in ("pretrained", "demo", "imagenet", "random"):
             return dataclasses.replace(self, weights=weights, file=None)
         return dataclasses.replace(self, weights="file", file=weights)
 
@@ -183,11 +189,6 @@ class ViTTokens(TokenBackbone):
         self.grid = spec.image_size // patch_height, spec.image_size // patch_width
         self.dim = net.embed_dim
 
-    def finish(self, device: str, precision: str) -> None:
-        """Resample the position embeddings to the image size once, instead of in every pass."""
-        self.net.set_input_size((self.spec.image_size,) * 2)
-        super().finish(device, precision)
-
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.net.forward_features(images)
         patches = tokens[:, self.net.num_prefix_tokens :]
@@ -200,11 +201,11 @@ class CNNTokens(TokenBackbone):
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
-        ((self.dim, *grid),) = libraries.map_shapes(net, spec.image_size)
+        ((self.dim, *grid),) = net.shapes(spec.image_size)
         self.grid = tuple(grid)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        (last,) = libraries.maps(self.net, images)
+        (last,) = self.net(images)
         return last.mean((2, 3)), last.flatten(2).transpose(1, 2)
 
 
@@ -273,7 +274,7 @@ class CNNMaps(MapBackbone):
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
-        self.shapes = libraries.map_shapes(net, spec.image_size)
+        self.shapes = net.shapes(spec.image_size)
         self.grid = self.shapes[0][1:]
         self.widths = [channels for channels, *_ in self.shapes]
         if min(self.shapes[-1][1:]) < SMALLEST_MAP:
@@ -283,7 +284,7 @@ class CNNMaps(MapBackbone):
             )
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(libraries.maps(self.net, images))
+        return tuple(self.net(images))
 
 
 def build_backbone(
@@ -319,19 +320,26 @@ def empty_backbone(spec: BackboneSpec) -> TokenBackbone | MapBackbone:
 
     Raises InputError where the name is unknown, or network and sizes do not go together.
     """
-    demo = spec.weights == "demo"
-    if not demo:
-        libraries.check_name(spec.name)
-    if spec.kind == "tokens" and not demo and libraries.is_vit(spec.name):
-        libraries.check_divisible(spec.name, spec.image_size, "--image-size")
-        return ViTTokens(libraries.vit(spec.name, spec.position_size or spec.image_size), spec)
-    if spec.position_size is not None:
-        raise InputError(f"--position-size has no effect with {spec.name}, which is no ViT; leave it out")
-    if demo:
+    if spec.weights == "demo":
+        _refuse_position_size(spec)
         return _demo_backbone(spec)
+    from models.networks import libraries  # here and below: the demo network does not wait for timm and torchvision
+
+    libraries.check_name(spec.name)
+    if spec.kind == "tokens" and libraries.patch_side(spec.name):
+        libraries.check_divisible(spec.name, spec.image_size, "--image-size")
+        if spec.position_size is not None:
+            libraries.check_divisible(spec.name, spec.position_size, "--position-size")
+        return ViTTokens(libraries.vit(spec.name, spec.image_size), spec)
+    _refuse_position_size(spec)
     if spec.kind == "tokens":
         return CNNTokens(libraries.cnn(spec.name, None), spec)
     return CNNMaps(libraries.cnn(spec.name, (8, 16)), spec)
+
+
+def _refuse_position_size(spec: BackboneSpec) -> None:
+    if spec.position_size is not None:
+        raise InputError(f"--position-size has no effect with {spec.name}, which is no ViT; leave it out")
 
 
 def _demo_backbone(spec: BackboneSpec) -> DemoTokens | DemoMaps:
@@ -354,22 +362,28 @@ def _load_weights(net: nn.Module, spec: BackboneSpec, flag: str) -> str:
     """Put the weights of `spec` in place; returns their fingerprint."""
     if spec.weights == "demo":
         return fingerprint(net.state_dict())
+    from models.networks import libraries
+
     if spec.weights == "file":
         state = read_state_dict(spec.file)
     elif spec.weights == "pretrained":
         state = pretrained_state_dict(spec.name, flag)
+    elif spec.weights == "imagenet":
+        state = imagenet_state_dict(spec.name)
     elif spec.weights == "random":
         state = random_state_dict(lambda: libraries.full_network(spec.name), spec.seed)
     else:
-        raise InputError(f"{flag} '{spec.weights}' is not pretrained, demo, random or a file")
-    return libraries.load_weights(net, spec.name, state, spec.source)
+        raise InputError(f"{flag} '{spec.weights}' is not pretrained, demo, imagenet, random or a file")
+    return libraries.load_weights(net, spec.name, state, spec.source, spec.position_size)
 
 
 def size_step(spec: BackboneSpec) -> int:
     """The step in which input sizes suit the network: a ViT's patch, else 8 pixels, a place of a stride-8 map."""
     if spec.weights == "demo":
         return SIZE_STEP
-    return max(libraries.outline(spec.name).patch_embed.patch_size) if libraries.is_vit(spec.name) else 8
+    from models.networks import libraries
+
+    return libraries.patch_side(spec.name) or 8
 
 
 def resolve_precision(recorded: str, asked: str, device: str) -> str:

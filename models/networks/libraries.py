@@ -1,31 +1,28 @@
-"""Networks from timm and torchvision, cut after the last layer in use, and their weights put in place."""
+"""Networks from timm and torchvision, cut after the last layer in use, and their weights put in place.
+
+Only public names of the two libraries are used. Importing them takes seconds: import this module where it is needed.
+"""
 
 from __future__ import annotations
 
 import difflib
 import functools
-import inspect
+import logging
 import math
-import sys
 from collections.abc import Callable, Sequence
 
 import timm
 import torch
 import torchvision
-from timm.models import Eva, VisionTransformer
-from timm.models._features import FeatureGetterNet
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models import Eva, VisionTransformer, create_feature_extractor
 from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from models.networks.weights import StateDict, fingerprint, reason
 from utils.errors import InputError
 
 COUNTER = "num_batches_tracked"  # a batch norm counts its training steps; nothing computed here depends on it
-FILTERS = (
-    "checkpoint_filter_fn",
-    "_filter_fn",
-    "_filter_torchvision_pretrained",
-)  # timm's names for one thing
+logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of each tensor that a file has beyond those in use
 
 
 def check_name(name: str) -> None:
@@ -43,12 +40,16 @@ def check_name(name: str) -> None:
 
 
 @functools.cache
-def is_vit(name: str) -> bool:
-    """Whether `name` is a ViT whose tokens are class token, registers, then the patches row by row."""
+def patch_side(name: str) -> int | None:
+    """Pixels along a patch of ViT `name`; None for any other network.
+
+    A ViT here is one whose tokens are class token, registers, then the patches row by row.
+    """
     if not timm.is_model(name):
-        return False
+        return None
     net = outline(name)
-    return isinstance(net, VisionTransformer | Eva) and hasattr(net.patch_embed, "set_input_size")
+    is_vit = isinstance(net, VisionTransformer | Eva) and isinstance(net.patch_embed, PatchEmbed)
+    return max(net.patch_embed.patch_size) if is_vit else None
 
 
 def full_network(name: str) -> nn.Module:
@@ -61,18 +62,29 @@ def full_network(name: str) -> nn.Module:
 
 def outline(name: str) -> nn.Module:
     """The uncut network without memory for its weights: for shapes and names."""
-    return _without_memory(functools.partial(full_network, name))
+    return _without_memory(lambda: full_network(name))
 
 
-def vit(name: str, position_size: int) -> nn.Module:
-    """ViT with position embeddings for `position_size` pixels, no head, no pooling; weights not yet loaded.
+def _without_memory(make: Callable[[], nn.Module]) -> nn.Module:
+    """The network on the meta device, unless it computes with values that no file of weights has."""
+    try:
+        with torch.device("meta"):
+            net = make()
+        saved = net.state_dict().keys()
+        complete = all(name in saved for name, _ in net.named_buffers())  # rotary embeddings are not saved
+    except RuntimeError:  # its constructor reads values of tensors, as most of timm's before 1.0.20 do
+        complete = False
+    if not complete:
+        with torch.random.fork_rng(devices=[]):
+            net = make()
+    return net
 
-    Raises InputError where the patch size does not divide `position_size`.
-    """
-    check_divisible(name, position_size, "--position-size")
+
+def vit(name: str, image_size: int) -> nn.Module:
+    """ViT for images of this size, no head, no pooling; weights not yet loaded."""
 
     def make() -> nn.Module:
-        net = timm.create_model(name, num_classes=0, img_size=position_size, dynamic_img_size=False)
+        net = timm.create_model(name, num_classes=0, img_size=image_size, dynamic_img_size=False)
         net.fc_norm = nn.Identity()  # belongs to the pooled head
         if hasattr(net, "attn_pool"):
             net.attn_pool = None
@@ -83,48 +95,78 @@ def vit(name: str, position_size: int) -> nn.Module:
 
 def check_divisible(name: str, size: int, flag: str) -> None:
     """Raise InputError, with the nearest sizes, unless ViT `name` can cut `size` pixels into patches."""
-    patch = max(outline(name).patch_embed.patch_size)
+    patch = patch_side(name)
     if size % patch or size < patch:
         below = size // patch * patch
         nearest = " or ".join(str(fit) for fit in (below, below + patch) if fit > 0)
         raise InputError(f"{flag} {size} is not a multiple of the patch size {patch} of {name}; nearest: {nearest}")
 
 
-def cnn(name: str, strides: Sequence[int] | None) -> nn.Module:
-    """Network for `maps`, without anything that comes after the last one; weights not yet loaded.
+class FeatureMaps(nn.Module):
+    """Images [B, 3, S, S] -> feature maps [B, C, h, w] of `net`, which is cut after the last of them.
 
-    The maps are those of the given strides, or with None the last one of stride 16 or less. Raises InputError
-    where the network has no such maps.
+    `stages` are the maps' numbers among those of a timm network; None for an extractor, which knows its own.
     """
-    if not timm.is_model(name):
-        return _torchvision_cnn(name, strides)
 
-    def make(indices: Sequence[int] | None = None) -> nn.Module:
-        return timm.create_model(name, features_only=True, feature_cls="getter", out_indices=indices)
+    def __init__(self, net: nn.Module, stages: Sequence[int] | None) -> None:
+        super().__init__()
+        self.stages = None if stages is None else net.prune_intermediate_layers(list(stages))
+        self.net = net
 
+    def forward(self, images: Tensor) -> list[Tensor]:
+        if self.stages is None:
+            return list(self.net(images).values())
+        return self.net.forward_intermediates(images, indices=self.stages, intermediates_only=True)
+
+    @torch.no_grad()
+    def shapes(self, image_size: int) -> list[tuple[int, int, int]]:
+        """(channels, height, width) of the maps. Raises InputError where the network does not take such images."""
+        try:
+            return [tuple(found.shape[1:]) for found in self.eval()(_blank(self, image_size))]
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise InputError(f"--image-size {image_size} does not suit this network ({reason(error)})") from None
+
+    def drop_unused(self, image_size: int) -> FeatureMaps:
+        """Take out the parts that no map depends on: what pruning leaves of a head differs between timm's releases."""
+        parameters = list(self.parameters())
+        total = sum(found.sum() for found in self(_blank(self, image_size)))
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        used = {id(value) for value, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        for name, part in list(self.net.named_children()):
+            if used.isdisjoint(map(id, part.parameters())):
+                setattr(self.net, name, nn.Identity())
+        return self
+
+
+def _blank(net: nn.Module, image_size: int) -> Tensor:
+    return torch.zeros(1, 3, image_size, image_size, device=next(net.parameters()).device)
+
+
+def cnn(name: str, strides: Sequence[int] | None) -> FeatureMaps:
+    """Network for maps of the given strides, or with None for the last one of stride 16 or less; weights not loaded.
+
+    Raises InputError where the network has no such maps.
+    """
+    net = outline(name).eval()
+    size = timm.data.resolve_model_data_config(net)["input_size"][-1] if timm.is_model(name) else 512
     try:
-        with torch.device("meta"):
-            info = make().feature_info
-    except (RuntimeError, TypeError, AttributeError) as error:
+        if hasattr(net, "forward_intermediates"):
+            with torch.no_grad():
+                found = net.forward_intermediates(_blank(net, size), intermediates_only=True)
+            chosen = _choose(name, [_stride(size, stage) for stage in found], strides)
+            return FeatureMaps(net, chosen).drop_unused(size)
+        if timm.is_model(name):
+            available = {stage["module"]: stage["reduction"] for stage in net.feature_info}
+        else:
+            available = _strides_of_modules(outline(name).eval(), size)
+        chosen = _choose(name, list(available.values()), strides)
+        return FeatureMaps(create_feature_extractor(net, [list(available)[index] for index in chosen]), None)
+    except (RuntimeError, ValueError, AssertionError, AttributeError, TypeError) as error:
         raise InputError(f"--backbone {name}: no feature maps can be had of it ({reason(error)})") from None
-    chosen = _choose(name, info.reduction(), strides)
-    return _without_memory(functools.partial(make, [info.out_indices[index] for index in chosen]))
 
 
-def maps(net: nn.Module, images: Tensor) -> list[Tensor]:
-    """Feature maps [B, C, h, w] of a network made by `cnn`."""
-    found = net(images)
-    return list(found.values()) if isinstance(found, dict) else found
-
-
-def map_shapes(net: nn.Module, image_size: int) -> list[tuple[int, int, int]]:
-    """(channels, height, width) of a `cnn`'s maps. Raises InputError where it does not take such images."""
-    image = torch.empty(1, 3, image_size, image_size, device=next(net.parameters()).device)
-    try:
-        with torch.no_grad():
-            return [tuple(found.shape[1:]) for found in maps(net.eval(), image)]
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(f"--image-size {image_size} does not suit this network ({reason(error)})") from None
+def _stride(image_size: int, found: Tensor) -> int:
+    return 2 ** round(math.log2(image_size / found.shape[-1]))  # without padding the quotient is no whole number
 
 
 def _choose(name: str, available: Sequence[int], strides: Sequence[int] | None) -> list[int]:
@@ -144,56 +186,35 @@ def _choose(name: str, available: Sequence[int], strides: Sequence[int] | None) 
     return chosen
 
 
-def _torchvision_cnn(name: str, strides: Sequence[int] | None) -> nn.Module:
-    """`cnn` for names that only torchvision has: maps are outputs of modules at most two names deep."""
-    size = 512
-    found: dict[str, int] = {}
+@torch.no_grad()
+def _strides_of_modules(net: nn.Module, image_size: int) -> dict[str, int]:
+    """The modules, at most two names deep, whose output is a map: in the order of a pass, with its stride."""
+    strides: dict[str, int] = {}
 
     def note(module: nn.Module, inputs: tuple, output: object, path: str) -> None:
         if isinstance(output, Tensor) and output.dim() == 4 and output.shape[-1] > 1:
-            found.pop(path, None)
-            found[path] = 2 ** round(math.log2(size / output.shape[-1]))  # without padding it is not a whole number
+            strides.pop(path, None)
+            strides[path] = _stride(image_size, output)
 
-    net = outline(name).eval()
     for path, module in net.named_modules():
         if 0 < len(path.split(".")) <= 2 and not path.startswith("classifier"):
             module.register_forward_hook(functools.partial(note, path=path))
-    try:
-        with torch.no_grad():
-            net(torch.empty(1, 3, size, size, device=next(net.parameters()).device))
-        chosen = [list(found)[index] for index in _choose(name, list(found.values()), strides)]
-        return create_feature_extractor(outline(name).eval(), chosen)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(f"--backbone {name}: no feature maps can be had of it ({reason(error)})") from None
+    net(_blank(net, image_size))
+    return strides
 
 
-def _without_memory(make: Callable[[], nn.Module]) -> nn.Module:
-    """The network on the meta device, unless it computes with values that no file of weights has."""
-    try:
-        with torch.device("meta"):
-            net = make()
-        saved = net.state_dict().keys()
-        complete = all(name in saved for name, _ in net.named_buffers())  # rotary embeddings are not saved
-    except NotImplementedError:  # its constructor reads values of tensors
-        complete = False
-    if not complete:
-        with torch.random.fork_rng(devices=[]):
-            net = make()
-    return net
-
-
-def load_weights(net: nn.Module, name: str, state: StateDict, source: str) -> str:
+def load_weights(net: nn.Module, name: str, state: StateDict, source: str, position_size: int | None = None) -> str:
     """Put `state`, laid out as timm, torchvision or the authors publish, into `net`; returns a fingerprint.
 
-    The fingerprint is that of the tensors in use as published: it does not depend on the kind of file, on an
-    unused classifier or on the input size. Raises InputError that names what is missing or has another shape.
+    A ViT's position embeddings are resampled to `position_size` pixels, if given, then to the size of `net`. The
+    fingerprint is that of the tensors in use as published: it does not depend on the kind of file, on an unused
+    classifier or on sizes. Raises InputError that names what is missing or has another shape.
     """
-    target = net.model if isinstance(net, FeatureGetterNet) else net
-    needed = {key: value for key, value in target.state_dict().items() if not key.endswith(COUNTER)}
-    try:
-        state = _in_timm_layout(name, state, outline(name), keep_positions=True)
-    except Exception as error:  # timm's converters trust their input; a foreign file may break them anywhere
-        raise InputError(f"weights {source} are not those of {name} ({reason(error)})") from None
+    target = net.net if isinstance(net, FeatureMaps) else net
+    expected = target.state_dict()
+    needed = [key for key in expected if not key.endswith(COUNTER)]
+    if not state.keys() >= set(needed) and timm.is_model(name):
+        state = state | _in_timm_layout(name, state)
     missing = [key for key in needed if key not in state]
     if missing:
         raise InputError(
@@ -202,35 +223,59 @@ def load_weights(net: nn.Module, name: str, state: StateDict, source: str) -> st
     used = {key: state[key] for key in needed}
     mark = fingerprint(used)
     used = {key: value.float() if value.is_floating_point() else value for key, value in used.items()}
-    try:
-        placed = _in_timm_layout(name, used, target, keep_positions=False)
-    except (RuntimeError, IndexError, AssertionError):
-        placed = used  # position embeddings that cannot be resampled fail the next check
+    if "pos_embed" in used:
+        used["pos_embed"] = _resample(used["pos_embed"], target, position_size)
     wrong = [
-        f"{key} {list(placed[key].shape)}, expected {list(value.shape)}"
-        for key, value in needed.items()
-        if placed[key].shape != value.shape
+        f"{key} {list(value.shape)}, expected {list(expected[key].shape)}"
+        for key, value in used.items()
+        if value.shape != expected[key].shape
     ]
     if wrong:
         raise InputError(f"weights {source} do not fit {name}: {len(wrong)} of another shape: {_few(wrong)}")
-    counters = {key: torch.zeros((), dtype=torch.long) for key in target.state_dict() if key.endswith(COUNTER)}
-    target.load_state_dict(placed | counters, assign=True)
+    counters = {key: torch.zeros((), dtype=torch.long) for key in expected if key.endswith(COUNTER)}
+    target.load_state_dict(used | counters, assign=True)
     net.requires_grad_(False).eval()
     return mark
 
 
-def _in_timm_layout(name: str, state: StateDict, net: nn.Module, keep_positions: bool) -> StateDict:
-    """What timm's own loader makes of a published state dict; with `keep_positions` without resampling."""
-    if not timm.is_model(name):
-        return state
-    module = sys.modules[timm.models.model_entrypoint(name.partition(".")[0]).__module__]
-    convert = next((getattr(module, known) for known in FILTERS if hasattr(module, known)), None)
-    if convert is None:
-        return state
-    if keep_positions and getattr(net, "pos_embed", None) is not None:
-        net.pos_embed = None  # the converters then leave the file's embeddings alone
-    arguments = (dict(state), net)[: len(inspect.signature(convert).parameters)]
-    return convert(*arguments)
+def _in_timm_layout(name: str, state: StateDict) -> StateDict:
+    """`state` under timm's names and in its shapes, as far as timm's own loader makes anything of it.
+
+    timm does not say what the loader has found: that shows from what becomes of a file full of NaN.
+    """
+    if "_conv_stem.weight" in state:  # the names of EfficientNet-PyTorch, whose tensors come in timm's order
+        return dict(zip(outline(name).state_dict(), state.values(), strict=False))
+    positions = state.get("pos_embed", torch.empty(0))
+    side = patch_side(name)
+    # A ViT for images as large as the file's, so that nothing is resampled.
+    size = {"img_size": math.isqrt(positions.shape[1]) * side} if side and positions.dim() == 3 else {}
+
+    def load(values: StateDict) -> StateDict:
+        overlay = {"state_dict": values, "custom_load": False}
+        net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **size)
+        return net.state_dict()
+
+    blank = {key: torch.full_like(value, math.nan) for key, value in state.items() if value.is_floating_point()}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            found, marked = load(state), load(blank)
+    except Exception:  # timm's converters trust their input; a foreign file may break them anywhere
+        return {}
+    return {key: value for key, value in found.items() if marked[key].isnan().all()}
+
+
+def _resample(positions: Tensor, net: nn.Module, first_size: int | None) -> Tensor:
+    """A file's position embeddings [1, P + n * n, D], of P prefix tokens, for `net`; as they are if that fails."""
+    grid = net.patch_embed.grid_size
+    prefix = net.pos_embed.shape[1] - grid[0] * grid[1]
+    patch = net.patch_embed.patch_size
+    grids = [[first_size // patch[0], first_size // patch[1]]] if first_size else []
+    try:
+        for rows, columns in [*grids, grid]:
+            positions = resample_abs_pos_embed(positions, [rows, columns], num_prefix_tokens=prefix)
+    except (RuntimeError, IndexError, AssertionError):
+        pass
+    return positions
 
 
 def _few(names: Sequence[str]) -> str:

