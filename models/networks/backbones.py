@@ -17,7 +17,7 @@ from models.networks.kernels import OneDNNAttention, onednn_gains, use_onednn
 from models.networks.wavelets import SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
 from models.networks.weights import (
     fingerprint,
-    imagenet_state_dict,
+    imagenet_file,
     pretrained_state_dict,
     random_state_dict,
     read_state_dict,
@@ -369,7 +369,7 @@ def _load_weights(net: nn.Module, spec: BackboneSpec, flag: str) -> str:
     elif spec.weights == "pretrained":
         state = pretrained_state_dict(spec.name, flag)
     elif spec.weights == "imagenet":
-        state = imagenet_state_dict(spec.name)
+        state = read_state_dict(imagenet_file(spec.name))
     elif spec.weights == "random":
         state = random_state_dict(lambda: libraries.full_network(spec.name), spec.seed)
     else:

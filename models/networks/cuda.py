@@ -7,10 +7,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 
-from models.networks.folding import fuse_relus
+from models.networks.folding import fuse_relus, gelu_mlps
 
 MOST_GRAPHS = 4  # batch sizes for which a pass is captured; each holds the memory of its outputs
 TOLERANCE = 2e-2  # of the largest value: half precision, and GELU by its tanh formula
@@ -25,8 +24,8 @@ def use_cuda_kernels(net: nn.Module, dtype: torch.dtype, device: torch.device) -
     if fused_convolutions_work(dtype, device):
         net = fuse_relus(net, FusedConv2d)
     if dtype != torch.float32 and fused_gelu_works(dtype, device):
-        for module in net.modules():
-            if type(module) is Mlp and type(module.act) is nn.GELU and type(module.fc1) is nn.Linear:
+        for module in gelu_mlps(net):
+            if type(module.fc1) is nn.Linear:
                 module.act = nn.Identity()
                 module.fc1 = GELULinear(module.fc1)
     return net

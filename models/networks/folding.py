@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections import Counter
 from collections.abc import Callable
 
 import torch
-from timm.layers import LayerScale
-from timm.models.vision_transformer import Block
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -35,6 +34,11 @@ def fold_batch_norms(net: nn.Module) -> None:
 
 def fold_layer_scales(net: nn.Module) -> None:
     """Fold the LayerScale factors of a ViT's blocks into the linear layers before them, in place."""
+    if not _timm_is_in_use():
+        return
+    from timm.layers import LayerScale
+    from timm.models.vision_transformer import Block
+
     for block in net.modules():
         if type(block) is not Block:
             continue
@@ -45,6 +49,20 @@ def fold_layer_scales(net: nn.Module) -> None:
                 if layer.bias is not None:
                     layer.bias = nn.Parameter(layer.bias * scale.gamma, requires_grad=False)
                 setattr(block, name, nn.Identity())
+
+
+def gelu_mlps(net: nn.Module) -> list[nn.Module]:
+    """timm's layers `fc2(act(fc1(x)))` whose activation is a GELU."""
+    if not _timm_is_in_use():
+        return []
+    from timm.layers import Mlp
+
+    return [module for module in net.modules() if type(module) is Mlp and type(module.act) is nn.GELU]
+
+
+def _timm_is_in_use() -> bool:
+    """Without it a network holds nothing of timm's, and need not wait the seconds that importing it takes."""
+    return "timm" in sys.modules
 
 
 def fuse_relus(net: nn.Module, kernel: Callable[[nn.Conv2d], nn.Module]) -> nn.Module:

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+
+from models.networks.folding import gelu_mlps
 
 PROBE = 512, 384, 768  # rows, inputs and outputs of the layer that is timed, a few ms
 FEW_TOKENS = 128  # with fewer, a head's products are too small to be worth a call each
@@ -87,8 +88,8 @@ def use_onednn(backbone: nn.Module, image: Tensor) -> None:
     on the meta device, is one that the backbone takes.
     """
     called = _called_layers(backbone, image)
-    for module in list(backbone.modules()):
-        if type(module) is Mlp and type(module.act) is nn.GELU and module.act.approximate == "none":
+    for module in gelu_mlps(backbone):
+        if module.act.approximate == "none":
             module.act = nn.Identity()
             module.fc1 = OneDNNLinear(module.fc1, "gelu")
     for path in called:

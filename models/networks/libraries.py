@@ -133,7 +133,8 @@ class FeatureMaps(nn.Module):
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
         used = {id(value) for value, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
         for name, part in list(self.net.named_children()):
-            if used.isdisjoint(map(id, part.parameters())):
+            own = {id(value) for value in part.parameters()}
+            if own and used.isdisjoint(own):
                 setattr(self.net, name, nn.Identity())
         return self
 
@@ -251,7 +252,8 @@ def _in_timm_layout(name: str, state: StateDict) -> StateDict:
     size = {"img_size": math.isqrt(positions.shape[1]) * side} if side and positions.dim() == 3 else {}
 
     def load(values: StateDict) -> StateDict:
-        overlay = {"state_dict": values, "custom_load": False}
+        # Another number of classes than the network's: the loader then minds neither missing nor further tensors.
+        overlay = {"state_dict": values, "custom_load": False, "num_classes": 1}
         net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **size)
         return net.state_dict()
 

