@@ -23,7 +23,7 @@ from metrics import protocols
 from models.branches.branch import AS_PUBLISHED, Branch
 from models.fusion.operating_point import OperatingPoint
 from models.fusion.usad import USAD
-from reporting.cards import Threshold
+from reporting.report import Threshold
 from reporting.visualize import Thumbnails
 from utils.distributed import is_main_process
 from utils.files import write_json

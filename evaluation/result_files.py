@@ -15,8 +15,7 @@ from tqdm import tqdm
 from datasets.mvtec import Sample
 from evaluation.results import Results
 from metrics import protocols
-from reporting.cards import Threshold
-from reporting.report import write_report
+from reporting.report import Threshold, write_report
 from reporting.visualize import Thumbnails, strip, write_png
 from utils.csv_cells import safe_cell
 from utils.errors import InputError

@@ -10,9 +10,8 @@ import numpy as np
 from datasets.mvtec import Sample, defects_without_masks
 from metrics import METRICS
 from models.branches.branch import Part
-from reporting.cards import Threshold
 from reporting.gallery import Entry, Gallery, Pictures
-from reporting.report import Curves
+from reporting.report import Curves, Threshold
 from reporting.visualize import Thumbnails
 from utils.command_line import warn_once
 from utils.errors import InputError

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import io
-import itertools
 import json
 import math
 import random
@@ -19,7 +17,6 @@ from PIL import Image
 LIMIT = 500  # entries with pictures
 HIGHEST = 200  # of these, the ones with the highest scores; the others are a sample of the rest
 MAP_SIDE = 128
-MAIN_MAP_SIDE = 192  # the main part's map also gives the contour
 MAX_BORDERS, MAX_PATH = 40, 4000
 QUALITIES = (80, 60, 40, 20)  # of WebP; the first whose bytes fit is taken
 
@@ -50,59 +47,37 @@ class Pictures:
 
 
 @dataclasses.dataclass(frozen=True)
-class SmallMap:
-    """A map at no more than a report's resolution: 16-bit levels between `low` and `high`."""
-
-    levels: np.ndarray
-    low: float
-    high: float
-
-    @classmethod
-    def pack(cls, anomaly_map: np.ndarray, side: int) -> SmallMap:
-        size = tuple(min(length, side) for length in anomaly_map.shape[::-1])
-        small = cv2.resize(anomaly_map.astype(np.float32), size, interpolation=cv2.INTER_AREA).astype(float)
-        low, high = float(small.min()), float(small.max())
-        levels = (small - low) / ((high - low) or 1.0) * 65535
-        return cls(levels.round().astype(np.uint16), low, high)
-
-    def values(self) -> np.ndarray:
-        """The map [h, w], float32."""
-        return (self.low + self.levels * ((self.high - self.low) / 65535)).astype(np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
 class Kept:
     """An entry of the choice, with its pictures as small as the report shows them."""
 
     entry: Entry
     frame: bytes  # WebP
     size: tuple[int, int]  # of the frame, width and height
-    maps: dict[str, SmallMap]
+    maps: dict[str, np.ndarray]  # float32, of the frame's shape, no side longer than MAP_SIDE
     truth: str  # outline as an SVG path in pixels of the frame; "" without a region
+
+    def contour(self, level: float) -> str:
+        """The outline of the main map's pixels from `level` on."""
+        return outline(cv2.resize(next(iter(self.maps.values())), self.size) >= level, self.size)
 
 
 class Gallery:
-    """Takes entries one by one; keeps the 200 highest scores, and of the rest a sample that the seed decides.
+    """Takes entries one by one; keeps the highest scores, and of the rest a sample that the seed decides.
 
-    `expected` is the number of images where it is known: few of them are kept at a higher resolution. `first` is the
-    number of the first entry, where another gallery has those before it: merged, they choose what one would have.
-    Memory stays bounded (about 100 MB for 500 entries), but for 10 bytes an entry.
+    `expected` is the number of images where it is known: few are kept at a higher resolution. `first` is the number of
+    the first entry: merged with the gallery of those before it, the two choose what one would have. Memory is bounded
+    by about 150 MB for the pictures of 500 entries, and takes 10 bytes for every other.
     """
 
     def __init__(
-        self,
-        expected: int | None = None,
-        limit: int = LIMIT,
-        highest: int = HIGHEST,
-        seed: int = 22,
-        first: int = 0,
+        self, expected: int | None = None, limit: int = LIMIT, highest: int = HIGHEST, seed: int = 22, first: int = 0
     ) -> None:
         self.limit, self.highest, self.seed, self.first = limit, highest, seed, first
         few = expected is not None and expected <= 200
         self.frame_side, self.frame_bytes = (720, 70_000) if few else (512, 24_000)
         self.scores, self.labels, self.alarms = array("d"), array("b"), array("b")  # -1: None
-        self._top: list[tuple[float, int, Kept]] = []  # heap of score, -number, entry
-        self._sample: list[tuple[float, int, Kept]] = []  # heap of chance, number, entry
+        self._draws: dict[int, tuple[float, float]] = {}  # score and chance of the entries chosen, by number
+        self._kept: dict[int, Kept] = {}
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -118,24 +93,20 @@ class Gallery:
         self.scores.append(entry.score)
         self.labels.append(-1 if entry.label is None else entry.label)
         self.alarms.append(-1 if entry.alarm is None else entry.alarm)
-        in_top = len(self._top) < self.highest or (entry.score, -number) > self._top[0][:2]
-        if in_top or len(self._sample) < self.limit - self.highest or self._chance(number) > self._sample[0][0]:
-            self._keep(number, self._shrink(entry, pictures()))
+        self._offer(number, entry.score, lambda: self._shrink(entry, pictures()))
 
     def by_score(self) -> list[Kept]:
         """The choice, highest score first; ties in order of arrival."""
-        chosen = sorted(self._chosen().items(), key=lambda item: (-item[1].entry.score, item[0]))
-        return [kept for _, kept in chosen]
+        return [self._kept[number] for number in self._ranking()]
 
     def state(self) -> dict[str, np.ndarray]:
         """All numbers, and the choice, as plain arrays."""
         state = {"scores": np.array(self.scores), "labels": np.array(self.labels), "alarms": np.array(self.alarms)}
         texts = []
-        for number, kept in self._chosen().items():
+        for number, kept in self._kept.items():
             state[f"{number} frame"] = np.array(bytearray(kept.frame))
-            state |= {f"{number} {part}": small.levels for part, small in kept.maps.items()}
-            ranges = {part: (small.low, small.high) for part, small in kept.maps.items()}
-            texts.append((number, dataclasses.asdict(kept.entry), kept.size, ranges, kept.truth))
+            state |= {f"{number} {part}": small for part, small in kept.maps.items()}
+            texts.append((number, dataclasses.asdict(kept.entry), kept.size, list(kept.maps), kept.truth))
         return {**state, "texts": np.array(bytearray(json.dumps(texts).encode()))}
 
     def merge(self, state: Mapping[str, np.ndarray]) -> None:
@@ -143,39 +114,38 @@ class Gallery:
         arrays = {name: np.asarray(values) for name, values in state.items()}
         for own, name in ((self.scores, "scores"), (self.labels, "labels"), (self.alarms, "alarms")):
             own.frombytes(arrays[name].tobytes())
-        for number, entry, size, ranges, truth in json.loads(arrays["texts"].tobytes()):
-            maps = {part: SmallMap(arrays[f"{number} {part}"], *limits) for part, limits in ranges.items()}
+        for number, entry, size, parts, truth in json.loads(arrays["texts"].tobytes()):
+            maps = {part: arrays[f"{number} {part}"] for part in parts}
             kept = Kept(Entry(**entry), arrays[f"{number} frame"].tobytes(), tuple(size), maps, truth)
-            self._keep(number, kept)
+            self._offer(number, kept.entry.score, lambda kept=kept: kept)
 
-    def _chosen(self) -> dict[int, Kept]:
-        return {-number: kept for _, number, kept in self._top} | {number: kept for _, number, kept in self._sample}
+    def _offer(self, number: int, score: float, make: Callable[[], Kept]) -> None:
+        """Choose the entry while there is room; then, of all but the highest, the one with the least chance goes."""
+        chance = random.Random(f"{self.seed} {number}").random()  # its number's alone: independent of all scores
+        self._draws[number] = score, chance
+        if len(self._draws) > self.limit:
+            loser = min(self._ranking()[self.highest :], key=lambda number: self._draws[number][1])
+            del self._draws[loser]
+            self._kept.pop(loser, None)
+        if number in self._draws:
+            self._kept[number] = make()
 
-    def _chance(self, number: int) -> float:
-        """An entry's place in the draw: its number's alone, and so independent of all scores."""
-        return random.Random(f"{self.seed} {number}").random()
-
-    def _keep(self, number: int, kept: Kept) -> None:
-        """Put an entry among the highest; the one that it drives out, or itself, takes part in the draw."""
-        heapq.heappush(self._top, (kept.entry.score, -number, kept))
-        if len(self._top) <= self.highest:
-            return
-        _, number, kept = heapq.heappop(self._top)
-        heapq.heappush(self._sample, (self._chance(-number), -number, kept))
-        if len(self._sample) > self.limit - self.highest:
-            heapq.heappop(self._sample)
+    def _ranking(self) -> list[int]:
+        return sorted(self._draws, key=lambda number: (-self._draws[number][0], number))
 
     def _shrink(self, entry: Entry, pictures: Pictures) -> Kept:
-        height, width = pictures.frame.shape[:2]
-        scale = min(1.0, self.frame_side / max(height, width))
-        size = max(1, round(width * scale)), max(1, round(height * scale))
+        size = fitted(pictures.frame.shape[1::-1], self.frame_side)
         frame = cv2.resize(pictures.frame, size, interpolation=cv2.INTER_AREA)
-        sides = itertools.chain([MAIN_MAP_SIDE], itertools.repeat(MAP_SIDE))
-        maps = {
-            name: SmallMap.pack(part, side) for (name, part), side in zip(pictures.maps.items(), sides, strict=False)
-        }
+        map_size = fitted(size, MAP_SIDE)
+        maps = {part: cv2.resize(full.astype(np.float32), map_size) for part, full in pictures.maps.items()}
         truth = "" if pictures.truth is None else outline(pictures.truth, size)
         return Kept(entry, encode(frame, self.frame_bytes), size, maps, truth)
+
+
+def fitted(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """The size (w, h) of a picture that is made as small as `side`."""
+    scale = min(1.0, side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def encode(image: np.ndarray, budget: int) -> bytes:

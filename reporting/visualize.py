@@ -63,22 +63,20 @@ class Thumbnails:
 
 def color_scale(pixels: np.ndarray) -> tuple[float, float]:
     """The range that colours stand for, common to all images: median to 99.9th percentile of the pixels [N]."""
-    low, high = (float(value) for value in np.percentile(pixels, (50, 99.9)))
+    low, high = np.percentile(pixels, (50, 99.9)).tolist()
     return low, max(high, low + 1e-12)
 
 
 def colorize(anomaly_map: np.ndarray, scale: tuple[float, float], colors: int = cv2.COLORMAP_TURBO) -> np.ndarray:
     """Map [H, W] -> BGR uint8 [H, W, 3]."""
-    low, high = scale
-    levels = ((anomaly_map.astype(np.float64) - low) / (high - low)).clip(0, 1) * 255
+    levels = np.interp(anomaly_map, scale, (0, 255))
     return cv2.applyColorMap(levels.astype(np.uint8), colors)
 
 
 def strip(sample: Sample, anomaly_map: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
     """The four panels side by side, at the frame's own aspect, BGR uint8."""
     picture = sample.read()
-    width = int(np.clip(PANEL_HEIGHT * picture.size[0] / picture.size[1], 96, 4 * PANEL_HEIGHT))
-    size = (width, PANEL_HEIGHT)
+    size = int(np.clip(PANEL_HEIGHT * picture.size[0] / picture.size[1], 96, 4 * PANEL_HEIGHT)), PANEL_HEIGHT
     frame = cv2.cvtColor(np.asarray(picture.image.resize(size)), cv2.COLOR_RGB2BGR)
     truth = np.zeros_like(frame)
     if sample.masks:
@@ -87,17 +85,14 @@ def strip(sample: Sample, anomaly_map: np.ndarray, scale: tuple[float, float]) -
     elif sample.label:
         truth[:] = UNKNOWN
     heat = colorize(cv2.resize(anomaly_map, size, interpolation=cv2.INTER_LINEAR), scale)
-    overlay = cv2.addWeighted(frame, 0.55, heat, 0.45, 0)
-    return np.hstack([_titled(*panel) for panel in zip((frame, truth, heat, overlay), TITLES, strict=True)])
+    panels = (frame, truth, heat, cv2.addWeighted(frame, 0.55, heat, 0.45, 0))
+    framed = [cv2.copyMakeBorder(panel, HEADER, 2, 2, 2, cv2.BORDER_CONSTANT, value=(32, 32, 32)) for panel in panels]
+    for panel, title in zip(framed, TITLES, strict=True):
+        cv2.putText(panel, title, (6, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (235, 235, 235), 1, cv2.LINE_AA)
+    return np.hstack(framed)
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
     """Write BGR uint8 as PNG, atomically (through memory, since OpenCV cannot open every path on Windows)."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(cv2.imencode(".png", image)[1].tobytes())
-
-
-def _titled(panel: np.ndarray, title: str) -> np.ndarray:
-    panel = cv2.copyMakeBorder(panel, HEADER, 2, 2, 2, cv2.BORDER_CONSTANT, value=(32, 32, 32))
-    cv2.putText(panel, title, (6, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (235, 235, 235), 1, cv2.LINE_AA)
-    return panel

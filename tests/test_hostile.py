@@ -24,7 +24,7 @@ from PIL import Image
 from datasets.coalad import extract
 from datasets.images import read_image
 from models import PatchCore
-from reporting.cards import html_text
+from reporting.report import templates
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.csv_cells import safe_cell
 from utils.errors import InputError, UnreadableError
@@ -201,7 +201,8 @@ def test_a_name_in_the_report_stays_text(name):
             found.append(data)
 
     reader = Reader(convert_charrefs=True)
-    reader.feed(f'<p data-name="{html_text(name)}">{html_text(name)}</p>')
+    page = templates().from_string('<p data-name="{{ name }}">{{ name }}</p>').render(name=name)
+    reader.feed(page)
     reader.close()
     (start, attrs), *text = found
     assert start == "p" and [key for key, _ in attrs] == ["data-name"]
