@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from datasets.mvtec import Sample
 from datasets.notes import Notes
+from datasets.region import RegionOfInterest
 from utils import distributed
 from utils.errors import InputError
 from utils.signals import leave_signals_to_parent, stoppable
@@ -38,14 +39,19 @@ def mask_to_tensor(mask: np.ndarray, size: int) -> Tensor:
 
 
 class ImageDataset(Dataset):
-    """Items as tensors: {"image" [3, S, S], "mask" bool [S, S], "label", "index", "notes"}.
+    """Samples as tensors: {"image" [3, S, S], "mask" bool [S, S], "label", "index", "notes"}.
+
+    Of images only what lies in the region of interest, if there is one, reaches the tensor.
 
     A file that cannot be read becomes {"error": exception}: raised, it would reach the user as the traceback of a
     worker process.
     """
 
-    def __init__(self, samples: Sequence[Sample], image_size: int, resampling: str) -> None:
+    def __init__(
+        self, samples: Sequence[Sample], image_size: int, resampling: str, roi: RegionOfInterest | None = None
+    ) -> None:
         self.samples = list(samples)
+        self.roi = roi
         self.image_size = image_size
         self.resampling = resampling
 
@@ -62,7 +68,8 @@ class ImageDataset(Dataset):
                 mask = mask_to_tensor(marked, self.image_size)
         except (InputError, OSError) as error:
             return {"error": error}
-        tensor = to_tensor(picture.image, self.image_size, self.resampling)
+        image = self.roi.apply(picture.image) if self.roi else picture.image
+        tensor = to_tensor(image, self.image_size, self.resampling)
         return {
             "image": tensor,
             "mask": mask,

@@ -54,7 +54,7 @@ def evaluate(
     samples, shard = loader.dataset.samples, loader.shard
     thumbnails = Thumbnails(folder, len(samples)) if images else None
     report = images and isinstance(model, USAD)
-    results, watch = Results(samples, model.parts(), shard.start, report, thumbnails), Stopwatch()
+    results, watch = Results(samples, model.parts(), shard.start, report, thumbnails, model.roi), Stopwatch()
     for batch in timed(loader, watch):
         parts = model.predict_parts(batch["image"].to(model.device, non_blocking=True))
         with watch("collect"):

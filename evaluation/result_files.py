@@ -83,6 +83,7 @@ def write_test_report(
         "images": str(metrics["n_images"]),
         "anomalous": str(metrics["n_anomalous"]),
         **{key: str(settings[key]) for key in ("fusion",) if key in settings},
+        **({"region of interest": f"{config['roi_share']:.0%} of the frame"} if config.get("roi_share") else {}),
         **({"networks": ", ".join(weights).replace("random", "untrained")} if weights else {}),
         "device": config["device"],
     }

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from datasets.mvtec import Sample, defects_without_masks
+from datasets.region import RegionOfInterest
 from metrics import METRICS
 from models.branches.branch import Part
 from reporting.gallery import Entry, Gallery, Pictures
@@ -22,8 +23,8 @@ class Results:
     """Scores, metrics and small maps of a test run, by part (a branch's name, or `fusion`), the main part first.
 
     This process gathers them of its share of the samples, from number `first` on; `collect` adds those of the others.
-    With `report`, the pictures of a report are kept, too, with `thumbnails` the small maps of heat maps. Where a defect
-    has no masks (`unmasked`), figures of pixels are None.
+    With `report` the pictures of a report are kept, with `thumbnails` the small maps of heat maps. Pixels outside the
+    region of interest do not count. Where a defect has no masks at all, the figures of pixels are undefined.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Results:
         first: int = 0,
         report: bool = False,
         thumbnails: Thumbnails | None = None,
+        roi: RegionOfInterest | None = None,
     ) -> None:
         self.samples = samples
         self.unmasked = defects_without_masks(samples)
@@ -44,12 +46,14 @@ class Results:
         self.measured = {part: {name: metric() for name, metric in METRICS.items()} for part in self.scores}
         self.gallery = Gallery(len(samples), first=first) if report else None
         self.thumbnails = thumbnails
+        self.roi = roi
 
     def add(self, parts: Mapping[str, Part], batch: dict[str, Any]) -> np.ndarray:
         """Take in the parts of a batch; returns the main maps [B, S, S]."""
         arrays = {
             name: (part.scores.double().cpu().numpy(), part.maps.float().cpu().numpy()) for name, part in parts.items()
         }
+        inside = self.roi and self.roi.at(*batch["mask"].shape[1:])
         for name, (scores, maps) in arrays.items():
             finite = np.isfinite(scores) & np.isfinite(maps).all((1, 2))
             if not finite.all():
@@ -58,7 +62,7 @@ class Results:
             self.scores[name][np.asarray(batch["index"])] = scores
             for metric in self.measured[name].values():
                 if not (metric.needs_masks and self.unmasked):
-                    metric.update(maps, batch["mask"].numpy(), batch["label"].numpy() == 1, scores)
+                    metric.update(maps, batch["mask"].numpy(), batch["label"].numpy() == 1, scores, inside)
         main = next(iter(arrays.values()))[1]
         if self.thumbnails is not None:
             for anomaly_map in main:
@@ -87,7 +91,8 @@ class Results:
         def pictures() -> Pictures:
             picture = sample.read()
             truth = sample.read_mask(picture.size)[0] if sample.masks else None
-            return Pictures(np.asarray(picture.image), {name: part for name, (_, part) in parts.items()}, truth)
+            image = self.roi.apply(picture.image) if self.roi else picture.image
+            return Pictures(np.asarray(image), {name: part for name, (_, part) in parts.items()}, truth)
 
         scores = {name: float(score) for name, (score, _) in parts.items()}
         self.gallery.add(Entry(sample.name, scores, sample.label, sample.kind), pictures)

@@ -137,7 +137,7 @@ def _cell(
             except Unavailable as reason:
                 broken[name] = str(reason)  # the other seeds need not wait for the same download to fail
                 raise
-            figures = bench.images.figures(raw_results(Path(folder), bench.batch_size, fusion.size))
+            figures = bench.images.figures(raw_results(Path(folder), bench.batch_size, fusion.size), pc.roi)
         said = [f"coreset ratio {ratio:g}" for ratio in settings.values()]
         return {**figures, "note": ", ".join([setting, *said, f"anomalib {baselines.version}"])}
 

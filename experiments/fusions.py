@@ -98,11 +98,13 @@ class Bench:
                 parts = {}
                 for branch in usad.branches:
                     scores, patches = (part[start : start + self.batch_size] for part in measured[branch.name][:2])
-                    parts[branch.name] = Part(scores, *branch.anomaly_map(patches)).resized(fusion.size)
+                    parts[branch.name] = (
+                        Part(scores, *branch.anomaly_map(patches)).resized(fusion.size).inside(usad.roi)
+                    )
                 yield usad.fuse(parts) if len(parts) > 1 else parts[usad.branches[0].name]
 
         if maps:
-            return self.images.figures(found())
+            return self.images.figures(found(), usad.roi)
         return image_metrics(torch.cat([part.scores for part in found()]).numpy(), self.images.labels)
 
 

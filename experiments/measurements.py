@@ -13,6 +13,7 @@ from torch import Tensor
 
 from datasets.loading import ImageDataset, mask_to_tensor
 from datasets.mvtec import Category, Sample
+from datasets.region import RegionOfInterest
 from evaluation.results import Results
 from experiments.cells import Unavailable, digest
 from experiments.variants import Variant
@@ -42,9 +43,9 @@ class Images:
         self.digest = digest_of_files(self.samples)
         self._size, self._masks = 0, {}
 
-    def figures(self, found: Iterable[Part]) -> dict[str, Any]:
+    def figures(self, found: Iterable[Part], roi: RegionOfInterest | None = None) -> dict[str, Any]:
         """Every figure of metrics.json for batches in the order of the images."""
-        results, start = Results(self.samples, ["all"]), 0
+        results, start = Results(self.samples, ["all"], roi=roi), 0
         for part in found:
             rows = torch.arange(start, start + len(part.scores))
             masks = torch.from_numpy(np.stack([self._mask(row, part.maps.shape[-1]) for row in rows.tolist()]))
@@ -105,7 +106,7 @@ class Measurements:
         except (InputError, KeyError):  # not there yet, or damaged
             path.unlink(missing_ok=True)
         branch = self._fitted(variant)
-        dataset = ImageDataset(self.images.samples, input_size, "bicubic")
+        dataset = ImageDataset(self.images.samples, input_size, "bicubic", branch.roi)
         found = []
         for batch in make_loader(self.run, dataset, f"{branch.name} measure", branch.device):
             images = resize_images(batch["image"].to(branch.device, non_blocking=True), branch.image_size)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets.mvtec import Category
+from datasets.region import RegionOfInterest
 from models.branches import BRANCHES, weights_flag
-from models.branches.branch import Branch
-from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone
+from models.branches.branch import Branch, region_in
+from models.networks.backbones import Backbone, BackboneSpec, build_backbone, empty_backbone
 from training.settings import RunSettings, SplitSettings
 from training.training import fit_branch
 from utils.checkpoint import read_metadata
@@ -32,6 +33,7 @@ class Variant:
     train_ratio: float
     holdout_ratio: float
     seed: int
+    roi: RegionOfInterest | None = None
     checkpoint: Path | None = None
     checkpoint_digest: str | None = None
 
@@ -50,6 +52,7 @@ class Variant:
                 float(training.get("train_ratio", PUBLISHED_SHARE.get(name, 1.0))),
                 float(training.get("holdout_ratio", 0.0)),
                 int(training.get("seed", 22)),
+                region_in(metadata),
                 path,
                 sha256_of_file(path),
             )
@@ -96,6 +99,7 @@ class Variant:
             "train_ratio": self.train_ratio,
             "holdout_ratio": self.holdout_ratio,
             "seed": self.seed if chosen else None,
+            "roi": self.roi and self.roi.to_text(),
         }
 
     def fit(self, category: Category, run: RunSettings, weights: str | None) -> Branch:
@@ -106,11 +110,16 @@ class Variant:
         split = SplitSettings(self.train_ratio, self.holdout_ratio, self.seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # too few images for the covariance: known since the first training
-            return fit_branch(run, category, split, self.branch(backbone, **self.settings))
+            return fit_branch(run, category, split, self._built(backbone, self.settings))
 
     def mapper(self, **scoring: Any) -> Branch:
         """A branch without weights that makes maps of what was measured, perhaps with other `SCORING` settings."""
-        return self.branch(_outline(self.network), **self.settings | scoring)
+        return self._built(_outline(self.network), self.settings | scoring)
+
+    def _built(self, backbone: Backbone, settings: dict[str, Any]) -> Branch:
+        branch = self.branch(backbone, **settings)
+        branch.roi = self.roi
+        return branch
 
 
 @functools.lru_cache(maxsize=16)

@@ -23,7 +23,14 @@ class ImageMetrics(Metric):
     def __init__(self) -> None:
         self._scores, self._labels = np.zeros(0), np.zeros(0, bool)
 
-    def update(self, maps: np.ndarray, masks: np.ndarray, anomalous: np.ndarray, scores: np.ndarray) -> None:
+    def update(
+        self,
+        maps: np.ndarray,
+        masks: np.ndarray,
+        anomalous: np.ndarray,
+        scores: np.ndarray,
+        inside: np.ndarray | None = None,
+    ) -> None:
         self._scores = np.append(self._scores, scores)
         self._labels = np.append(self._labels, anomalous)
 

@@ -16,8 +16,18 @@ class Metric(abc.ABC):
     needs_masks: ClassVar[bool] = False  # it gets no data, and its figures are undefined, where a defect has no masks
 
     @abc.abstractmethod
-    def update(self, maps: np.ndarray, masks: np.ndarray, anomalous: np.ndarray, scores: np.ndarray) -> None:
-        """Add maps [B, S, S] (float32), defect masks [B, S, S] (bool), labels [B] (bool) and image scores [B]."""
+    def update(
+        self,
+        maps: np.ndarray,
+        masks: np.ndarray,
+        anomalous: np.ndarray,
+        scores: np.ndarray,
+        inside: np.ndarray | None = None,
+    ) -> None:
+        """Add maps [B, S, S] (float32), defect masks [B, S, S] (bool), labels [B] (bool) and image scores [B].
+
+        Pixels that are not `inside` [S, S] (bool), the region of interest, do not count.
+        """
 
     @abc.abstractmethod
     def compute(self) -> dict[str, float | None]:

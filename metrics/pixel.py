@@ -47,7 +47,12 @@ class PixelMetrics(Metric):
         self._sorted = False
 
     def update(
-        self, maps: np.ndarray, masks: np.ndarray, anomalous: np.ndarray, scores: np.ndarray | None = None
+        self,
+        maps: np.ndarray,
+        masks: np.ndarray,
+        anomalous: np.ndarray,
+        scores: np.ndarray | None = None,
+        inside: np.ndarray | None = None,
     ) -> None:
         """Add anomaly maps [B, H, W] (float32), defect masks [B, H, W] (bool) and image labels [B] (bool).
 
@@ -67,8 +72,11 @@ class PixelMetrics(Metric):
                 raise ValueError(f"the anomaly map of image {self._n_images + i} is not finite")
             if mask.any() and not is_anomalous:
                 raise ValueError(f"image {self._n_images + i} is labelled normal but its mask marks a defect")
+        masks = masks if inside is None else masks & inside
         for pixels, mask, is_anomalous in zip(maps, masks, anomalous, strict=True):
             areas, n_regions = region_areas(mask)
+            if inside is not None:
+                pixels, mask = pixels[inside], mask[inside]
             self._scores.append(pixels.ravel())
             self._regions.append(_pack(pixels[mask], areas))
             self._n_regions += n_regions

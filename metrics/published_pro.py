@@ -27,7 +27,7 @@ class PublishedPro:
         self.n_regions = 0
 
     def update(self, scores: np.ndarray, mask: np.ndarray, areas: np.ndarray, n_regions: int) -> None:
-        """Add an anomalous image: finite map [H, W], mask [H, W] (bool) and its `region_areas`."""
+        """Add an anomalous image: finite map and mask (bool) of one shape, and the mask's `region_areas`."""
         levels = _levels(scores)
         histogram = cv2.calcHist([levels], [0], None, [256], [0, 256]).ravel().astype(np.int64)
         region_levels = levels[mask]

@@ -19,6 +19,7 @@ class PredictionSettings:
     smooth: int  # frames in a row that switch the alarm
     threshold: float | None  # of the score; None: the model's own
     pixel_threshold: float | None  # of the map; None: the model's own
+    min_area: int  # pixels that a region needs to count
     overlays: str | None  # "anomalous", "all" or "none"; None: no pictures at all
     json_lines: bool
 
@@ -42,6 +43,9 @@ def add_prediction_flags(parser: Parser) -> None:
     )
     group.add_argument("--threshold", type=number(float, float("-inf")), help="of the score (default: usad.json's)")
     group.add_argument("--pixel-threshold", type=number(float, float("-inf")), help="of the map (default: usad.json's)")
+    group.add_argument(
+        "--min-area", type=number(int, 0), default=0, help="pixels that a region needs to count (default: 0)"
+    )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--overlays",
@@ -63,6 +67,7 @@ def prediction_settings(parser: Parser, args: argparse.Namespace) -> PredictionS
         args.smooth,
         args.threshold,
         args.pixel_threshold,
+        args.min_area,
         None if args.no_images else args.overlays or "anomalous",
         args.json_lines,
     )

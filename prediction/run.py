@@ -92,6 +92,9 @@ def take_thresholds(model: Model, settings: PredictionSettings) -> None:
         model.threshold = settings.threshold
     if settings.pixel_threshold is not None:
         model.pixel_threshold = settings.pixel_threshold
+    if settings.min_area and model.pixel_threshold is None:
+        raise InputError("--min-area has no effect without a threshold of the map; give --pixel-threshold too")
+    model.min_area = settings.min_area
     if model.threshold is None:
         if settings.smooth > 1:
             raise InputError("--smooth has no effect without a threshold; give --threshold, or leave it out")

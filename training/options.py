@@ -224,6 +224,13 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
         help="bring each image to one mean colour and one contrast first (the demo network does that by itself)",
     )
     group = parser.add_argument_group("fit")
+    group.add_argument(
+        "--roi",
+        type=Path,
+        metavar="IMAGE",
+        help="region of interest: white where frames are looked at, scaled to each frame; the checkpoint keeps it "
+        "(default: the whole frame)",
+    )
     group.add_argument("--train-ratio", type=share, default=train_ratio, help=f"default: {train_ratio:g}")
     group.add_argument(
         "--holdout-ratio",

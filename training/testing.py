@@ -61,13 +61,18 @@ def test_category(
         branch.name: {"backbone": branch.backbone.spec.to_dict(), **branch.settings(), "training": branch.training}
         for branch in usad.branches
     }
-    dataset = ImageDataset(category.test_samples(), usad.image_size, "bicubic")
+    dataset = ImageDataset(category.test_samples(), usad.image_size, "bicubic", usad.roi)
     folder = args.results_dir / category.name / usad.name
     metrics = evaluate(
         usad,
         make_loader(run, dataset, "fusion test", usad.device),
         folder,
-        {"settings": settings, "left_out": category.left_out, "branches": branches},
+        {
+            "settings": settings,
+            "left_out": category.left_out,
+            "branches": branches,
+            "roi_share": usad.roi and usad.roi.share,
+        },
         images=not args.no_images,
         save_maps=args.save_maps,
         operating_point=usad.operating_point,
@@ -82,7 +87,7 @@ def find_thresholds(
     usad: USAD, category: Category, run: RunSettings, checkpoints: Path, false_alarm_rate: float
 ) -> OperatingPoint:
     """Find the operating point on the held-out normal images and store it beside the checkpoints."""
-    dataset = ImageDataset(held_out_samples(category, usad.branches), usad.image_size, "bicubic")
+    dataset = ImageDataset(held_out_samples(category, usad.branches), usad.image_size, "bicubic", usad.roi)
     found = [torch.zeros(0, 2, dtype=torch.float64)]
     for batch in make_loader(run, dataset, "fusion held out", usad.device):
         part = usad.predict(batch["image"].to(usad.device, non_blocking=True))

@@ -12,6 +12,7 @@ import torch
 
 from datasets.loading import ImageDataset, ImageLoader
 from datasets.mvtec import Category, Sample, split_training
+from datasets.region import RegionOfInterest
 from evaluation.evaluate import evaluate, print_average, print_metrics
 from evaluation.result_files import average_path
 from models.branches import BRANCHES
@@ -42,6 +43,7 @@ def train(args: argparse.Namespace, name: str, **settings: Any) -> None:
         seed=args.seed,
         normalize_contrast=args.normalize_contrast,
     ).with_weights(args.weights)
+    roi = args.roi and RegionOfInterest.read(args.roi)
     empty_backbone(spec)  # sizes that do not suit the network are found before anything is downloaded
     if spec.weights == "file" and not Path(spec.file).is_file():
         raise InputError(f"--weights {spec.file}: no such file")
@@ -62,13 +64,15 @@ def train(args: argparse.Namespace, name: str, **settings: Any) -> None:
         with one_per_machine_first():
             backbone = build_backbone(spec, run.device, precision=run.precision)
         for category in categories:
-            branch = fit_branch(run, category, split, branch_class(backbone, **settings))
+            branch = branch_class(backbone, **settings)
+            branch.roi = roi
+            fit_branch(run, category, split, branch)
             if is_main_process():
                 branch.save(checkpoint_of(category.name))
             print(f"{category.name}: wrote {checkpoint_of(category.name)}", flush=True)
             if args.no_eval:
                 continue
-            dataset = ImageDataset(category.test_samples(), branch.image_size, "bicubic")
+            dataset = ImageDataset(category.test_samples(), branch.image_size, "bicubic", roi)
             loader = make_loader(run, dataset, f"{name} test", branch.device)
             folder = data.results_dir / category.name / name
             config = {
@@ -92,13 +96,13 @@ def fit_branch(run: RunSettings, category: Category, split: SplitSettings, branc
     """Fit on the training share, then take statistics on the images held out, if any."""
     samples = category.train_samples()
     fitted, held = split_training(samples, split.train_ratio, split.holdout_ratio, split.seed)
-    dataset = ImageDataset(fitted, branch.image_size, "bilinear")
+    dataset = ImageDataset(fitted, branch.image_size, "bilinear", branch.roi)
     branch.fit(make_loader(run, dataset, f"{branch.name} fit", branch.device))
     learned = from_first(branch.state)
     if not is_main_process():
         branch.load_state(learned)
     if held:
-        dataset = ImageDataset(held, branch.image_size, "bicubic")
+        dataset = ImageDataset(held, branch.image_size, "bicubic", branch.roi)
         branch.calibration = calibrate(branch, make_loader(run, dataset, f"{branch.name} held out", branch.device))
     branch.training = {
         "category": category.name,

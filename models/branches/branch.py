@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import abc
+import functools
 import inspect
 import math
 import os
 from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from datasets.region import RegionOfInterest
 from models.branches import weights_flag
 from models.branches.postprocess import resize_maps
 from models.networks.backbones import BackboneSpec, build_backbone
@@ -41,6 +44,13 @@ class Part(NamedTuple):
             return self.maps
         return torch.where(self.span < 1e-8, 0.0, (self.maps - self.low) / self.span.clamp(min=1e-8))
 
+    def inside(self, roi: RegionOfInterest | None) -> Part:
+        """The same with each map at its lowest value outside the region of interest."""
+        if roi is None:
+            return self
+        inside = pixels_inside(roi, self.maps.shape[-1], self.maps.device)
+        return self._replace(maps=torch.where(inside, self.maps, self.maps.amin((1, 2), keepdim=True)))
+
     def resized(self, size: int) -> Part:
         """The same with maps [B, size, size]."""
         return self._replace(maps=resize_maps(self.maps, size))
@@ -65,6 +75,7 @@ class Branch(abc.ABC):
         self.device = torch.device("cpu") if backbone is None else backbone.device
         self.training: dict[str, Any] = {}  # what it was fitted on, for the checkpoint
         self.calibration: dict[str, float] | None = None  # statistics on held-out normal images
+        self.roi: RegionOfInterest | None = None
         self.stopwatch = Stopwatch()
 
     @abc.abstractmethod
@@ -85,7 +96,7 @@ class Branch(abc.ABC):
     def score(self, features: Any) -> Part:
         """What `extract` gave -> scores [B] and maps [B, S, S]."""
         scores, patches = self.patch_scores(features)
-        return Part(scores, *self.anomaly_map(patches))
+        return Part(scores, *self.anomaly_map(patches)).inside(self.roi)
 
     def extract(self, images: Tensor) -> Any:
         """Images [B, 3, S, S] -> what `patch_scores` needs of them; the network's pass."""
@@ -107,6 +118,18 @@ class Branch(abc.ABC):
         """The prediction, and the same with each map scaled to its own range, as the paper's product takes it."""
         part = self.predict(images)
         return {self.name: part, AS_PUBLISHED: Part(part.scores, part.scaled())}
+
+    def looked_at(self, patches: Tensor) -> Tensor:
+        """Those of all patches [B, N, ...] of the grid that lie in the region of interest [B, n, ...]."""
+        return patches if self.roi is None else patches[:, _cells_inside(self.roi, self.backbone.grid, patches.device)]
+
+    def on_grid(self, values: Tensor) -> Tensor:
+        """Values [B, n] of the patches in the region of interest -> [B, h, w]; elsewhere their mean."""
+        if self.roi is None:
+            return values.unflatten(1, self.backbone.grid)
+        grid = values.mean(1, keepdim=True).repeat(1, math.prod(self.backbone.grid))
+        grid[:, _cells_inside(self.roi, self.backbone.grid, values.device)] = values
+        return grid.unflatten(1, self.backbone.grid)
 
     def stopwatches(self) -> dict[str, Stopwatch]:
         """The times of its stages, under the branch's name."""
@@ -132,6 +155,7 @@ class Branch(abc.ABC):
             "settings": self.settings(),
             "training": self.training,
             "calibration": self.calibration,
+            "roi": self.roi and self.roi.to_text(),
         }
         save_checkpoint(path, self.state(), metadata)
 
@@ -153,6 +177,7 @@ class Branch(abc.ABC):
             settings, training, calibration = (metadata[key] for key in ("settings", "training", "calibration"))
             parameters = inspect.signature(cls).parameters
             settings = {name: _like(parameters[name].default, value) for name, value in settings.items()}
+            roi = region_in(metadata)
             if not isinstance(training, dict):
                 raise TypeError("training")
             if calibration is not None:
@@ -169,8 +194,26 @@ class Branch(abc.ABC):
             branch.load_state(tensors)
         except InputError as error:
             raise InputError(f"{path}: {error}; train the branch again") from None
-        branch.training, branch.calibration = training, calibration
+        branch.training, branch.calibration, branch.roi = training, calibration, roi
         return branch
+
+
+@functools.lru_cache(maxsize=16)
+def pixels_inside(roi: RegionOfInterest, size: int, device: torch.device) -> Tensor:
+    """The region of interest on a square of `size` pixels, bool [size, size]."""
+    return torch.from_numpy(roi.at(size, size).copy()).to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _cells_inside(roi: RegionOfInterest, grid: tuple[int, int], device: torch.device) -> Tensor:
+    """The numbers of the grid's cells that lie in the region of interest [n]."""
+    return torch.from_numpy(np.flatnonzero(roi.on_grid(*grid))).to(device)
+
+
+def region_in(metadata: dict[str, Any]) -> RegionOfInterest | None:
+    """The region of interest of a checkpoint. Raises ValueError or InputError where it is none."""
+    text = metadata.get("roi")  # checkpoints of earlier versions have no such entry
+    return None if text is None else RegionOfInterest.from_text(text)
 
 
 def _like(default: Any, value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from models.branches.branch import Branch
+from models.branches.branch import Branch, pixels_inside
 from models.branches.postprocess import mean_of_top
 from utils.errors import InputError
 from utils.gather import all_rows
@@ -19,12 +19,14 @@ def calibrate(branch: Branch, loader: Iterable[dict[str, Any]]) -> dict[str, flo
 
     The loader gives two images or more.
     """
+    inside = branch.roi and pixels_inside(branch.roi, branch.image_size, torch.device(branch.device))
     scores, sums = [torch.zeros(0, 2, dtype=torch.float64)], [torch.zeros(0, 3, dtype=torch.float64)]
     for batch in loader:
         part = branch.predict(batch["image"].to(branch.device, non_blocking=True))
         maps = part.maps.double()
+        looked_at = maps if inside is None else maps[:, inside]
         scores.append(torch.stack([part.scores.double(), mean_of_top(maps)], 1).cpu())
-        sums.append(torch.tensor([[maps.numel(), maps.sum(), maps.square().sum()]], dtype=torch.float64))
+        sums.append(torch.tensor([[looked_at.numel(), looked_at.sum(), looked_at.square().sum()]], dtype=torch.float64))
     scores, tops = all_rows(torch.cat(scores)).unbind(1)
     pixels, total, squares = all_rows(torch.cat(sums)).sum(0).tolist()
     mean = total / pixels

@@ -38,10 +38,10 @@ class MA2Patch(Branch):
 
     def extract(self, images: Tensor) -> Tensor:
         """Patch tokens [B, N, D]."""
-        return self.backbone(images)[1]
+        return self.looked_at(self.backbone(images)[1])
 
     def patch_scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        contribution = self.contribution(features).float().unflatten(1, self.backbone.grid)
+        contribution = self.on_grid(self.contribution(features).float())
         return self.gaussian.distance(features.double().mean(1)), contribution
 
     def anomaly_map(self, patches: Tensor) -> tuple[Tensor, None, None]:

@@ -51,7 +51,7 @@ class MACLU(Branch):
         fit = GaussianFit(self.covariance)
         patches = PatchStore(len(loader.dataset), self.patch_budget)
         for batch in loader:
-            cls, tokens = self.backbone(batch["image"].to(self.device, non_blocking=True))
+            cls, tokens = self.extract(batch["image"].to(self.device, non_blocking=True))
             fit.update(cls)
             patches.add(tokens, batch["index"])
         if collect(fit, patches):
@@ -60,14 +60,15 @@ class MACLU(Branch):
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """CLS token [B, E] and patch tokens [B, N, D]."""
-        return self.backbone(images)
+        cls, tokens = self.backbone(images)
+        return cls, self.looked_at(tokens)
 
     def patch_scores(self, features: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         cls, tokens = features
-        return self.gaussian.distance(cls), self.confidence(tokens).unflatten(1, self.backbone.grid)
+        return self.gaussian.distance(cls), self.on_grid(self.confidence(tokens))
 
     def anomaly_map(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        confidence = self.without_coal(patches.flatten(1)).view_as(patches)
+        confidence = self.on_grid(self.without_coal(self.looked_at(patches.flatten(1))))
         maps = resize_maps(confidence, self.image_size)
         return gaussian_blur(maps, BLUR_SIGMA), *map_range(maps)
 

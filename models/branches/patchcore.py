@@ -81,8 +81,8 @@ class PatchCore(Branch):
         self.memory_bank = bank
 
     def extract(self, images: Tensor) -> Tensor:
-        """Patch features [B, h*w, D] on the grid of the finest map, not yet whitened."""
-        return patch_features(self.backbone(images), self.backbone.neighborhood)
+        """Patch features [B, N, D] on the grid of the finest map, not yet whitened."""
+        return self.looked_at(patch_features(self.backbone(images), self.backbone.neighborhood))
 
     def patch_scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
         if self.whitening:
@@ -90,7 +90,7 @@ class PatchCore(Branch):
         batch, count, width = features.shape
         distances, nearest = self.memory_bank.search(features.reshape(-1, width), 1)
         distances, nearest = distances.view(batch, count), nearest.view(batch, count)
-        return self.image_scores(features, distances, nearest), distances.unflatten(1, self.backbone.grid)
+        return self.image_scores(features, distances, nearest), self.on_grid(distances)
 
     def anomaly_map(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return gaussian_blur(resize_maps(patches, self.image_size), BLUR_SIGMA), *map_range(patches)

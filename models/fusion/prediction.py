@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from datasets.images import read_image
+from datasets.region import RegionOfInterest
 from models.fusion.operating_point import OperatingPoint
 from utils.errors import InputError
 
@@ -37,8 +38,9 @@ class Model(Protocol):
     device: Any
     threshold: float | None
     pixel_threshold: float | None
+    min_area: int  # pixels that a region needs to count
     operating_point: OperatingPoint | None
-
+    roi: RegionOfInterest | None
     batch_size: int  # frames at a time, unless the caller says otherwise
 
     def __call__(self, images: Sequence[ImageLike], batch_size: int | None = None) -> list[Prediction]: ...
@@ -51,29 +53,42 @@ def decide(
     branches: dict[str, tuple[float, np.ndarray]],
     threshold: float | None,
     pixel_threshold: float | None,
+    min_area: int = 0,
 ) -> Prediction:
     """The prediction for an image of `size` (width, height) whose map `square` [S, S] is stretched back to it."""
     fused = cv2.resize(square, size, interpolation=cv2.INTER_LINEAR)
     anomalous = None if threshold is None else score >= threshold
-    boxes, area = (None, None) if pixel_threshold is None else regions(fused, pixel_threshold)
+    boxes, area = (None, None) if pixel_threshold is None else regions(fused, pixel_threshold, min_area)
     return Prediction(score, fused, branches, anomalous, boxes, area)
 
 
-def as_picture(image: ImageLike) -> Image.Image:
-    """A path, a PIL image, or an RGB array [H, W, 3] of uint8 as an RGB image."""
+def as_picture(image: ImageLike, roi: RegionOfInterest | None = None) -> Image.Image:
+    """A path, a PIL image, or an RGB array [H, W, 3] of uint8 as an RGB image, of which only `roi` can be seen."""
     if isinstance(image, str | os.PathLike):
-        return read_image(image)
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-        return Image.fromarray(image)
+        picture = read_image(image)
+    elif isinstance(image, Image.Image):
+        picture = image.convert("RGB")
+    elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        picture = Image.fromarray(image)
+    else:
+        _refuse(image)
+    return roi.apply(picture) if roi else picture
+
+
+def _refuse(image: object) -> NoReturn:
     kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
     raise InputError(f"an image is {kind}; give a path, a PIL image or an RGB array [H, W, 3] of uint8")
 
 
-def regions(anomaly_map: np.ndarray, threshold: float) -> tuple[list[tuple[int, int, int, int]], int]:
-    """Boxes (x, y, width, height), largest area first, of the 8-connected regions at or above, and their pixels."""
+def regions(
+    anomaly_map: np.ndarray, threshold: float, min_area: int = 0
+) -> tuple[list[tuple[int, int, int, int]], int]:
+    """Boxes (x, y, width, height), largest area first, of the 8-connected regions at or above, and their pixels.
+
+    Regions of fewer than `min_area` pixels do not count.
+    """
     mask = (anomaly_map >= threshold).astype(np.uint8)
     _, _, statistics, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     found = sorted(statistics[1:].tolist(), key=lambda row: -row[cv2.CC_STAT_AREA])
-    return [tuple(row[:4]) for row in found], int(mask.sum())
+    found = [row for row in found if row[cv2.CC_STAT_AREA] >= min_area]
+    return [tuple(row[:4]) for row in found], sum(row[cv2.CC_STAT_AREA] for row in found)

@@ -39,7 +39,11 @@ class USAD:
         self.image_size = max(branch.image_size for branch in branches)
         self.device = branches[0].device
         self.batch_size = 32 if self.device.type == "cuda" else 4  # of `__call__`
+        self.roi = branches[0].roi
+        if any(branch.roi != self.roi for branch in branches):
+            raise InputError("the branches were not trained with the same --roi; train them again with one")
         self.rule = RULES[fusion](branches, **settings)
+        self.min_area = 0  # pixels that a region needs to count
         self.stopwatch = Stopwatch()
         self.operating_point: OperatingPoint | None = None
         self.threshold: float | None = None  # of the score
@@ -105,13 +109,15 @@ class USAD:
         batch_size = batch_size or self.batch_size
         predictions = []
         for start in range(0, len(images), batch_size):
-            pictures = [as_picture(image) for image in images[start : start + batch_size]]
+            pictures = [as_picture(image, self.roi) for image in images[start : start + batch_size]]
             batch = torch.stack([to_tensor(picture, self.image_size, "bicubic") for picture in pictures])
             parts = {name: _numbers(name, part) for name, part in self.predict_parts(batch.to(self.device)).items()}
             for row, picture in enumerate(pictures):
                 own = {name: (float(scores[row]), maps[row]) for name, (scores, maps) in parts.items()}
                 fused = own.pop(self.name)
-                predictions.append(decide(*fused, picture.size, own, self.threshold, self.pixel_threshold))
+                predictions.append(
+                    decide(*fused, picture.size, own, self.threshold, self.pixel_threshold, self.min_area)
+                )
         return predictions
 
     def predict(self, images: Tensor) -> Part:
@@ -125,7 +131,9 @@ class USAD:
     def predict_parts(self, images: Tensor) -> dict[str, Part]:
         """The fused prediction, then each branch's own, maps all [B, S, S]; each branch sees the images resized."""
         parts = {
-            branch.name: branch.predict(resize_images(images, branch.image_size)).resized(self.image_size)
+            branch.name: branch.predict(resize_images(images, branch.image_size))
+            .resized(self.image_size)
+            .inside(self.roi)
             for branch in self.branches
         }
         return {self.name: self.fuse(parts), **parts}
@@ -133,7 +141,7 @@ class USAD:
     def fuse(self, parts: Mapping[str, Part]) -> Part:
         """The branches' parts, maps [B, S, S], as one."""
         with self.stopwatch("score"):
-            return Part(*self.rule.fuse(parts))
+            return Part(*self.rule.fuse(parts)).inside(self.roi)
 
     def stopwatches(self) -> dict[str, Stopwatch]:
         """The times of the stages, by part."""

@@ -1,0 +1,195 @@
+"""The region of interest: what lies outside changes nothing, and takes part in nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import run_in_process, small_flags
+
+from datasets.region import MAX_SIDE, RegionOfInterest
+from metrics.pixel import PixelMetrics
+from models import BRANCHES, USAD
+from models.branches.branch import Part, pixels_inside
+from models.fusion.prediction import regions
+from utils.errors import InputError
+
+SHAPES = {
+    "left half": lambda y, x: x < 0.5,
+    "a strip aslant": lambda y, x: abs(y - 0.3 - 0.4 * x) < 0.25,
+    "two islands": lambda y, x: (np.hypot(y - 0.25, x - 0.3) < 0.2) | (np.hypot(y - 0.7, x - 0.75) < 0.2),
+    "a corner": lambda y, x: (y > 0.6) & (x > 0.55),
+}
+
+
+def drawn(shape: str, width: int, height: int) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    return SHAPES[shape]((y + 0.5) / height, (x + 0.5) / width)
+
+
+def save(inside: np.ndarray, path):
+    Image.fromarray((inside * 255).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def with_region(trained, tmp_path_factory):
+    """A copy of `trained` whose branches, trained with --roi, look at the left half."""
+    root = shutil.copytree(trained, tmp_path_factory.mktemp("region") / "root")
+    roi = save(drawn("left half", 36, 28), root / "roi.png")  # half the frames' size
+    for script in ("train_ma_clu", "train_ma2patch", "train_pc"):
+        finished = run_in_process(script, *small_flags(root, script), "--holdout-ratio", 0.25, "--roi", roi)
+        assert finished.code == 0, finished.err
+    return root
+
+
+@pytest.mark.parametrize("fusion", ["paper", "standardized"])
+def test_pixels_outside_change_nothing(with_region, fusion):
+    usad = USAD.load(with_region / "models/belt", fusion=fusion)
+    usad.threshold, usad.pixel_threshold = 1.0, 0.1
+    rng = np.random.default_rng(4)
+    frames = [np.asarray(Image.open(path)) for path in sorted((with_region / "data/belt/test/rope").glob("*.png"))]
+    for frame in [*frames, rng.integers(0, 256, (61, 83, 3), np.uint8)]:
+        outside = ~usad.roi.at(frame.shape[1], frame.shape[0])
+        other = frame.copy()
+        other[outside] = rng.integers(0, 256, (outside.sum(), 3), np.uint8)
+        first, second = usad([frame, other])
+        assert first.score == second.score and np.array_equal(first.map, second.map)
+        assert (first.boxes, first.area, first.anomalous) == (second.boxes, second.area, second.anomalous)
+        for name, (score, anomaly_map) in first.branches.items():
+            assert score == second.branches[name][0] and np.array_equal(anomaly_map, second.branches[name][1])
+        inside = usad.roi.at(*first.map.shape[::-1])
+        far = np.zeros_like(inside)
+        far[:, inside.shape[1] // 2 + 4 :] = True
+        assert (first.map[far] == first.map.min()).all()
+
+
+def test_training_does_not_see_what_lies_outside(with_region, tmp_path):
+    root = shutil.copytree(with_region, tmp_path / "root")
+    rng = np.random.default_rng(5)
+    for path in (root / "data/belt/train/good").glob("*.png"):
+        frame = np.array(Image.open(path))
+        outside = ~RegionOfInterest.read(root / "roi.png").at(frame.shape[1], frame.shape[0])
+        frame[outside] = rng.integers(0, 256, (outside.sum(), 3), np.uint8)
+        Image.fromarray(frame).save(path)
+    for script, branch in (("train_ma_clu", "ma_clu"), ("train_ma2patch", "ma2patch"), ("train_pc", "pc")):
+        before = (root / f"models/belt/{branch}.safetensors").read_bytes()
+        flags = [*small_flags(root, script), "--holdout-ratio", 0.25, "--no-eval"]
+        assert run_in_process(script, *flags, "--roi", root / "roi.png").code == 0
+        assert (root / f"models/belt/{branch}.safetensors").read_bytes() == before
+        assert run_in_process(script, *flags).code == 0
+        assert (root / f"models/belt/{branch}.safetensors").read_bytes() != before
+
+
+def test_figures_of_pixels_inside_alone(with_region):
+    finished = run_in_process("test_fusion", *small_flags(with_region, "test_fusion"), "--save-maps")
+    assert finished.code == 0, finished.err
+    folder = with_region / "result/belt/fusion"
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    expected, inside = PixelMetrics(), RegionOfInterest.read(with_region / "roi.png").at(96, 96)
+    columns = slice(0, 48)
+    assert inside[:, columns].all() and not inside[:, 48:].any()
+    for path in sorted((folder / "anomaly_maps").rglob("*.tiff")):
+        mask = with_region / "data/belt/ground_truth" / path.parent.name / f"{path.stem}_mask.png"
+        truth = np.zeros((96, 96), bool)
+        if mask.exists():
+            truth = np.asarray(Image.open(mask).resize((96, 96), Image.Resampling.NEAREST)) >= 128
+        maps = np.asarray(Image.open(path))[None, :, columns]
+        expected.update(maps, truth[None, :, columns], np.array([mask.exists()]))
+    found = expected.compute()
+    assert {key: metrics[key] for key in found} == pytest.approx(found)
+    assert "50% of the frame" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_tables_follow_the_checkpoints(with_region):
+    flags = [*small_flags(with_region, "reproduce_tables"), "--tables", "ablation"]
+    assert run_in_process("reproduce_tables", *flags).code == 0
+    assert run_in_process("test_fusion", *small_flags(with_region, "test_fusion")).code == 0
+    table = json.loads((with_region / "result/belt/tables/ablation.json").read_text(encoding="utf-8"))
+    metrics = json.loads((with_region / "result/belt/fusion/metrics.json").read_text(encoding="utf-8"))
+    whole = table["sections"][0]["rows"][-1]["figures"]
+    for key in ("image_auroc", "pixel_auroc", "aupro"):
+        assert whole[key]["mean"] == pytest.approx(metrics[key], abs=1e-6)
+
+
+def test_branches_of_different_regions_are_refused(with_region, trained, tmp_path):
+    folder = shutil.copytree(with_region / "models/belt", tmp_path / "belt")
+    shutil.copy(trained / "models/belt/pc.safetensors", folder)
+    with pytest.raises(InputError, match="--roi"):
+        USAD.load(folder)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scaled_to_any_frame(shape, tmp_path):
+    region = RegionOfInterest.read(save(drawn(shape, 640, 480), tmp_path / "roi.png"))
+    for width, height in ((640, 480), (64, 48), (321, 97), (1280, 1000)):
+        assert (region.at(width, height) == drawn(shape, width, height)).mean() > 0.97
+    cells = region.on_grid(12, 16)
+    share = drawn(shape, 640, 480).reshape(12, 40, 16, 40).mean((1, 3))
+    assert (cells[share > 0.6]).all() and not (cells[share < 0.4]).any()
+    assert RegionOfInterest.from_text(region.to_text()) == region
+    assert RegionOfInterest(~region.inside) != region
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outside_is_filled_with_the_colour_of_the_inside(shape):
+    rng = np.random.default_rng(6)
+    frame = rng.integers(0, 256, (50, 70, 3), np.uint8)
+    region = RegionOfInterest(drawn(shape, 35, 25))
+    inside = region.at(70, 50)
+    seen = np.asarray(region.apply(Image.fromarray(frame)))
+    assert np.array_equal(seen[inside], frame[inside])
+    assert (seen[~inside] == frame[inside].mean(0).round()).all()
+    maps = torch.rand(2, 40, 40)
+    part = Part(torch.zeros(2), maps).inside(region)
+    within = pixels_inside(region, 40, maps.device)
+    assert torch.equal(part.maps[:, within], maps[:, within])
+    assert (part.maps[:, ~within] == maps.amin((1, 2))[:, None]).all()
+
+
+def test_a_region_smaller_than_a_patch_still_has_one():
+    tiny = np.zeros((200, 200), bool)
+    tiny[130:134, 60:64] = True
+    cells = RegionOfInterest(tiny).on_grid(5, 5)
+    assert cells.sum() == 1 and cells[3, 1]
+
+
+@pytest.mark.parametrize("content", ["black", "no picture", "gone"])
+def test_other_regions_are_refused(trained, tmp_path, content):
+    path = tmp_path / "roi.png"
+    if content == "black":
+        save(np.zeros((8, 8), bool), path)
+    elif content == "no picture":
+        path.write_text("white")
+    finished = run_in_process("train_pc", *small_flags(trained, "train_pc"), "--no-eval", "--roi", path)
+    assert finished.code == 2 and str(path) in finished.err and len(finished.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["", "AAAA", 3, RegionOfInterest(np.ones((MAX_SIDE + 1, 1), bool)).to_text()])
+def test_other_texts_are_no_region(text):
+    with pytest.raises((ValueError, InputError)):
+        RegionOfInterest.from_text(text)
+
+
+def test_small_regions_do_not_count():
+    anomaly_map = np.zeros((40, 60), np.float32)
+    anomaly_map[2:5, 3:7], anomaly_map[20:30, 30:50], anomaly_map[38, 1] = 1, 1, 1
+    boxes, area = regions(anomaly_map, 0.5)
+    assert [box[2] * box[3] for box in boxes] == [200, 12, 1] and area == 213
+    assert regions(anomaly_map, 0.5, min_area=12) == (boxes[:2], 212)
+    assert regions(anomaly_map, 0.5, min_area=13) == (boxes[:1], 200)
+    assert regions(anomaly_map, 0.5, min_area=1000) == ([], 0)
+
+
+def test_every_branch_takes_a_region(with_region):
+    for name in ("ma_clu", "ma2patch", "pc"):
+        branch = BRANCHES[name].load(with_region / f"models/belt/{name}.safetensors")
+        assert branch.roi.share == 0.5
+        images = torch.rand(2, 3, branch.image_size, branch.image_size)
+        features = branch.extract(images)
+        patches = features[1] if name == "ma_clu" else features
+        assert patches.shape[1] == branch.roi.on_grid(*branch.backbone.grid).sum() < np.prod(branch.backbone.grid)
