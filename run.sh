@@ -5,7 +5,7 @@ set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 . tools/environment.sh
 
-DEMO_NOTE="Drawn scenes, and the network that ships (docs/demo_network.md): these are not the paper's figures."
+DEMO_NOTE="Synthetic scenes with the bundled wavelet network: a smoke test, not a reproduction of the paper."
 
 usage="usage: ./run.sh [--demo]   (--demo: drawn scenes; without: CoalAD with pretrained networks)"
 [ $# -le 1 ] || die "too many arguments; $usage"

@@ -18,7 +18,7 @@ from models import MACLU, USAD, PatchCore
 from models.branches.branch import Part
 from models.networks.backbones import size_step
 
-DEFINED = 'Figures are fractions; what each is, README.md says under "How each number is defined".'
+DEFINED = "Figures are fractions; docs/figures.md defines each."
 FIGURES = {
     "image_auroc": "image AUROC",
     "image_ap": "image AP",
