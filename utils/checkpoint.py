@@ -23,7 +23,7 @@ FORMAT = "usad-1"  # the metadata's only key: with several, safetensors writes t
 def save_checkpoint(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write `tensors` and JSON-able `metadata` in one atomic step.
 
-    Raises InputError where `path` holds a file that is not a USAD checkpoint: only our own are replaced.
+    Raises InputError if `path` holds a file that is not a USAD checkpoint: only our own are replaced.
     """
     path = Path(path)
     check_replaceable(path)
@@ -73,9 +73,9 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise InputError where `path` holds a file that is not a USAD checkpoint, by its header alone.
+    """Raise InputError if `path` holds a file that is not a USAD checkpoint; only its header is read.
 
-    Raises as `check_writable` does where its folder cannot take files.
+    Raises as `check_writable` does if nothing can be written to its folder.
     """
     check_writable(path.parent)
     if not path.exists():
@@ -90,7 +90,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def take(tensors: dict[str, Tensor], name: str, *shape: int | None) -> Tensor:
-    """Tensor `name` of a checkpoint; None in `shape` is any length. Raises InputError if it does not fit."""
+    """Tensor `name` of a checkpoint; None in `shape` stands for any length. Raises InputError if it does not fit."""
     tensor = tensors.get(name)
     if tensor is None:
         raise InputError(f"tensor '{name}' is missing")

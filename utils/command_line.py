@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message: str, details: Sequence[str] = ()) -> None:
-    """Say why the run ends, after the details; of several processes the first does."""
+    """Print the details, then why the run ends; of several processes only the first to fail prints."""
     if distributed.first_to_fail():
         for detail in details:
             _say(detail)
@@ -58,12 +58,12 @@ def fail(message: str, details: Sequence[str] = ()) -> None:
 
 
 def warn(message: str) -> None:
-    """Say what may be wrong."""
+    """Print a warning on stderr."""
     _say(f"warning: {message}")
 
 
 def warn_once(key: Hashable, message: str) -> None:
-    """Say it unless something with the same `key` has been said in this run."""
+    """Print a warning unless one with the same `key` has been printed in this run."""
     if key not in _warned:
         _warned.add(key)
         warn(message)

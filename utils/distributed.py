@@ -1,6 +1,6 @@
-"""The processes that share a run, on one machine or many: torchrun starts them, and one alone is the same run.
+"""The processes of torchrun that share a run, on one machine or several.
 
-This half knows who is who and needs no PyTorch while there is one process; utils/gather.py moves tensors.
+This file tells which process is which, and needs no PyTorch for a single one; utils/gather.py moves tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _store: Any = None  # torchrun's own key-value store, where there are several pr
 
 
 class Abandoned(Exception):
-    """Another process of the run has failed, and has said why."""
+    """Another process of the run has failed and has printed why."""
 
 
 def is_launched() -> bool:
@@ -28,7 +28,7 @@ def is_launched() -> bool:
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Within it the processes that torchrun started know each other; all but the first print nothing.
+    """Connects the processes that torchrun started for as long as the block runs; only the main one prints.
 
     Tensors on GPUs travel by NCCL, all others by gloo.
     """
@@ -59,12 +59,12 @@ def size() -> int:
 
 
 def rank() -> int:
-    """This process's number among them, from 0."""
+    """The number of this process, from 0."""
     return int(os.environ["RANK"]) if _store is not None else 0
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that selects, speaks and writes."""
+    """Whether this process is the one that selects, prints and writes."""
     return rank() == 0
 
 
@@ -74,14 +74,14 @@ def local_size() -> int:
 
 
 def local_rank() -> int:
-    """This process's number among those of its machine, from 0."""
+    """The number of this process on its machine, from 0."""
     return int(os.environ["LOCAL_RANK"]) if _store is not None else 0
 
 
 def shard(count: int, batch_size: int) -> range:
-    """This process's share of `count` images: contiguous, and whole batches of those that one process would form.
+    """This process's share of `count` images: contiguous, in the batches that a single process would form.
 
-    So every number comes out of the very batch that it would come out of there, and does not depend on the processes.
+    So each image is computed in the same batch, and its numbers do not depend on how many processes there are.
     """
     batches = -(-count // batch_size)
     start, stop = (-(-batches * part // size()) * batch_size for part in (rank(), rank() + 1))
@@ -95,8 +95,8 @@ def check() -> None:
 
 
 def first_to_fail() -> bool:
-    """Whether this process is the first of its run to fail, which alone says why; to be asked once."""
+    """Whether this process is the first of its run to fail, the one that prints why; call it once."""
     try:
         return _store is None or _store.add(FAILURES, 1) == 1
-    except RuntimeError:  # the store has gone away with the process that kept it
+    except RuntimeError:  # the process that kept the store has ended
         return False

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 class InputError(Exception):
     """The command line, a file or a folder is wrong.
 
-    The message is one line: what is wrong with which flag or file, and the remedy. Scripts print it
-    on stderr without a traceback, after the `details`, a line each, and exit with code 2.
+    The message is one line: what is wrong with which flag or file, and the remedy. Scripts print the `details`, one a
+    line, then the message on stderr without a traceback, and exit with code 2.
     """
 
     def __init__(self, message: str, details: Sequence[str] = ()) -> None:
@@ -18,4 +18,4 @@ class InputError(Exception):
 
 
 class UnreadableError(InputError):
-    """A data file is there but cannot be read as what it should be."""
+    """A data file exists but cannot be read as what it should be."""

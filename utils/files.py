@@ -30,7 +30,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # of a full disk, for instance, which does not say for which file
+    except OSError as error:  # a full disk, for instance, gives no file name
         if error.errno is None:  # a library's own words
             raise OSError(errno.EIO, str(error), str(path)) from error
         error.filename = str(path)
@@ -40,24 +40,24 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _temporary_stem(path: Path) -> str:
-    return f".{path.stem[:30]}."  # a part: names have a limit
+    return f".{path.stem[:30]}."  # shortened: file systems limit the length of names
 
 
 def leftovers(paths: Iterable[Path], of: Path | None = None) -> list[Path]:
-    """Those of `paths` that `atomic_write` of a killed run has left, of one target or of any."""
+    """Those of `paths` that a killed run's `atomic_write` left behind, for the target `of` or for any."""
     start = r"\..{1,30}\." if of is None else re.escape(_temporary_stem(of))
     pattern = re.compile(start + r"[0-9a-f]{16}\.tmp(\..*)?", re.DOTALL)
     return [path for path in paths if pattern.fullmatch(path.name)]
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` as UTF-8 with Unix line ends, atomically; what file names hold beside UTF-8 as escapes."""
+    """Write `text` atomically, as UTF-8 with Unix line ends; bytes of file names that are not UTF-8 become escapes."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; NaN, which only Python could read again, is refused."""
+    """Write `value` atomically as indented JSON; NaN is refused, because only Python could read it."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -67,9 +67,9 @@ def nearest_existing(folder: Path) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Find out before the work whether `folder`, which need not exist yet, can take files.
+    """Check before the work that files can be written to `folder`, which need not exist yet.
 
-    Raises InputError where a file stands in its way, PermissionError where it may not be written.
+    Raises InputError if a file has its name, PermissionError if it may not be written.
     """
     existing = nearest_existing(folder)
     if not existing.is_dir():

@@ -1,7 +1,7 @@
-"""What several processes gathered, brought together.
+"""Moves tensors between the processes of a run.
 
-What a pass over images gathers is held by accumulators, objects with `state()`, a dictionary of tensors, and
-`merge(state)`. `collect` brings them together on the main process; `from_first` hands what it made of them to all.
+What a pass over images gathers is held by accumulators: objects with `state()`, a dictionary of tensors, and
+`merge(state)`. `collect` merges them on the main process; `from_first` sends what that made of them to all processes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ State = Mapping[str, "Tensor | np.ndarray"]
 
 
 class Accumulator(Protocol):
-    """Something gathered from images, which can take in what was gathered from others."""
+    """Something gathered from images that can be merged with the same from other images."""
 
     def state(self) -> State: ...
 
@@ -33,7 +33,7 @@ class Accumulator(Protocol):
 
 
 def collect(*accumulators: Accumulator) -> bool:
-    """Merge the accumulators of all processes, in their order, into the first one's; whether this is the first."""
+    """Merge the accumulators of all processes, in rank order, into the main one's; whether this is the main one."""
     for accumulator in accumulators:
         if not is_main_process():
             _transfer(accumulator.state(), partial(dist.send, dst=0))
@@ -44,13 +44,13 @@ def collect(*accumulators: Accumulator) -> bool:
 
 
 def from_first(compute: Callable[[], State]) -> State:
-    """The tensors that `compute` gives on the first process, which alone calls it, on every process."""
+    """Call `compute` on the main process alone, and return its tensors on every process."""
     state = compute() if is_main_process() else None
     return state if size() == 1 else _transfer(state, partial(dist.broadcast, src=0))
 
 
 def all_rows(rows: Tensor) -> Tensor:
-    """The rows [n, ...] of all processes, in their order, on every process; for little data, on the CPU."""
+    """The rows [n, ...] of all processes, in rank order, on every process; for small data on the CPU."""
     if size() == 1:
         return rows
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(size())]
@@ -62,14 +62,14 @@ def all_rows(rows: Tensor) -> Tensor:
 
 
 def all_entries(entries: dict[str, str]) -> dict[str, str]:
-    """The entries of all processes' dictionaries, in their order, on every process."""
+    """The entries of the dictionaries of all processes, in rank order, on every process."""
     lines = "".join(json.dumps(entry) + "\n" for entry in entries.items())
     everything = all_rows(torch.tensor(list(lines.encode()), dtype=torch.uint8))
     return dict(json.loads(line) for line in everything.numpy().tobytes().splitlines())
 
 
 def require_same(what: str, lines: Callable[[], Iterable[str]]) -> None:
-    """Raise InputError where the processes do not have the same `lines`, as where machines hold different copies."""
+    """Raise InputError if the processes do not have the same `lines`, for instance because machines' copies differ."""
     if size() > 1:
         mark = torch.tensor([int(digest_of_lines(lines())[:15], 16)])
         if len(all_rows(mark).unique()) > 1:
@@ -78,7 +78,7 @@ def require_same(what: str, lines: Callable[[], Iterable[str]]) -> None:
 
 @contextlib.contextmanager
 def one_per_machine_first() -> Iterator[None]:
-    """What the block downloads, one process of each machine downloads; the others find it there."""
+    """One process of each machine runs the block first and downloads what it needs; the others then find it there."""
     if local_rank() > 0:
         barrier()
     yield
@@ -87,12 +87,12 @@ def one_per_machine_first() -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called this."""
     all_rows(torch.zeros(0))
 
 
 def own_gpu(name: str) -> str:
-    """The GPU of this process where `--device` names GPUs; raises InputError where it has none of its own."""
+    """The GPU of this process if `--device` asks for GPUs; raises InputError if there is not one for each process."""
     gpus = torch.cuda.device_count()
     if name != "cuda":
         raise InputError(f"--device {name} is one GPU for {local_size()} processes; use auto, which gives each its own")
@@ -105,9 +105,9 @@ def own_gpu(name: str) -> str:
 
 
 def _transfer(state: State | None, move: Callable[[Tensor], object]) -> dict[str, Tensor]:
-    """Send `state`, or receive one where it is None: `move` sends a tensor or fills it.
+    """Send `state`, or receive one if it is None: `move` sends a tensor or fills it.
 
-    A description of the tensors goes ahead, by gloo: a process waits there, and NCCL is used only once both are ready.
+    A description of the tensors goes first, by gloo. Processes wait there, so that NCCL starts when both are ready.
     """
     receiving = state is None
     tensors = {name: torch.as_tensor(value) for name, value in (state or {}).items()}

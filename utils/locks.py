@@ -14,10 +14,10 @@ from utils.files import leftovers
 
 
 def folder_lock(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Keep other runs out of `folder`, and clear what a killed one left unfinished in it.
+    """Keep other runs out of `folder`, and remove what a killed run left unfinished in it.
 
-    The system lifts a lock when its process ends, however that comes about. Raises InputError where another run
-    holds it, OSError where the lock cannot be written.
+    The system releases a lock when its process ends, however it ends. Raises InputError if another run holds it,
+    OSError if the lock cannot be written.
     """
     return _lock(folder / ".lock", folder, lambda: leftovers(folder.rglob("*")))
 
@@ -29,9 +29,9 @@ def file_lock(path: Path) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _lock(lock_path: Path, target: Path, unfinished: Callable[[], Iterable[Path]]) -> Iterator[None]:
-    """Hold the lock; afterwards neither it nor a folder made for it alone is left.
+    """Hold the lock; afterwards the lock file is gone, and so is a folder that was made only for it.
 
-    Of several processes that share a run the first does, which alone writes.
+    Of several processes that share a run only the main one takes the lock: it alone writes.
     """
     if not distributed.is_main_process():
         yield
@@ -41,7 +41,7 @@ def _lock(lock_path: Path, target: Path, unfinished: Callable[[], Iterable[Path]
     lock = FileLock(lock_path)
     try:
         lock.acquire(timeout=0)
-        while not lock_path.exists():  # its last holder has removed it since
+        while not lock_path.exists():  # its last holder has just removed it
             lock.release()
             lock.acquire(timeout=0)
     except Timeout:
@@ -51,7 +51,7 @@ def _lock(lock_path: Path, target: Path, unfinished: Callable[[], Iterable[Path]
             path.unlink(missing_ok=True)
         yield
     finally:
-        with contextlib.suppress(PermissionError):  # Windows removes no open file; there FileLock does, once released
+        with contextlib.suppress(PermissionError):  # Windows cannot remove an open file; FileLock does it there
             lock_path.unlink(missing_ok=True)
         lock.release()
         with contextlib.suppress(OSError):  # not empty

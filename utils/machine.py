@@ -1,4 +1,4 @@
-"""The machine that a run is on: its processor, its memory, the versions of what matters."""
+"""The machine of a run: processor, memory, versions of the packages that decide the numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
 def environment(device: Any) -> dict[str, Any]:
-    """What a number depends on beside the settings: versions, device, processes, peak memory."""
+    """For config.json: versions, device, number of processes, peak memory."""
     versions = {package: version for package in PACKAGES if (version := installed_version(package))}
     cuda = cuda_in_use()
     name = cuda.get_device_name(device) if cuda and str(device).startswith("cuda") else processor()
@@ -33,7 +33,7 @@ def cuda_in_use() -> Any:
 
 
 def _peak_resident_kib() -> float:
-    # On Linux getrusage counts what the parent process held when it started this one, too.
+    # On Linux getrusage also counts what the parent process held when it started this one.
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as status:
         for line in status:
             if line.startswith("VmHWM:"):
@@ -55,7 +55,7 @@ def peak_memory_mb() -> dict[str, float]:
 
 
 def processor() -> str:
-    """The processor's name; where the system does not tell it, that of its kind."""
+    """The processor's name, or its architecture if the system does not know the name."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         for line in lines:
             if line.startswith("model name"):

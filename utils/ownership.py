@@ -12,7 +12,7 @@ PROGRAM = "usad"  # the mark by which a later run knows its own files
 
 
 def claim_folder(folder: Path) -> None:
-    """Raise InputError if `folder` holds files, but not those of an earlier run; see also `check_writable`."""
+    """Raise InputError if `folder` holds files that no earlier run wrote; see also `check_writable`."""
     check_writable(folder)
     used = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
     if used and not is_ours(folder / "config.json"):
@@ -20,7 +20,7 @@ def claim_folder(folder: Path) -> None:
 
 
 def mark_folder(folder: Path) -> None:
-    """Leave our mark before the first result: what an interrupted run leaves is ours, too."""
+    """Write our mark before the first result, so that files of an interrupted run are known as ours."""
     if not (folder / "config.json").exists():
         write_json(folder / "config.json", {"program": PROGRAM})
 

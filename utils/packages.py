@@ -1,4 +1,4 @@
-"""Which releases of packages are installed, and whether requirements.txt allows them; nothing is imported for it."""
+"""Which releases of packages are installed, and whether requirements.txt allows them, found without importing any."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ def installed_version(name: str) -> str | None:
 def check_packages(requirements: Path = REQUIREMENTS) -> None:
     """Raise InputError for an installed package outside its range in `requirements`.
 
-    A package that is not installed is no error, since a run may not need it. Where the file is missing nothing is
-    checked: an installer has put this copy there, and has checked the ranges itself.
+    A package that is not installed is no error, since a run may not need it. Without the file nothing is checked.
     """
     lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
     for wanted in filter(None, (line.partition("#")[0].strip() for line in lines)):

@@ -11,7 +11,7 @@ _VALUE = re.compile(r"=[^/&;,]*")
 
 
 def redact(text: str) -> str:
-    """`text` with user, password, query and values (`name=value`) of the addresses in it replaced by ***.
+    """`text` with *** for the user, password, query and values (`name=value`) of each address in it.
 
     Errs on the side of hiding: from the first :// on, everything up to the last @ counts as user and password.
     """

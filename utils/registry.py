@@ -1,4 +1,4 @@
-"""Tables of what can be chosen by name; what a name stands for is imported when it is asked for."""
+"""Tables of what can be chosen by name; the module behind a name is imported when it is first used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 class Registry(Mapping[str, Any]):
     """Name -> "module:attribute", for instance "models.branches.patchcore:PatchCore".
 
-    The names are known without importing anything, so that a command line is parsed at once.
+    The names are known without importing anything, so that a command line is parsed quickly.
     """
 
     def __init__(self, places: Mapping[str, str]) -> None:

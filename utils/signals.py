@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a run ends with the batch in hand, or seconds later wherever it is."""
+"""SIGINT and SIGTERM: a run ends after the current batch, or after a few seconds wherever it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from typing import NoReturn, TypeVar
 
-GRACE = 4.0  # seconds that the batch in hand gets
+GRACE = 4.0  # seconds that the current batch gets to finish
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Batch = TypeVar("Batch")
 
@@ -20,13 +20,13 @@ class Terminated(BaseException):
 class _Script:
     """What the handler knows of the running script."""
 
-    process: int | None = None  # the one that may stop the run; a loader's workers inherit the handler
-    loops = 0  # over batches, that run now
-    asked: int | None = None  # the signal that waits for the batch in hand
+    process: int | None = None  # the process that may stop the run; a loader's workers inherit the handler
+    loops = 0  # over batches, running now
+    asked: int | None = None  # the signal that waits for the current batch
 
 
 def watch_signals() -> None:
-    """From here on SIGINT raises KeyboardInterrupt and SIGTERM raises Terminated; inside `stoppable` not at once."""
+    """Have SIGINT raise KeyboardInterrupt and SIGTERM raise Terminated; inside `stoppable` after the current batch."""
     _Script.process, _Script.loops, _Script.asked = os.getpid(), 0, None
     with contextlib.suppress(ValueError):  # not in the main thread
         for number in SIGNALS:
@@ -34,7 +34,7 @@ def watch_signals() -> None:
 
 
 def leave_signals() -> None:
-    """The run is over: what still comes ends the process without a word."""
+    """The run is over: from here on a signal ends the process silently."""
     _set_alarm(0)
     with contextlib.suppress(ValueError):
         for number in SIGNALS:
@@ -42,9 +42,9 @@ def leave_signals() -> None:
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:
-    """For a worker process: Ctrl-C and a service manager's SIGTERM reach it, too, but the script decides what follows.
+    """For a worker process: Ctrl-C and a service manager's SIGTERM reach workers, too, but the script decides.
 
-    The script then ends its workers by a second SIGTERM, if need be.
+    If need be, the script ends its workers with a second SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
@@ -53,7 +53,7 @@ def leave_signals_to_parent(worker: int = 0) -> None:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Within it signals wait; processes started meanwhile see none before they call `leave_signals_to_parent`."""
+    """Hold signals back during the block; processes started in it get none before `leave_signals_to_parent`."""
     _mask(blocked=True)
     try:
         yield
@@ -67,7 +67,7 @@ def _mask(blocked: bool) -> None:
 
 
 def stoppable(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield `batches`; a signal that comes meanwhile takes effect between two of them, or after GRACE seconds."""
+    """Yield `batches`; a signal takes effect between two of them, or after GRACE seconds."""
     _Script.loops += 1
     try:
         for batch in batches:
@@ -88,7 +88,7 @@ def _on_signal(number: int, frame: object) -> None:
 
 
 def _set_alarm(seconds: float) -> bool:
-    """Stop the run in so many seconds (0: not at all); False where the system has no such clock (Windows)."""
+    """Stop the run after `seconds` (0: never); False if the system has no such timer (Windows)."""
     if not hasattr(signal, "setitimer"):
         return False
     with contextlib.suppress(ValueError):
