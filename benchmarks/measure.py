@@ -1,22 +1,18 @@
-"""How things are timed: in pairs, warmed up, synchronised; peak memory in a process of its own."""
+"""How things are timed: ours and the reference in turn, warmed up, the GPU waited for on both sides."""
 
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.networks.kernels import linear
-from utils.machine import peak_memory_mb
-
-LONG = 5.0  # seconds from which on one timed run is enough
-VERY_LONG = 60.0  # seconds from which on a run warms itself up
 
 
 @dataclasses.dataclass
@@ -53,52 +49,19 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def pair(ours: Callable[[], Any], reference: Callable[[], Any] | None, repeats: int = 3) -> tuple[Any, ...]:
-    """Time both in turn, after a warm-up round: (seconds, seconds or None, result, result or None).
-
-    A side whose warm-up takes longer than `LONG` is timed once more; longer than `VERY_LONG`, it is not run again.
-    """
+def pair(ours: Callable[[], Any], reference: Callable[[], Any] | None, rounds: int = 3) -> tuple[Any, ...]:
+    """Both timed in turn after a warm-up: (seconds, seconds or None, result, result or None). Seconds are medians."""
     sides = [work for work in (ours, reference) if work is not None]
-    first, results = zip(*(seconds(work) for work in sides), strict=True)
-    results = [*results, *[None] * (2 - len(sides))]
-    rounds = [repeats if took < LONG else 1 if took < VERY_LONG else 0 for took in first]
-    times: list[list[float]] = [[] for _ in sides]
-    for turn in range(max(rounds)):
-        for number, work in enumerate(sides):
-            if turn < rounds[number]:
-                took, results[number] = seconds(work)
-                times[number].append(took)
-    times = [side or [took] for side, took in zip(times, first, strict=True)]
-    medians = [statistics.median(side) for side in times]
-    return (*medians, *[None] * (2 - len(medians)), *results)
+    results = [work() for work in sides]
+    times = [[seconds(work)[0] for work in sides] for _ in range(rounds)]
+    nothing = [None] * (2 - len(sides))
+    return (*map(statistics.median, zip(*times, strict=True)), *nothing, *results, *nothing)
 
 
-def apart(work: Callable[..., Any], *arguments: Any) -> tuple[float, float, Any]:
-    """Run `work` in a fresh process: (seconds, MB by which its peak memory grew, result).
-
-    Raises RuntimeError where that process fails.
-    """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    settings = multiprocessing.get_start_method(), torch.get_num_threads()
-    process = context.Process(target=_child, args=(sender, *settings, work, arguments))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"{work.__name__} ended with code {process.exitcode}") from None
-    finally:
-        process.join()
-
-
-def _child(sender: Any, start_method: str, threads: int, work: Callable[..., Any], arguments: tuple) -> None:
-    multiprocessing.set_start_method(start_method, force=True)  # else its loaders' workers would be spawned, too
-    torch.set_num_threads(threads)
-    before = peak_memory_mb()["host"]
-    took, result = seconds(lambda: work(*arguments))
-    sender.send((took, peak_memory_mb()["host"] - before, result))
+def difference(ours: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected value."""
+    expected = expected.to(ours.device)
+    return float((ours - expected).abs().max() / expected.abs().max())
 
 
 def product_rate(device: str, precision: str, size: int = 4096) -> dict[str, float]:
@@ -115,7 +78,7 @@ def product_rate(device: str, precision: str, size: int = 4096) -> dict[str, flo
     return rates
 
 
-def gflop(net: torch.nn.Module, images: torch.Tensor) -> float:
+def gflop(net: torch.nn.Module, images: Tensor) -> float:
     """10^9 floating-point operations of one pass, multiplications and additions counted apart.
 
     `net` is one whose layers torch counts: not yet with kernels of its own.

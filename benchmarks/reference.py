@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.networks import libraries
 from models.networks.weights import random_state_dict
 
+BRANCHES = {"ma_clu", "ma2patch", "pc"}
 LAMBDA_OBJECT, LAMBDA_MAP, COAL = 0.01, 1.0, 1.14
 
 

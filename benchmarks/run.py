@@ -1,18 +1,17 @@
-"""How fast each stage is, over growing sizes, beside a plain reference; ratios are measured in one run.
+"""How fast each stage is beside a plain reference; both are measured in turn, in one run.
 
-python benchmarks/run.py --quick                               # small networks and sizes: whether it works
-python benchmarks/run.py --images data/coal_ad/train/good      # the full sizes: an hour or two on a CPU
+python benchmarks/run.py --quick                               # whether it works: small networks and sizes
+python benchmarks/run.py --category data/coal_ad               # the paper's sizes: an hour or two on a CPU
 python benchmarks/run.py --stages coreset,neighbors --sizes coreset=1000,100000
-python benchmarks/run.py --stages extract,fused --device cuda --precision bf16 --batch-size 32
+python benchmarks/run.py --stages extract,fused --sizes extract=256 fused=256 --device cuda --precision bf16
 
-Writes results.json, table.md and cost.png to --out.
+Writes results.json and table.md to --out.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import os
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,49 +22,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by its path,
 import torch
 from tqdm import tqdm
 
-from benchmarks import metric_stages, processes, stages
+from benchmarks import coreset, fusion, inference, memory, neighbors, patchcore, pixel_metrics
 from benchmarks.measure import Row
-from benchmarks.plot import plot
 from benchmarks.settings import Settings
 from training.options import PRECISIONS, choose_device
 from utils.command_line import Parser, number, run
 from utils.errors import InputError
 from utils.files import write_json, write_text
-from utils.machine import processor
+from utils.machine import environment
 
-# Stage, sizes of a full and of a quick run, what the size counts.
+# Stage, sizes of a full and of a quick run.
 STAGES: dict[str, tuple[Callable[[Settings, int], Iterator[Row]], list[int], list[int]]] = {
-    "extract": (stages.extract, [50, 200, 1000], [4]),
-    "fused": (stages.fused, [50, 200, 1000], [4]),
-    "coreset": (stages.coreset, [1_000, 10_000, 100_000], [300, 1_000]),
-    "sample": (stages.sample, [60], [8]),
-    "neighbors": (stages.neighbors, [1_000, 10_000, 100_000, 1_000_000], [100, 1_000]),
-    "postprocess": (stages.postprocess, [140, 406, 1_022], [140]),
-    "pro": (metric_stages.pro, [10, 100], [3]),
-    "pixel_auroc": (metric_stages.pixel_auroc, [50, 200], [4]),
-    "fusion": (processes.fusion, [44], [4]),
-    "patchcore": (processes.patchcore, [18], [4]),
-    "memory": (processes.memory, [1_000], [100]),
+    "extract": (inference.extract, [50], [4]),
+    "fused": (inference.fused, [50], [4]),
+    "coreset": (coreset.coreset, [1_000, 10_000, 100_000], [300]),
+    "neighbors": (neighbors.neighbors, [1_000, 10_000, 100_000, 1_000_000], [100, 1_000]),
+    "pixels": (pixel_metrics.pixels, [10, 100], [3]),
+    "fusion": (fusion.fusion, [44], [4]),
+    "patchcore": (patchcore.patchcore, [18], [4]),
+    "memory": (memory.memory, [1_000], [100]),
 }
 
 
 def main() -> None:
     args = parse_args()
     device = choose_device(args.device, args.precision)
-    precision = "fp32" if args.precision == "auto" else args.precision
     settings = Settings(
         device,
-        precision,
+        "fp32" if args.precision == "auto" else args.precision,
         args.batch_size or (32 if device.startswith("cuda") else 4),
         args.quick,
-        args.images,
-        args.reference_images,
         args.out / "work" / ("quick" if args.quick else "full"),  # checkpoints of the one are not the other's
         args.category,
         args.anomalib_python,
     )
     settings.work.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"machine": machine(device), "product_gflop_per_second": settings.rates, "rows": []}
+    report: dict[str, Any] = {"product_gflop_per_second": settings.rates, "machine": machine(device)}
     rows, skipped = [], {}
     plan = [(name, size) for name in args.stages for size in args.sizes.get(name, STAGES[name][2 if args.quick else 1])]
     for name, size in (bar := tqdm(plan, unit="size", disable=None)):
@@ -79,30 +71,21 @@ def main() -> None:
             print(f"{name} {size}: not measured, {skipped[f'{name} {size}']}", flush=True)
         report |= {"rows": [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows], "skipped": skipped}
         write_json(args.out / "results.json", report)
-    write_text(args.out / "table.md", table(report["machine"], report["product_gflop_per_second"], rows, skipped))
-    if rows:
-        plot(rows, args.out / "cost.png")
-    print(f"table, figures and plot in {args.out}")
+    write_text(args.out / "table.md", table(report, rows))
+    print(f"table and figures in {args.out}")
 
 
-def parse_args() -> Any:
+def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     known = ",".join(STAGES)
     parser.add_argument("--stages", type=lambda text: text.split(","), default=list(STAGES), help=f"default: {known}")
     parser.add_argument(
-        "--sizes", nargs="+", default=[], metavar="STAGE=SIZE,SIZE", help="images, patches, bank rows, pixels or maps"
+        "--sizes", nargs="+", default=[], metavar="STAGE=SIZE,SIZE", help="images, patches, bank rows or maps"
     )
-    parser.add_argument("--quick", action="store_true", help="small networks and sizes, seconds in all")
+    parser.add_argument("--quick", action="store_true", help="small networks and sizes, a minute in all")
     parser.add_argument("--out", type=Path, default=Path("result/benchmarks"), help="default: result/benchmarks")
-    parser.add_argument("--images", type=Path, help="a folder of real images, for the coreset's real features")
-    parser.add_argument("--category", type=Path, help="a folder in MVTec layout for the whole scripts (default: drawn)")
+    parser.add_argument("--category", type=Path, help="a folder of real images in MVTec layout (default: drawn ones)")
     parser.add_argument("--anomalib-python", type=Path, help="an interpreter that has anomalib 2.7")
-    parser.add_argument(
-        "--reference-images",
-        type=number(int, 1),
-        default=50,
-        help="the published loop is timed on so many images at most (default: 50)",
-    )
     parser.add_argument("--batch-size", type=number(int, 1), help="default: 4 on a CPU, 32 on a GPU")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of our side (default: fp32)")
@@ -110,13 +93,12 @@ def parse_args() -> Any:
     for name in args.stages:
         if name not in STAGES:
             parser.error(f"--stages {name} is not one of {known}")
-    for path, flag in ((args.images, "--images"), (args.category, "--category")):
-        if path is not None and not path.is_dir():
-            parser.error(f"{flag} {path} is no folder")
-    if args.images is not None and not stages.image_files(args.images):
-        parser.error(f"--images {args.images} holds no images; give a folder that does, or leave it out")
+    if args.category is not None and not (args.category / "train").is_dir():
+        parser.error(f"--category {args.category} is no folder in MVTec layout; give one that holds train and test")
+    if args.anomalib_python is not None and not args.anomalib_python.is_file():
+        parser.error(f"--anomalib-python {args.anomalib_python} is no file; give the interpreter of an environment")
     args.sizes = dict(sizes(text, args.stages) for text in args.sizes)
-    args.out = args.out.absolute()
+    args.out, args.category = args.out.absolute(), args.category and args.category.absolute()
     return args
 
 
@@ -130,45 +112,36 @@ def sizes(text: str, chosen: list[str]) -> tuple[str, list[int]]:
 
 def machine(device: str) -> dict[str, Any]:
     """What every figure depends on."""
-    import timm
-
-    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    return {
-        "cpu": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-    }
+    about = environment(device)
+    return {"device": about["device"], "threads": torch.get_num_threads(), **about["versions"]}
 
 
-def line(row: Row) -> str:
-    """One row in words."""
-    ratio = f"{row.ratio:.2f} x faster than {row.against}" if row.ratio else f"against {row.against}"
-    parts = [f"{row.stage}, {row.size:,} {row.unit}: {row.ours:.4g} s", ratio, row.agreement]
+def remarks(row: Row) -> str:
+    """What the reference is, how near it is, and what else is known of the row."""
+    parts = [row.against, row.agreement]
     if "cpu_seconds" in row.details:
         parts.append("processor time {cpu_seconds:.1f} s against {reference_cpu_seconds:.1f} s".format(**row.details))
     if "share_of_product_rate" in row.details:
         parts.append(f"{row.details['share_of_product_rate']:.0%} of the product rate")
-    if "share_of_distances" in row.details:
-        parts.append(f"{row.details['share_of_distances']:.1%} of the distances evaluated")
     return "; ".join(part for part in parts if part)
 
 
-def table(about: dict[str, Any], product: dict[str, float], rows: list[Row], skipped: dict[str, str]) -> str:
-    """The rows in Markdown."""
-    words = [f"{key}: {value}" for key, value in about.items() if value is not None]
-    words += [f"{kernel}: {rate:.0f} GFLOP/s" for kernel, rate in product.items()]
-    lines = [", ".join(words), "", "| stage | size | ours, s | reference, s | ratio | what and how near |"]
-    lines.append("|---|---:|---:|---:|---:|---|")
-    for row in rows:
-        cells = [row.stage, f"{row.size:,} {row.unit}", f"{row.ours:.4g}"]
-        cells += [f"{row.reference:.4g}" if row.reference else "-", f"{row.ratio:.2f}" if row.ratio else "-"]
-        lines.append("| " + " | ".join([*cells, "; ".join(line(row).split("; ")[1:])]) + " |")
-    lines += ["", *(f"Not measured: {name} ({reason})" for name, reason in skipped.items())]
-    return "\n".join(lines).rstrip() + "\n"
+def line(row: Row) -> str:
+    """A row of the table in Markdown."""
+    plain, ratio = (format(value, ".4g") if value else "-" for value in (row.reference, row.ratio))
+    return f"| {row.stage} | {row.size:,} {row.unit} | {row.ours:.4g} | {plain} | {ratio} | {remarks(row)} |"
+
+
+def table(report: dict[str, Any], rows: list[Row]) -> str:
+    """The machine, all rows, and what was not measured, in Markdown."""
+    words = [f"{key}: {value}" for key, value in report["machine"].items()]
+    words += [f"{kernel}: {rate:.0f} GFLOP/s" for kernel, rate in report["product_gflop_per_second"].items()]
+    head = [
+        "| stage | size | ours, s | reference, s | ratio | reference and agreement |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    missing = [f"Not measured: {name} ({reason})" for name, reason in report["skipped"].items()]
+    return "\n".join([", ".join(words), "", *head, *map(line, rows), "", *missing]).rstrip() + "\n"
 
 
 if __name__ == "__main__":

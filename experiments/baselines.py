@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -20,8 +19,8 @@ from models import PatchCore
 from models.branches.branch import Part
 from utils.errors import InputError
 from utils.files import sha256_of_file
+from utils.processes import ROOT, ProcessFailed, run_module
 
-ROOT = Path(__file__).parents[1]
 ENVIRONMENT = Path(".venv-baselines")
 INSTALL = f"python3 -m venv {ENVIRONMENT} && {ENVIRONMENT}/bin/pip install -r requirements-baselines.txt"
 NO_ANOMALIB = f"not run, there is no anomalib: {INSTALL}, or --baselines-python PATH"
@@ -149,18 +148,11 @@ def run_baseline(python: Path, job: dict[str, Any], folder: Path) -> str:
 
     Returns its settings in words; raises Unavailable with the reason where it does not get there.
     """
-    job_file = folder / "job.json"
-    job_file.write_text(json.dumps({**job, "out": str(folder.absolute())}), encoding="utf-8")
-    command = [python, "-m", "tools.anomalib_baseline", job_file.absolute()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", errors="replace")
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        last = (done.stderr.strip() or "nothing was said").splitlines()[-1]
-        raise Unavailable(f"its process ended with code {done.returncode}: {last}") from None
-    if "error" in result:
-        raise Unavailable(" ".join(result["error"].split())[:300])
-    return result["setting"]
+        job = {**job, "out": str(folder.absolute())}
+        return run_module("tools.anomalib_baseline", job, python).result["setting"]
+    except ProcessFailed as error:
+        raise Unavailable(str(error)) from None
 
 
 def raw_results(folder: Path, batch_size: int, size: int) -> Iterator[Part]:

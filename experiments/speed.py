@@ -1,14 +1,7 @@
-"""How fast, and in how much memory: each branch and the fusion in a process of its own.
-
-python -m experiments.speed JOB.json        # prints the figures as JSON; run by reproduce_tables.py
-"""
+"""How fast, and in how much memory: each branch and the fusion in a process of its own."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -18,12 +11,12 @@ import torch
 from datasets.loading import ImageDataset, ImageLoader
 from datasets.mvtec import Sample
 from evaluation.evaluate import stage_seconds, timed
-from experiments.baselines import ROOT
 from experiments.cells import Cell, Row, Section, Table, Unavailable
 from experiments.fusions import Bench, Fusion
 from models import BRANCHES, USAD
 from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths
-from utils.machine import peak_memory_mb, processor
+from utils.machine import processor
+from utils.processes import ProcessFailed, answer, run_module
 from utils.timing import Stopwatch
 
 IMAGES = 200  # at most so many are timed
@@ -67,19 +60,16 @@ def speed(bench: Bench, fusion: Fusion, folder: Path) -> Table:
 
 
 def measure_apart(job: dict[str, Any]) -> dict[str, Any]:
-    """`measure` in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        job_file = Path(folder) / "job.json"
-        job_file.write_text(json.dumps(job), encoding="utf-8")
-        command = [sys.executable, "-m", "experiments.speed", job_file]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", errors="replace")
-    if done.returncode:
-        raise Unavailable((done.stderr.strip() or f"ended with code {done.returncode}").splitlines()[-1])
-    return json.loads(done.stdout)
+    """`measure` in a process of its own, and that process's peak memory in MB."""
+    try:
+        finished = run_module("experiments.speed", job)
+    except ProcessFailed as error:
+        raise Unavailable(str(error)) from None
+    return {**finished.result, "memory": finished.memory.get("host"), "gpu_memory": finished.memory.get("gpu")}
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Time one part, a branch or the fusion, on the job's images: seconds an image, MB."""
+    """Time one part, a branch or the fusion, on the job's images: seconds an image, MB of checkpoints."""
     folder, name = Path(job["folder"]), job["part"]
     paths = {branch: path for branch, path in checkpoint_paths(folder).items() if name in (branch, USAD.name)}
     if name == USAD.name:
@@ -99,14 +89,12 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     for batch in timed(ImageLoader(dataset, job["batch_size"], 0, ""), loading):
         for part in model.predict_parts(batch["image"].to(model.device)).values():
             part.scores.cpu(), part.maps.cpu()
-    total, memory, stages = time.perf_counter() - start, peak_memory_mb(), stage_seconds(model)
+    total, stages = time.perf_counter() - start, stage_seconds(model)
     return {
         "images_per_second": len(samples) / total,
         "load": loading.seconds["load"] / len(samples),
         "extract": stages["extract"] / len(samples),
         "score": stages["score"] / len(samples),
-        "memory": memory.get("host"),
-        "gpu_memory": memory.get("gpu"),
         "checkpoint": sum(path.stat().st_size for path in paths.values()) / 1e6,
     }
 
@@ -120,4 +108,4 @@ def machine(device: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))
+    answer(measure)

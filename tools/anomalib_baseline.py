@@ -1,20 +1,16 @@
 """Fit one of anomalib's models on given images and write what it says of others: raw maps and scores.
 
-Run by reproduce_tables.py, one process a model, with an interpreter that has anomalib (requirements-baselines.txt):
-
-    python -m tools.anomalib_baseline JOB.json
-
-The job names the model, its seed, weights and settings, the training and the test images, and the folder for
-scores.npy [N] float64, maps.npy [N, h, w] float32 and result.json ({"setting": …} or {"error": …}). The numbers are
-those of the model itself: anomalib's post-processor, which rescales and clamps them, takes no part.
+Run by reproduce_tables.py and benchmarks/patchcore.py, one process a model (utils/processes.py), with an interpreter
+that has anomalib (requirements-baselines.txt). The job names the model, its seed, weights and settings, the training
+and the test images, and the folder for scores.npy [N] float64 and maps.npy [N, h, w] float32. The numbers are those of
+the model itself: anomalib's post-processor, which rescales and clamps them, takes no part.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datasets.images import read_image
 from utils.errors import InputError
+from utils.processes import answer
 
 BARE = {"post_processor": False, "evaluator": False, "visualizer": False}
 # Class and length of training (the papers'; none stops early, for that would look at labelled images).
@@ -89,7 +86,10 @@ def build(job: dict[str, Any]) -> nn.Module:
         settings["pre_trained"] = False
     if name == "efficient_ad":
         settings["imagenet_dir"] = Path(torch.hub.get_dir()) / "imagenette"  # 1.5 GB, downloaded once
-    model = getattr(models, MODELS[name][0])(**BARE, **settings)
+    kind = getattr(models, MODELS[name][0])
+    if "image_size" in job:
+        settings["pre_processor"] = kind.configure_pre_processor((job["image_size"],) * 2)
+    model = kind(**BARE, **settings)
     if weights not in (["pretrained"], ["random"]):
         load_backbone(model.model.feature_extractor.feature_extractor, weights, model.model.backbone)
     return model
@@ -116,8 +116,9 @@ def read_state(file: str) -> dict[str, torch.Tensor]:
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    """Fit, predict, write; returns what is to be said of the settings."""
+    """Fit, predict, write; returns the settings in words, seconds, and the size of a memory bank."""
     name, device = job["model"], job["device"]
+    start, processor = time.perf_counter(), time.process_time()
     seed_everything(job["seed"])
     model = build(job)
     transform, model.pre_processor = model.pre_processor.transform, None  # applied image by image: sizes may differ
@@ -134,13 +135,15 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         default_root_dir=job["out"],
     )
     trainer.fit(model, datamodule=images)
+    fitted = time.perf_counter()
     predict(model.model.to(device).eval(), Images(job["test"], transform), job)
+    seconds = {"fit": fitted - start, "test": time.perf_counter() - fitted, "cpu": time.process_time() - processor}
     height, width = images.fitted[0].shape[-2:]
     network = getattr(model.model, "backbone", None) or getattr(model.model, "encoder_name", None)
     kind = {"random": "untrained", "pretrained": "pretrained"}.get(job["weights"][0], "weights from a file")
     lengths = [f"{value} {unit.removeprefix('max_')}" for unit, value in length.items() if value > 1]
     words = [f"{network} ({kind})" if isinstance(network, str) else kind, f"{width} x {height} px", *lengths]
-    return {"setting": ", ".join(words)}
+    return {"setting": ", ".join(words), **seconds, "bank": len(getattr(model.model, "memory_bank", ()))}
 
 
 def predict(net: nn.Module, images: Images, job: dict[str, Any]) -> None:
@@ -166,11 +169,4 @@ if __name__ == "__main__":
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    try:
-        result = main(job)
-    except InputError as error:
-        result = {"error": str(error)}
-    except Exception as error:  # whatever a library says is the reason why there is no figure
-        result = {"error": f"{type(error).__name__}: {error}"}
-    (Path(job["out"]) / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    answer(main)

@@ -1,0 +1,41 @@
+"""The nearest bank row of one image's patches, beside the whole matrix of distances and faiss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks import reference
+from benchmarks.measure import Row, difference, pair
+from benchmarks.settings import SEED, Settings
+from models.branches.neighbors import NearestNeighbors
+
+MATRIX_BYTES = 3e9  # of distances and bank, up to which the whole matrix is computed
+
+
+def neighbors(settings: Settings, rows: int) -> Iterator[Row]:
+    """A bank of `rows`; the reference is `torch.cdist`, and faiss where it is installed."""
+    width, queries = (64, 50) if settings.quick else (1536, 900)
+    generator = torch.Generator().manual_seed(SEED)
+    bank = torch.randn(rows, width, generator=generator).to(settings.device)
+    patches = torch.randn(queries, width, generator=generator).to(settings.device)
+    ours = NearestNeighbors(bank)
+    ours.faiss = None
+    fits = 4 * rows * (queries + width) < MATRIX_BYTES
+    took, plain_took, found, plain = pair(
+        lambda: ours.search(patches, 1), (lambda: reference.nearest(patches, bank)) if fits else None
+    )
+    agreement = f"distances within {difference(found[0][:, 0], plain[0]):.1e}" if plain else ""
+    yield Row("neighbours", rows, "bank rows", took, plain_took, "torch.cdist whole, minimum", agreement)
+    try:
+        import faiss
+    except ImportError:
+        return
+    if settings.device == "cpu":
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        took, faiss_took, found, other = pair(
+            lambda: ours.search(patches, 1), lambda: faiss.knn(patches.numpy(), bank.numpy(), 1)
+        )
+        near = difference(found[0][:, 0], torch.from_numpy(other[0][:, 0]).clamp(min=0).sqrt())
+        yield Row("neighbours, faiss", rows, "bank rows", took, faiss_took, "faiss.knn", f"distances within {near:.1e}")

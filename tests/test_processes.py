@@ -1,0 +1,39 @@
+"""Work in a process of its own: its result, its memory, and why there is none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from utils.processes import ProcessFailed, run_module, run_python
+
+
+def test_result_time_and_memory_are_the_childs():
+    ballast = np.ones(1 << 27)  # 1 GB, none of which the other process holds
+    finished = run_module("tests.child", {"megabytes": 50}, threads=1)
+    assert finished.result == {"numbers": 50 * 125_000, "threads": "1"}
+    assert 45 < finished.memory["grown"] < 80
+    assert finished.memory["grown"] < finished.memory["host"] < ballast.nbytes / 1e6
+    assert finished.cpu_seconds > 0 and finished.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        ({"input_error": "the file a.pth is truncated; copy it again"}, "the file a.pth is truncated; copy it again"),
+        ({"error": "two\nlines"}, "ValueError: two lines"),
+        ({"code": 7}, "its process ended with code 7"),
+        ({"code": 0}, "tests.child ended without a result"),
+    ],
+    ids=["input", "error", "exit", "silence"],
+)
+def test_the_reason_is_one_line(job, said):
+    with pytest.raises(ProcessFailed) as failure:
+        run_module("tests.child", job)
+    assert str(failure.value) == said
+
+
+def test_a_script_that_fails_gives_its_last_line():
+    with pytest.raises(ProcessFailed, match=r"^no such door$"):
+        run_python(["-c", "import sys; print('first', file=sys.stderr); sys.exit('no such door')"])
+    assert run_python(["-c", "sum(range(10**6))"]).seconds > 0
