@@ -58,16 +58,16 @@ def test_plain_coreset_neighbours_and_features_agree():
 
 def test_a_quick_run_leaves_sane_figures(tmp_path):
     finished = run_in_process(
-        "benchmarks.run", "--quick", "--stages", "extract,fused,coreset,neighbors,pixels", "--sizes", "pixels=3",
-        "coreset=300", "--out", tmp_path, "--device", "cpu",
+        "benchmarks.run", "--quick", "--stages", "extract,coreset,neighbors,pixels", "--sizes", "pixels=3", "coreset=300",
+        "--out", tmp_path, "--device", "cpu",
     )  # fmt: skip
     assert finished.code == 0, finished.err
     report = json.loads((tmp_path / "results.json").read_text())
     assert report["skipped"] == {}
-    assert report["machine"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(report["machine"]["torch"])
     assert all(rate > 0 for rate in report["product_gflop_per_second"].values())
     found = {row["stage"].split()[0] for row in report["rows"]}
-    assert {"extract", "fused", "coreset", "neighbours", "pro_as_published", "aupro,", "pixel_auroc,"} <= found
+    assert {"extract", "coreset", "neighbours", "pro_as_published", "aupro,", "pixel_auroc,"} <= found
     for row in report["rows"]:
         assert row["ratio"] == pytest.approx(row["reference"] / row["ours"])
     extracted = [row for row in report["rows"] if row["stage"].startswith("extract")]

@@ -141,6 +141,15 @@ def test_a_fourth_branch_from_training_to_tables(workplace, fourth):
     assert weights.code == 2 and "no.pth" in weights.err
 
 
+def test_a_fourth_branch_in_the_benchmark(fourth, tmp_path):
+    flags = ["--quick", "--stages", "extract,fused", "--sizes", "extract=1", "fused=1", "--device", "cpu"]
+    finished = run_in_process("benchmarks.run", *flags, "--out", tmp_path)
+    assert finished.code == 0, finished.err
+    *networks, fused = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert len(networks) == 4 and networks[3]["stage"] == networks[0]["stage"]  # the network of its kind
+    assert fused["ours"] > 0 and fused["reference"] is None
+
+
 def test_a_rule(workplace, monkeypatch):
     monkeypatch.setitem(RULES.places, "loudest", f"{HERE}:Loudest")
     fused = fuse(workplace, "--fusion", "loudest")
