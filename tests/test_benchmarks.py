@@ -57,10 +57,9 @@ def test_plain_coreset_neighbours_and_features_agree():
 
 
 def test_a_quick_run_leaves_sane_figures(tmp_path):
-    finished = run_in_process(
-        "benchmarks.run", "--quick", "--stages", "extract,coreset,neighbors,pixels", "--sizes", "pixels=3", "coreset=300",
-        "--out", tmp_path, "--device", "cpu",
-    )  # fmt: skip
+    stages, sizes = "extract,coreset,neighbors,pixels", ["pixels=3", "coreset=300"]
+    flags = ["--quick", "--stages", stages, "--sizes", *sizes, "--device", "cpu"]
+    finished = run_in_process("benchmarks.run", *flags, "--out", tmp_path)
     assert finished.code == 0, finished.err
     report = json.loads((tmp_path / "results.json").read_text())
     assert report["skipped"] == {}
