@@ -480,7 +480,7 @@ def test_converted_branches_compute_with_the_files_numbers(tmp_path, small_netwo
         for name, branch in branches.items():
             part = branch.predict(image)
             assert float(part.scores[0]) == pytest.approx(expected[name][0], rel=1e-4)
-            assert_close(part.scaled()[0], expected[name][1], 1e-4)
+            assert_close(part.scaled()[0], expected[name][1])
 
 
 def test_files_of_other_networks_write_nothing(tmp_path, small_networks):
