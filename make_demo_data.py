@@ -35,7 +35,7 @@ MARKER = ".usad_demo.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the files' bytes. `version` rises when the drawing changes."""
+    """Everything that decides the bytes of the files. `version` goes up when the drawing changes."""
 
     size: int
     train: int
@@ -47,7 +47,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame to draw: seed and file; if it has a defect, its kind and the file of the mask."""
+    """One frame to draw: its seed and file and, if it has a defect, the kind and the file of the mask."""
 
     seed: tuple[int, int, int]
     file: str
@@ -108,18 +108,18 @@ def is_whole(folder: Path, settings: Settings) -> bool:
 
 
 def beside(folder: Path) -> tuple[Path, Path]:
-    """Where a data set is drawn, and where the one before it goes for a moment."""
+    """Where a data set is drawn, and where the one that it replaces is moved to."""
     return folder.with_name(f".{folder.name}.drawing"), folder.with_name(f".{folder.name}.replaced")
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a run that was killed has left beside `folder`."""
+    """Remove what a killed run has left beside `folder`."""
     for leftover in beside(folder):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def make(folder: Path, settings: Settings, workers: int) -> None:
-    """Draw the data set beside `folder`, then put it in place of what is there in one step."""
+    """Draw the data set beside `folder`, then let it replace what is there in one step."""
     drawing, replaced = beside(folder)
     for name in file_names(settings):
         (drawing / name).parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def make(folder: Path, settings: Settings, workers: int) -> None:
 
 
 def draw_all(folder: Path, settings: Settings, workers: int) -> None:
-    """Draw every frame into `folder` with `workers` processes; one draws in this process."""
+    """Draw every frame into `folder` with `workers` processes; a single one means this process."""
     todo = list(frames(settings))
     task = partial(draw, folder, settings.size)
     progress = partial(tqdm, total=len(todo), desc="drawing", unit="frame", disable=None)
@@ -153,7 +153,7 @@ def draw_all(folder: Path, settings: Settings, workers: int) -> None:
 
 
 def follow_parent() -> None:
-    """A process that draws leaves signals to the script, and ends with it even if that is killed."""
+    """A drawing process leaves signals to the script, and ends with it even if the script is killed."""
     leave_signals_to_parent()
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 

@@ -20,7 +20,7 @@ CATEGORY = "coal_ad"
 DATASET = "lyfjwp/CoalAD"
 ARCHIVES = ("coal_ad_train.tar", "coal_ad_test.tar")
 MAX_MEMBERS = 200_000
-MAX_READ = 1 << 24  # bytes; tarfile reads some headers as a whole, at their word
+MAX_READ = 1 << 24  # bytes; tarfile reads some headers in one go, however long they claim to be
 MAX_DEPTH = 8  # coal_ad/ground_truth/<defect>/<stem>_mask.png is four deep
 
 # The disk's own errors, which must not be mistaken for a failing network.
@@ -31,13 +31,13 @@ STORAGE_ERRORS = {
 
 
 def ensure_coalad(data_root: str | os.PathLike) -> Path:
-    """Return `data_root`/coal_ad; where there is no such folder, download and unpack CoalAD first.
+    """Return `data_root`/coal_ad; if there is no such folder, download and unpack CoalAD first.
 
-    What has been received stays in `data_root`/.coal_ad.download and the next call continues there. The
-    folder coal_ad appears in one step, after both archives have been unpacked beside it.
+    Received data stays in `data_root`/.coal_ad.download, and the next call continues there. The folder coal_ad
+    appears in one step, once both archives have been unpacked beside it.
 
-    Raises InputError where ModelScope cannot be reached or delivers something other than CoalAD,
-    ConnectionError where the transfer breaks off, and other OSErrors as the disk reports them.
+    Raises InputError if ModelScope cannot be reached or delivers something other than CoalAD,
+    ConnectionError if the transfer breaks off, and other OSErrors as the disk reports them.
     """
     target = Path(data_root) / CATEGORY
     if os.path.lexists(target):
@@ -119,7 +119,7 @@ def _download(folder: Path, target: Path) -> None:
 
 
 def _storage_error(error: BaseException | None) -> OSError | None:
-    """The disk's error among the causes of `error`."""
+    """The disk's own error among the causes of `error`, if there is one."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
             return error
@@ -137,20 +137,20 @@ def _unpack(download: Path, target: Path) -> None:
             try:
                 extract(download / name, unpacked)
             except InputError:
-                (download / name).unlink()  # else the next call would take it for a finished download
+                (download / name).unlink()  # otherwise the next call would take it for a finished download
                 raise
         for part in ("train/good", "test"):
             if not any((unpacked / CATEGORY).glob(f"{part}/*")):
                 raise InputError(f"the downloaded archives hold no {CATEGORY}/{part}: {_by_hand(target)}")
         if hasattr(os, "sync"):
-            os.sync()  # the files' content must reach the disk before the name they are found by
+            os.sync()  # the content must be on the disk before the folder has its name
         os.replace(unpacked / CATEGORY, target)
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
 
 
 class _SmallReads(io.FileIO):
-    """A file that gives at most MAX_READ bytes at a time: a header may ask for as many as it likes."""
+    """A file that gives at most MAX_READ bytes at a time, whatever a header asks for."""
 
     def read(self, size: int = -1) -> bytes:
         return super().read(min(size, MAX_READ) if size >= 0 else MAX_READ)
@@ -159,9 +159,9 @@ class _SmallReads(io.FileIO):
 def extract(archive: Path, folder: Path) -> None:
     """Unpack the files of an uncompressed tar archive, all under coal_ad/, into the empty `folder`.
 
-    Each member is judged here and written as a new plain file: nothing is linked, overwritten, or placed
-    outside of `folder`, and with neither compression nor sparse files nothing unpacks to more than the
-    archive's own size. Raises InputError for an archive that breaks these rules or is damaged.
+    Each member is checked and written as a new plain file: nothing is linked, overwritten, or placed outside of
+    `folder`. Without compression and sparse files nothing unpacks to more than the size of the archive. Raises
+    InputError for an archive that breaks these rules or is damaged.
     """
     try:
         with (
@@ -215,7 +215,7 @@ def _refusal(member: tarfile.TarInfo, path: PurePosixPath) -> str | None:
         return "would leave the folder"
     if len(path.parts) > MAX_DEPTH or any(len(os.fsencode(part)) > 255 for part in path.parts):
         return "has too long a name"
-    # A backslash or a colon would be a path of its own on Windows.
+    # On Windows a backslash or a colon would make it another path.
     if any(char in "\\:" or ord(char) < 32 for char in member.name):
         return "has a name that is not portable"
     if path.parts and path.parts[0] not in (CATEGORY, f"._{CATEGORY}"):

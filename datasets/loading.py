@@ -41,10 +41,10 @@ def mask_to_tensor(mask: np.ndarray, size: int) -> Tensor:
 class ImageDataset(Dataset):
     """Samples as tensors: {"image" [3, S, S], "mask" bool [S, S], "label", "index", "notes"}.
 
-    Of images only what lies in the region of interest, if there is one, reaches the tensor.
+    With a region of interest, only what lies in it reaches the tensor.
 
-    A file that cannot be read becomes {"error": exception}: raised, it would reach the user as the traceback of a
-    worker process.
+    A file that cannot be read becomes {"error": exception}. If it were raised here, the user would see the traceback
+    of a worker process.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class ImageDataset(Dataset):
 class ImageLoader:
     """Batches of this process's share of an ImageDataset, in order, with a progress bar.
 
-    What may surprise about the files is said at the end of a pass. Raises UnreadableError at a broken file, OSError at
-    one that cannot be reached.
+    At the end of a pass it prints the notes on the files. Raises UnreadableError for a broken file, OSError for one
+    that cannot be reached.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class ImageLoader:
 
 
 def find_unreadable(samples: Sequence[Sample], workers: int) -> dict[str, str]:
-    """Read every image and mask, and give the names of the samples that cannot be read, with the reason."""
+    """Read every image and mask; returns the names of the samples that cannot be read, with the reason."""
     loader = DataLoader(ImageDataset(samples, 1, "bilinear"), None, num_workers=workers, worker_init_fn=_end_silently)
     loaded = tqdm(stoppable(loader), total=len(samples), desc="checking files", unit="image", leave=False, disable=None)
     errors = ((sample.name, found.get("error")) for sample, found in zip(samples, loaded, strict=True))
@@ -125,7 +125,7 @@ def find_unreadable(samples: Sequence[Sample], workers: int) -> dict[str, str]:
 
 
 def _end_silently(worker: int) -> None:
-    """A worker leaves signals to the script, and the thread that hands its tensors over says nothing if that ends."""
+    """A worker leaves signals to the script, and its thread that sends tensors stays silent if the script ends."""
     leave_signals_to_parent()
     sys.excepthook = _unless_connection_lost
 

@@ -1,4 +1,4 @@
-"""What may surprise about files that can be read: counted image by image, said once a run."""
+"""Notes on files that can be read but may surprise: counted for each image, printed once a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXTS = {
 
 
 class Notes:
-    """Counts the notes on many files, with an example of each kind."""
+    """Counts the notes on many files, and keeps an example of each kind."""
 
     def __init__(self) -> None:
         self._counts = dict.fromkeys(Note, 0)
@@ -32,7 +32,7 @@ class Notes:
                 self._examples.setdefault(note.name, str(mask if note in Note.LABELS | Note.EMPTY else image))
 
     def say(self) -> None:
-        """Warn of what all processes found: once a run, but of empty masks once for each data set."""
+        """Warn of what all processes found: once a run, and of empty masks once for each data set."""
         counts = gather.all_rows(torch.tensor([list(self._counts.values())])).sum(0).tolist()
         examples = gather.all_entries(self._examples)
         for note, count in zip(Note, counts, strict=True):

@@ -1,4 +1,4 @@
-"""Broken images in a data set: all of them named at once, or left out of the run."""
+"""Broken images in a data set: list all of them, or leave them out of the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SamplesOf = Callable[[Category], Sequence[Sample]]
 
 
 def leave_out_unreadable(category: Category, samples: Sequence[Sample], workers: int) -> None:
-    """Take those of the category's samples that cannot be read out of it, and say how many they are."""
+    """Remove samples that cannot be read from the category, and warn how many there are."""
     own = distributed.shard(len(samples), 1)
     category.left_out |= gather.all_entries(find_unreadable(samples[own.start : own.stop], workers))
     if category.left_out:
@@ -26,7 +26,7 @@ def leave_out_unreadable(category: Category, samples: Sequence[Sample], workers:
 def list_all_unreadable(
     categories: Sequence[Category], samples_of: SamplesOf, workers: int, skipped: bool
 ) -> Iterator[None]:
-    """Where the first broken image ends the run, look at all others, too, and raise InputError that lists them."""
+    """If a broken image ends the run, read all others, too, and raise an InputError that lists every broken one."""
     try:
         yield
     except UnreadableError as error:

@@ -42,7 +42,7 @@ class ImageMetrics(Metric):
         return {f"image_{name}": tuple(points.values()) for name, points in found.items()}
 
     def f1_threshold(self) -> float | None:
-        """The score from which on images count as anomalous for the highest F1; None if a class is missing."""
+        """The threshold of the highest F1 (scores at or above it are anomalous); None if a class is missing."""
         return image_f1_threshold(self._scores, self._labels)
 
     def state(self) -> dict[str, np.ndarray]:
@@ -63,12 +63,12 @@ def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float | N
 
 
 def image_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float | None:
-    """The score from which on images count as anomalous for the highest F1; None if a class is missing."""
+    """The threshold of the highest F1 (scores at or above it are anomalous); None if a class is missing."""
     return _rank_images(scores, labels)[0].f1_threshold
 
 
 def image_curves(scores: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
-    """The ROC and precision-recall curves of image scores, as `PixelMetrics.points` has them, not thinned."""
+    """The ROC and precision-recall curves of image scores, in the form of `PixelMetrics.points`, not thinned."""
     ranking, step = _rank_images(scores, labels)
     if step is None:
         return {}
@@ -82,7 +82,7 @@ def image_curves(scores: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, 
 
 
 def _rank_images(scores: np.ndarray, labels: np.ndarray) -> tuple[Ranking, Step | None]:
-    """Image scores [n] ranked; counts at anomalous images' distinct scores, None if a class is missing."""
+    """Ranks image scores [n]; counts at the distinct scores of anomalous images, None if a class is missing."""
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels, bool)
     if scores.ndim != 1 or scores.shape != labels.shape:
         raise ValueError(f"scores {scores.shape} and labels {labels.shape} are not two vectors of one length")

@@ -1,4 +1,4 @@
-"""The one shape of a metric: figures of a test set that arrives in batches, in shares, on several processes."""
+"""The base class of metrics. A test set arrives in batches, and several processes may each see a part of it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 
 class Metric(abc.ABC):
-    """One of each is made for the fusion and for every branch. All figures are fractions; None means undefined."""
+    """The fusion and each branch get one of their own. All figures are fractions; None means undefined."""
 
     protocols: ClassVar[dict[str, str]]  # figure -> how it is defined, in a line; the key in metrics.json
-    needs_masks: ClassVar[bool] = False  # it gets no data, and its figures are undefined, where a defect has no masks
+    needs_masks: ClassVar[bool] = False  # if a defect has no masks, it gets no data: its figures are undefined
 
     @abc.abstractmethod
     def update(
@@ -34,13 +34,13 @@ class Metric(abc.ABC):
         """The figures of `protocols`, of everything added so far."""
 
     def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Points x and y of the curves that a report draws, by name."""
+        """Points x and y of the curves for the report, by name."""
         return {}
 
     @abc.abstractmethod
     def state(self) -> dict[str, np.ndarray]:
-        """What was added so far, as plain arrays."""
+        """Everything added so far, as plain arrays."""
 
     @abc.abstractmethod
     def merge(self, state: Mapping[str, np.ndarray]) -> None:
-        """Add what another has seen, given its `state()`."""
+        """Add what another metric of this class has seen, given its `state()`."""

@@ -138,7 +138,7 @@ class PixelMetrics(Metric):
         }
 
     def f1_threshold(self) -> float | None:
-        """The score from which on pixels count as defect for the highest F1; None where F1 is undefined."""
+        """The threshold of the highest F1 (a score at or above it is defect); None where F1 is undefined."""
         ranking = Ranking(self._regions.size, self._scores.size - self._regions.size)
         if ranking.defined:
             for step, _ in self._steps():
@@ -201,7 +201,7 @@ def _area_below(points: np.ndarray, limit: float) -> float:
 
 
 def _thin(points: np.ndarray, position: np.ndarray, max_points: int) -> np.ndarray:
-    """The first of points [2, K] in equal bins of their rising `position` [K] (0 to 1), and the last."""
+    """Of points [2, K], the first in each equal bin of their rising `position` [K] (0 to 1), and the last point."""
     bins = np.minimum((position * (max_points - 1)).astype(np.int64), max_points - 2)
     kept = np.diff(bins, prepend=-1) != 0
     kept[-1] = True
@@ -231,7 +231,7 @@ def _flip_negatives(bits: np.ndarray) -> np.ndarray:
 
 
 class _Buffer:
-    """A vector that grows in place, so that a large test set is not held twice while it does."""
+    """A vector that grows in place, so that a large test set is never held twice."""
 
     def __init__(self, dtype: type) -> None:
         self._array = np.empty(0, dtype)

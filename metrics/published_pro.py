@@ -39,7 +39,7 @@ class PublishedPro:
         """The score, in [0, 1].
 
         None where the protocol divides by zero or has no curve: no region, no background, fewer than two
-        points below the FPR limit, or none of them with a false positive (constant maps among others).
+        points below the FPR limit, or no false positive at any of them (as with constant maps).
         """
         n_background = int(self.background.sum())
         if not (self.n_regions and n_background):

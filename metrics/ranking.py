@@ -1,7 +1,7 @@
-"""Counts and curves of a ranking, exact: the same for image scores and for pixels.
+"""Exact counts and curves of a ranking, for image scores and for pixels.
 
-The counts matter only at the scores of positives. So all scores are sorted once and the positives looked up among
-them; no threshold is ever applied to an image.
+The counts matter only at the scores of positives. So all scores are sorted once, and the positives are looked up
+among them; no threshold is ever applied to an image.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Step(NamedTuple):
-    """Counts at a run of distinct scores of positives, highest first; vectors [K]."""
+    """Counts at distinct scores of positives, highest first; vectors [K]."""
 
     score: np.ndarray  # the scores; all else are integers
     count: np.ndarray  # positives with this very score
@@ -40,7 +40,7 @@ class Ranking:
         self.f1_threshold: float | None = None
 
     def add(self, step: Step) -> None:
-        """Take in the counts at lower scores than before."""
+        """Add the counts at scores lower than all before."""
         self._twice_area += int(np.sum(step.count * (2 * self.n_negative - step.fp_above - step.fp)))
         self._ap += float(np.sum(step.count * (step.tp / (step.tp + step.fp)))) / self.n_positive
         f1 = 2 * step.tp / (step.tp + step.fp + self.n_positive)
@@ -59,7 +59,7 @@ class Ranking:
 def roc_knots(fpr_above: np.ndarray, fpr: np.ndarray, hits: np.ndarray, start: np.ndarray) -> np.ndarray:
     """Corners [2, 1 + 2K] of the curve of `hits` [K] over FPR that continues from the point `start` [2].
 
-    Up to a region score only false positives grow, a level stroke; ties at the score make a sloping one.
+    Between two region scores only false positives grow (a level stroke); ties at a score give a sloping stroke.
     """
     x = np.append(start[0], np.stack([fpr_above, fpr], axis=1))
     y = np.repeat(np.append(start[1], hits), 2)[:-1]

@@ -1,7 +1,7 @@
 """Foreign objects on the belt: sticks, ropes and nets, bags. Each is a `Piece` like the lumps of coal.
 
 All take the random generator, the canvas, the centre, the tone (reflectance) and the dust on them, 0..1.
-They return None where nothing of them would lie in the frame.
+They return None if no part of them would lie in the frame.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from scenes.drawing import Array, Canvas, Piece, Point, Random, coat, turned, wave
 
-# Colours of the material itself, BGR against grey; weather and dirt take a part of them away.
+# Colours of the clean material, BGR relative to grey; weather and dirt fade them.
 WOOD = ((0.5, 0.88, 1.25), (0.68, 0.95, 1.15), (0.6, 0.8, 1.2))
 FIBRE = ((0.6, 0.95, 1.2), (1.35, 1.0, 0.65), (0.85, 1.25, 0.75), (0.55, 0.85, 1.35))
 PLASTIC = ((1.3, 1.05, 0.75), (1.15, 1.02, 0.9), (0.6, 1.0, 1.15), (0.85, 1.2, 0.85))

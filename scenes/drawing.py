@@ -29,7 +29,7 @@ class Piece:
     albedo: Array  # [h, w, 3]
     gloss: float = 0.05
     opacity: float = 1.0
-    drapes: bool = False  # follows what lies below; otherwise it is stiff
+    drapes: bool = False  # it follows what lies below; otherwise it is stiff
 
 
 def fractal(rng: Random, shape: tuple[int, int], scale: float | Point, octaves: int = 1) -> Array:
@@ -79,7 +79,7 @@ class Canvas:
         return slice(top, bottom), slice(left, right), np.float32(across - x), np.float32(down - y)
 
     def texture(self, tile: str, rng: Random, x: Array, y: Array) -> Array:
-        """Noise of a tile (broad, rough, fine) at x, y [h, w] from a random place on; it repeats mirrored."""
+        """Noise of a tile (broad, rough, fine) at x, y [h, w], from a random start; the tile repeats mirrored."""
         shift = rng.uniform(0, self.size, 2)
         across, down = np.float32(x + shift[0]), np.float32(y + shift[1])
         return cv2.remap(self._tiles[tile], across, down, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)

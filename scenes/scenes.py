@@ -1,7 +1,7 @@
-"""Drawn frames of a coal conveyor belt: belt, coal and at will one foreign object.
+"""Drawn frames of a coal conveyor belt: belt, coal and, if asked for, one foreign object.
 
-A frame is a relief (height, reflectance, gloss) onto which pieces are laid one after the other. Light, shadow
-and the camera's blur and noise come last and know nothing of defects: only its looks give a defect away.
+A frame is a relief (height, reflectance, gloss) onto which pieces are laid one after the other. Light, shadow and
+the camera's blur and noise come last and are the same for all pieces: only its looks give a defect away.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from scenes.defects import DEFECTS
 from scenes.drawing import Array, Canvas, Piece, Random, fractal, lump, wave
 
-LEAST_VISIBLE = 0.0025  # of the frame, and half of the defect; one that shows less is laid on top of the coal
+LEAST_VISIBLE = 0.0025  # of the frame, and half of the defect; a defect that shows less is laid on top of the coal
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Relief:
     mask: Array  # [H, W] bool, the visible pixels of the defect
 
     def lay(self, piece: Piece, unit: float, defect: bool = False) -> None:
-        """Put `piece` on top of all that lies there."""
+        """Put `piece` on top of everything."""
         window, shape = (piece.rows, piece.columns), piece.shape
         rest = self.support[window]
         below = cv2.GaussianBlur(rest, (0, 0), 8 * unit) if piece.drapes else rest[shape].mean()
@@ -97,7 +97,7 @@ def lay_joint(rng: Random, canvas: Canvas, height: Array, tone: Array) -> None:
 
 
 def draw_coal(rng: Random, canvas: Canvas) -> list[Piece]:
-    """The lumps of a frame in the order they fell: a few heaps, some alone, now and then a light stone."""
+    """The lumps of a frame in the order in which they fell: a few heaps, some single lumps, sometimes a light stone."""
     size, unit = canvas.size, canvas.unit
     heaps = rng.uniform(0.05, 0.95, (int(rng.integers(1, 4)), 2)) * size
     tone, dust = rng.uniform(0.2, 0.36), rng.uniform(-0.1, 0.4)
@@ -114,7 +114,7 @@ def draw_coal(rng: Random, canvas: Canvas) -> list[Piece]:
 
 
 def draw_defect(rng: Random, canvas: Canvas, kind: str, coal: list[Piece]) -> tuple[Piece, int]:
-    """A defect and the number of lumps that lie below it. Most are as dark as coal, some are discoloured."""
+    """A defect, and how many lumps lie below it. Most defects are as dark as coal, some are discoloured."""
     least = LEAST_VISIBLE * canvas.size**2
     while True:
         draw = DEFECTS[kind][int(rng.integers(len(DEFECTS[kind])))]
@@ -136,7 +136,7 @@ def draw_defect(rng: Random, canvas: Canvas, kind: str, coal: list[Piece]) -> tu
 
 
 def strew_crumbs(rng: Random, canvas: Canvas, relief: Relief) -> None:
-    """Strew bright crumbs of stone over all that lies there."""
+    """Strew bright crumbs of stone over everything."""
     size, unit = canvas.size, canvas.unit
     crumbs = np.zeros((size, size), np.float32)
     places = rng.integers(0, size, (int(rng.integers(20, 140)), 2))
@@ -160,7 +160,7 @@ def light(rng: Random, canvas: Canvas, relief: Relief) -> Array:
     facing = 1 / np.sqrt(1 + slope_x**2 + slope_y**2)
     direct = np.clip((lamp[2] - lamp[0] * slope_x - lamp[1] * slope_y) * facing, 0, None) / lamp[2]
 
-    # The ceiling's light is lost in hollows and beside lumps, the lamp's behind them.
+    # Hollows and places beside lumps get less light from the ceiling, places behind lumps less from the lamp.
     small = cv2.resize(height, (size // 2, size // 2), interpolation=cv2.INTER_AREA)
     hollow, shadow = np.zeros_like(small), np.zeros_like(small)
     for spread, weight in ((3, 0.7), (8, 0.7), (20, 0.35)):
@@ -203,7 +203,7 @@ def photograph(rng: Random, canvas: Canvas, radiance: Array) -> Array:
 
 
 class Scene:
-    """One frame to be. Each part has random numbers of its own: belt and coal do not depend on the defect."""
+    """A frame to be drawn. Each part has its own random numbers, so belt and coal do not depend on the defect."""
 
     def __init__(self, seed: tuple[int, ...], size: int) -> None:
         parts = ("canvas", "belt", "coal", "defect", "crumbs", "light", "camera")
