@@ -14,5 +14,5 @@ COVARIANCES = ("empirical", "ledoit-wolf")
 
 
 def weights_flag(branch: str) -> str:
-    """The flag that says where the weights of the branch of that name are now, `--pc-weights` for instance."""
+    """The flag for the present place of a branch's weights file, for instance `--pc-weights`."""
     return f"--{branch.replace('_', '-')}-weights"

@@ -1,4 +1,4 @@
-"""What a branch says of normal images that it was not fitted on."""
+"""Statistics of a branch's scores and maps on held-out normal images."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from utils.gather import all_rows
 
 
 def calibrate(branch: Branch, loader: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Mean and standard deviation of the branch's scores, of its maps' tops (`mean_of_top`), and of their pixels.
+    """Mean and standard deviation of the branch's scores, of its maps' tops (`mean_of_top`), and of the maps' pixels.
 
-    The loader gives two images or more.
+    The loader gives at least two images.
     """
     inside = branch.roi and pixels_inside(branch.roi, branch.image_size, torch.device(branch.device))
     scores, sums = [torch.zeros(0, 2, dtype=torch.float64)], [torch.zeros(0, 3, dtype=torch.float64)]

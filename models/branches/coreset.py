@@ -1,9 +1,9 @@
 """The patches that enter PatchCore's memory bank: sparse random projection and greedy k-centre selection.
 
-Roth et al., "Towards Total Recall in Industrial Anomaly Detection" (2022), take the greedy k-centre of
-Sener and Savarese (2018) on projected features: start at the first patch, then again and again the patch
-farthest from all chosen ones. Here it is lazy (Minoux, 1978): distances to the nearest centre only shrink,
-so one known from an earlier step bounds today's, and only points whose bound is large are looked at again.
+Roth et al., "Towards Total Recall in Industrial Anomaly Detection" (2022), use the greedy k-centre of Sener and
+Savarese (2018) on projected features: start at the first patch, then always add the patch farthest from all chosen
+ones. Here the selection is lazy (Minoux, 1978): a distance to the nearest centre can only shrink, so an old one is an
+upper bound, and only points with a large bound are computed again.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from models.branches.neighbors import exact_cdist, exact_matmul
 from models.networks.kernels import linear
 
 HEAD = 256  # farthest points, among which the plain greedy runs until a point outside may be farther
-PART = 64, 2048  # fewest and most points that are brought up to date in one product
-SCORES = 1 << 24  # float64 numbers that such a product may have
-CHOSEN = -1.0  # stands for the distance of a centre to itself, below all others
+PART = 64, 2048  # fewest and most points that are updated in one product
+SCORES = 1 << 24  # most float64 numbers in such a product
+CHOSEN = -1.0  # the distance of a chosen point, below all others
 
 
 def sparse_projection(features: Tensor, eps: float = 0.9, seed: int = 22) -> Tensor:
     """Project `features` [n, D] as scikit-learn's `SparseRandomProjection(eps=eps, random_state=seed)` does.
 
-    Returns [n, d] float32 on the same device, d being the Johnson-Lindenstrauss width for n points (284 for
-    100,000). Where d exceeds D (or is 0, for a single point) there is nothing to gain: `features` come back.
+    Returns [n, d] float32 on the same device, where d is the Johnson-Lindenstrauss width for n points (284 for
+    100,000). If d exceeds D (or is 0, for a single point), `features` are returned as they are.
     """
     from scipy.sparse import csr_matrix
     from sklearn.random_projection import SparseRandomProjection, johnson_lindenstrauss_min_dim
@@ -44,12 +44,9 @@ def sparse_projection(features: Tensor, eps: float = 0.9, seed: int = 22) -> Ten
 def greedy_k_center(features: Tensor, size: int, progress: bool = True) -> Tensor:
     """Indices [size] (int64, on the CPU) of the greedy k-centre of `features` [n, d], in order of selection.
 
-    They are those of the plain algorithm in float64: index 0 first, then the point with the largest distance
-    to its nearest chosen point, the lowest index among equals. No point is chosen twice: when all that are
-    left coincide with chosen ones, the lowest indices follow. Raises ValueError if `size` is not in [1, n] or
-    a feature is not finite.
-
-    COST
+    They are those of the plain algorithm in float64: index 0 first, then always the point with the largest distance to
+    its nearest chosen point, the lowest index among equals. No point is chosen twice: if all others coincide with
+    chosen ones, the lowest indices follow. Raises ValueError if `size` is not in [1, n] or a feature is not finite.
     """
     return LazyGreedy(features).select(size, progress)
 
@@ -57,9 +54,9 @@ def greedy_k_center(features: Tensor, size: int, progress: bool = True) -> Tenso
 class LazyGreedy:
     """Greedy k-centre selection that evaluates only a part of the n · size distances.
 
-    `nearest` [n] holds each point's distance to the nearest of the first `seen` [n] centres: a bound, until the
-    later ones are looked at, too. Which centre is nearest is found by |c|² - 2 x·c in float64, the distance to it
-    from differences, so that copies of a point stay equally far. `evaluations` counts all distances computed.
+    `nearest` [n] holds each point's distance to the nearest of the first `seen` [n] centres, an upper bound until the
+    later centres are compared, too. The nearest centre is found by |c|² - 2 x·c in float64, the distance to it from
+    differences, so that copies of a point have equal distances. `evaluations` counts all distances computed.
 
     Needs 16 bytes a point, 8·d·size bytes for the centres and less than 0.5 GB beside the features.
     """
@@ -95,19 +92,19 @@ class LazyGreedy:
         return torch.tensor(self.chosen)
 
     def _pass(self, size: int) -> None:
-        """Bring the points with the largest bounds up to date, and choose from them what is certain."""
+        """Update the points with the largest bounds, and choose those that are certain."""
         bounds, head = self.nearest.topk(min(HEAD + 1, len(self.nearest)))
         outside = bounds[HEAD].item() if len(bounds) > HEAD else CHOSEN
         head = head[:HEAD].sort().values  # the first of equals has the lowest index
         self._refresh(head)
         farthest = self.nearest[head].max()
-        if farthest <= outside:  # old bounds hide who is next: bring all up to date that may be
+        if farthest <= outside:  # old bounds hide the next point: update all that may be it
             self._refresh((self.nearest >= farthest).nonzero()[:, 0])
             head = self.nearest.argmax()[None]
         self._take(head, outside, size)
 
     def _take(self, points: Tensor, outside: float, size: int) -> None:
-        """Choose the farthest of `points` [q], and run the plain greedy on while one is farther than `outside`."""
+        """Choose the farthest of `points` [q], and go on while one of them is farther than `outside`."""
         rows, near = self.features.index_select(0, points).double(), self.nearest[points]
         numbers, best = points.tolist(), near.argmax().item()
         while True:
@@ -123,13 +120,13 @@ class LazyGreedy:
         self.seen[points] = len(self.chosen)
 
     def _refresh(self, points: Tensor) -> None:
-        """Bring the distances of `points` [q] up to all centres chosen so far."""
+        """Update the distances of `points` [q] for all centres chosen so far."""
         done = len(self.chosen)
         points = points[(self.seen[points] < done) & (self.nearest[points] > 0)]
         if not len(points):
             return
         seen, order = self.seen[points].sort()
-        points = points[order]  # those with one history lie together, so that few distances are computed twice
+        points = points[order]  # points with equal history lie together, so that few distances are computed twice
         part = max(1, min(max(PART[0], len(points) // 8), PART[1], SCORES // done))
         for some, start in zip(points.split(part), seen[::part].tolist(), strict=True):
             rows = self.features.index_select(0, some).double()

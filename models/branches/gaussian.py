@@ -15,7 +15,7 @@ RIDGE = 1e-6  # added to the covariance's diagonal before it is inverted
 
 
 class RunningMoments:
-    """Mean and scatter of a stream of vectors, exact in double precision, in memory that does not grow.
+    """Mean and scatter of a stream of vectors in double precision; the memory does not grow with the stream.
 
     Batches (and the moments of other processes) are merged by the pairwise update of Chan, Golub and LeVeque.
     """
@@ -33,13 +33,13 @@ class RunningMoments:
         self._add(len(vectors), mean, deviations.T @ deviations)
 
     def state(self) -> dict[str, Tensor]:
-        """What was added so far; empty if nothing was."""
+        """Everything added so far; empty if nothing was."""
         if self.count == 0:
             return {}
         return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
-        """Add what another has seen, given its `state()`."""
+        """Add the vectors of another RunningMoments, given its `state()`."""
         if state:
             self._add(int(state["count"]), state["mean"], state["scatter"])
 
@@ -115,15 +115,15 @@ class GaussianFit:
         return {**self.moments.state(), **({"vectors": torch.cat(self.vectors)} if self.vectors else {})}
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
-        """Add what another has collected, given its `state()`."""
+        """Add the vectors of another GaussianFit, given its `state()`."""
         self.moments.merge(state)
         if "vectors" in state:
             self.vectors.append(state["vectors"])
 
     def finish(self) -> Gaussian:
-        """The Gaussian; warns where there are too few images for the number of channels.
+        """The Gaussian; warns if there are fewer images than the covariance needs.
 
-        Raises InputError with fewer than two images: they have no covariance.
+        Raises InputError for fewer than two images: they have no covariance.
         """
         if self.moments.count < 2:
             raise InputError(
@@ -149,7 +149,7 @@ class GaussianFit:
 def _inverse(covariance: Tensor) -> Tensor:
     """Inverse [D, D] of (covariance + 1e-6 I).
 
-    Where the ridge is lost to rounding, beside a variance of 1e11 or more, no variance counts as less than the ridge.
+    Beside a variance of 1e11 or more the ridge is lost to rounding; then smaller variances are raised to the ridge.
     """
     ridged = covariance + RIDGE * torch.eye(len(covariance)).to(covariance)
     inverse, failed = torch.linalg.inv_ex(ridged)

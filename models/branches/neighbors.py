@@ -1,4 +1,4 @@
-"""Nearest neighbours by matrix products, within a memory budget and without asking the device for anything."""
+"""Nearest neighbours by matrix products, within a memory budget and without waiting for the device."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from models.networks.kernels import linear, onednn_gains
 
-BUDGETS = {"cpu": 1 << 24}  # bytes of a block of distances; on a CPU one that stays in the cache
+BUDGETS = {"cpu": 1 << 24}  # bytes of a block of distances; on a CPU small enough for the cache
 BUDGET = 1 << 28  # elsewhere: large products, few launches
-GROUP = 64  # columns that one minimum stands for while the smallest are sought
+GROUP = 64  # columns that share one minimum in the search for the smallest
 
 
 @contextlib.contextmanager
 def exact_matmul(device: torch.device) -> Iterator[None]:
-    """Within it, float32 products on `device` are float32, with TF32 or autocast on outside too."""
+    """For the block, products of float32 on `device` are exact float32, even with TF32 or autocast on outside."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -37,16 +37,16 @@ def exact_cdist(x: Tensor, y: Tensor) -> Tensor:
 class NearestNeighbors:
     """The rows of a matrix nearest to queries, by Euclidean distance.
 
-    Candidates are ranked by |r|² - 2 q·r in float32, one product for a block of queries and a block of rows, both
-    taken about the mean of the rows, so that a common offset costs no digits. The distances to the candidates that
-    are left come from differences and are good to float32 rounding. Rows count as equally near where their squared
-    distances differ by less than the product's rounding, about 1e-6 of the squared distance to the mean.
+    Candidates are ranked by |r|² - 2 q·r in float32, one product for a block of queries and a block of rows. The mean
+    of the rows is subtracted from both, so that a common offset costs no digits. The distances to the candidates come
+    from differences and are exact to float32 rounding. Rows count as equally near if their squared distances differ by
+    less than the product's rounding, about 1e-6 of the squared distance to the mean.
 
-    `rows` [m, D] are kept, not copied, if they are contiguous float32. A search takes about four times `budget`
+    `rows` [m, D] are kept without a copy if they are contiguous float32. A search takes about four times `budget`
     bytes beside its result, whatever m and the number of queries.
 
-    On a CPU whose products torch leaves to MKL, faiss, where it is installed, finds the candidates: it is 1.3 times
-    as fast there, and slower than oneDNN's products (benchmarks/README.md).
+    If torch uses MKL for products on this CPU and faiss is installed, faiss finds the candidates. It is 1.3 times as
+    fast as MKL, but slower than oneDNN (benchmarks/README.md).
     """
 
     def __init__(self, rows: Tensor, budget: int | None = None) -> None:
@@ -96,12 +96,12 @@ class NearestNeighbors:
         return _smallest(linear(-2 * queries, rows, squares), k)
 
     def _at_once(self, copies: int) -> int:
-        """How many vectors, in so many copies, a block takes."""
+        """How many vectors a block takes, if it holds that many copies of them."""
         return max(1, min(self.side, self.budget // (4 * copies * self.rows.shape[1])))
 
 
 def _load_faiss() -> ModuleType | None:
-    """faiss, with as many threads as torch; None where it is not installed, or lacks its CUDA libraries."""
+    """faiss, with as many threads as torch; None if it is not installed or lacks its CUDA libraries."""
     try:
         import faiss
     except (ImportError, RuntimeError):
@@ -124,5 +124,5 @@ def _smallest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _lowest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The same; torch selects one number in half the time of several."""
+    """The same by torch alone, which selects one number in half the time of several."""
     return scores.min(1, keepdim=True) if k == 1 else scores.topk(k, largest=False, sorted=False)

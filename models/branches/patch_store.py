@@ -11,15 +11,15 @@ from torch import Tensor
 class PatchStore:
     """Keeps the patches of `images` training images, at most `budget` GB (10^9 bytes) of float32.
 
-    Below the budget every patch stays, in order. Above it every image keeps the same number of patches, give or take
-    one, drawn with a seed of its own: which ones depends neither on the batches nor on the other processes.
+    Within the budget all patches stay, in order. Beyond it each image keeps the same number of patches (or one more),
+    drawn with a seed of its own, so that the choice depends neither on the batches nor on the other processes.
     """
 
     def __init__(self, images: int, budget: float, seed: int = 0) -> None:
         self.images = images
         self.budget = budget * 1e9
         self.seed = seed
-        self.kept: Tensor | None = None  # [n, D]; memory that no patch was written to is not taken yet
+        self.kept: Tensor | None = None  # [n, D]; the system gives the memory only as patches are written
         self.filled = 0
 
     def add(self, patches: Tensor, index: Tensor) -> None:

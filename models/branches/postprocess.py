@@ -32,7 +32,7 @@ def map_range(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_of_top(maps: Tensor) -> Tensor:
-    """Mean [B] of the highest hundredth of each map [B, H, W]: steadier than its one highest value."""
+    """Mean [B] of the highest hundredth of each map [B, H, W]: steadier than the single highest value."""
     pixels = maps.flatten(1)
     return pixels.topk(max(1, round(TOP_SHARE * pixels.shape[1])), sorted=False).values.mean(1)
 
@@ -40,8 +40,8 @@ def mean_of_top(maps: Tensor) -> Tensor:
 def gaussian_blur(maps: Tensor, sigma: float, radius: int | None = None, edge_repeated: bool = True) -> Tensor:
     """Gaussian blur of maps [B, H, W], truncated at `radius` pixels (4 sigma unless given).
 
-    Borders are mirrored, with the edge pixel repeated (SciPy's `gaussian_filter`) or not (OpenCV's default).
-    Written as two matrix products, which any border rule fits and every device runs at full speed.
+    Borders are mirrored, with the edge pixel repeated (SciPy's `gaussian_filter`) or not (OpenCV's default). The blur
+    is two matrix products: they hold any border rule, and every device is fast at them.
     """
     radius = int(4 * sigma + 0.5) if radius is None else radius
     for _ in range(2):  # along the columns; then, transposed, along the rows

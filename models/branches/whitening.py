@@ -10,16 +10,16 @@ from torch import Tensor
 from models.branches.gaussian import RunningMoments
 from utils.checkpoint import take
 
-FLOOR = 1e-2  # added to the eigenvalues of the correlation matrix: what hardly varies is not blown up to noise
-LEAST_DEVIATION = 1e-5  # of the largest of all channels: what varies less is rounding, a grey camera's colour for one
+FLOOR = 1e-2  # added to the eigenvalues of the correlation matrix: what hardly varies is not amplified to noise
+LEAST_DEVIATION = 1e-5  # of the largest of all channels; what varies less is rounding, such as a grey camera's colour
 ROWS = 1 << 16  # patches at a time
 
 
 class Whitening:
-    """Patch features [..., D] -> (features - mean) @ matrix, of unit covariance but for the floor.
+    """Patch features [..., D] -> (features - mean) @ matrix, with unit covariance except for the floor.
 
-    Features made of several maps are whitened map by map, and each map then counts the same in a distance, whatever
-    its number of channels: many channels of texture would drown three of colour.
+    Features made of several maps are whitened map by map. Each map then counts the same in a distance, whatever its
+    number of channels; otherwise many channels of texture would drown three of colour.
     """
 
     def __init__(self, mean: Tensor, matrix: Tensor) -> None:

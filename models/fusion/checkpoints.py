@@ -19,8 +19,8 @@ def checkpoint_path(folder: Path, branch: str) -> Path:
 def checkpoint_paths(folder: Path) -> dict[str, Path]:
     """The checkpoints in `folder` by branch name.
 
-    The paper's three must be there, other registered branches take part where they have been trained. Raises InputError
-    naming every one that is missing.
+    The paper's three must be there; other registered branches are added if they have been trained. Raises InputError
+    that names every missing one.
     """
     paths = {name: checkpoint_path(folder, name) for name in BRANCHES}
     missing = [paths[name].name for name in METHOD if not paths[name].is_file()]
@@ -38,9 +38,9 @@ def checkpoint_digests(folder: Path) -> dict[str, str]:
 
 
 def default_fusion(folder: Path) -> str:
-    """The fusion that the checkpoints in `folder` call for: standardized if all are of the demo network.
+    """The fusion for the checkpoints in `folder`: standardized if all are of the demo network, else the paper's.
 
-    Raises InputError where one is missing or damaged.
+    Raises InputError if one is missing or damaged.
     """
     everything = map(read_metadata, checkpoint_paths(folder).values())
     return "standardized" if all(map(_of_demo_network, everything)) else "paper"

@@ -22,9 +22,8 @@ CONFIDENCE = 0.95
 class OperatingPoint:
     """A score at or above `threshold` is an alarm, a map at or above `pixel_threshold` a region.
 
-    `expected_rate` is the false-alarm rate to expect of normal images like the held-out ones; `interval` holds the
-    rate of this very threshold with 95 % probability. The same two figures hold for the share of normal images with
-    any region.
+    `expected_rate` is the false-alarm rate to expect on normal images like the held-out ones; `interval` contains the
+    true rate of this threshold with 95 % probability. Both also hold for the share of normal images with any region.
     """
 
     threshold: float
@@ -38,7 +37,7 @@ class OperatingPoint:
 
     @property
     def source(self) -> str:
-        """Where the thresholds come from, in words."""
+        """Where the thresholds come from, for people."""
         low, high = self.interval
         return (
             f"{self.images} held-out normal images: expected rate {self.expected_rate:.3g}, "
@@ -47,7 +46,7 @@ class OperatingPoint:
 
     @property
     def shortfall(self) -> str | None:
-        """One line where there are too few images for the rate that was asked for."""
+        """One line if there are too few images for the rate that was asked for, else None."""
         if self.expected_rate <= self.false_alarm_rate:
             return None
         needed = math.ceil(1 / self.false_alarm_rate) - 1
@@ -57,7 +56,7 @@ class OperatingPoint:
         )
 
     def on_test(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """Recall and false alarms among test images: scores [N], labels [N]; None where there are no such images."""
+        """Recall and false alarms on test images: scores [N], labels [N]; None for a class without images."""
         alarms, anomalous = scores >= self.threshold, labels == 1
         found, false_alarms = int(alarms[anomalous].sum()), int(alarms[~anomalous].sum())
         n_anomalous, n_normal = int(anomalous.sum()), int((~anomalous).sum())
@@ -70,7 +69,7 @@ class OperatingPoint:
         }
 
     def figures(self) -> dict[str, Any]:
-        """What it says, without what it was made from; plain JSON values."""
+        """Thresholds and rates as plain JSON values, without the fusion and the checkpoints."""
         figures = dataclasses.asdict(self)
         del figures["fusion"], figures["checkpoints"]
         return {**figures, "interval": list(self.interval)}
@@ -116,7 +115,7 @@ def find_operating_point(
 ) -> OperatingPoint:
     """The operating point from held-out normal images: their fused scores [N] and the maxima of their maps [N].
 
-    `fusion` and `checkpoints` say what it holds for. Raises InputError where a number is not finite.
+    `fusion` and `checkpoints` say what it is valid for. Raises InputError if a number is not finite.
     """
     if not (np.isfinite(scores).all() and np.isfinite(peaks).all()):
         raise InputError("the fused score or map of a held-out image is not finite; check the weights")
@@ -134,25 +133,25 @@ def find_operating_point(
 
 
 def rank(count: int, rate: float) -> int:
-    """Which of `count` values in rising order (from 1) the threshold lies just above.
+    """The rank k (from 1, in rising order of `count` values) just above which the threshold lies.
 
-    The k-th of n has an expected exceedance of (n + 1 - k) / (n + 1) by a new value of the same kind, whatever the
-    distribution (split conformal prediction, Vovk et al.): the smallest k that keeps it at `rate` or less, or the
-    last where there are too few.
+    A new value of the same kind exceeds the k-th of n with probability (n + 1 - k) / (n + 1), whatever the
+    distribution (split conformal prediction, Vovk et al.). This is the smallest k that keeps it at `rate` or less, or
+    the last if there are too few values.
     """
     return min(count, math.ceil((count + 1) * (1 - rate) - 1e-9))
 
 
 def quantile(values: np.ndarray, rate: float) -> float:
-    """The smallest number above the value of that rank, so that the value itself is no alarm."""
+    """The smallest number above the value of rank k, so that this value itself is no alarm."""
     value = np.sort(values)[rank(len(values), rate) - 1]
     return float(np.nextafter(value, np.inf, dtype=values.dtype))
 
 
 def exceedance(count: int, rate: float) -> tuple[float, tuple[float, float]]:
-    """Expected rate of new values above that threshold, and its central 95 % interval.
+    """Expected rate of new values above the threshold, and its central 95 % interval.
 
-    Over draws of n values the rate above the k-th is Beta(n + 1 - k, k) distributed (no ties; less with them).
+    Over draws of n values, the rate above the k-th is Beta(n + 1 - k, k) distributed (lower if there are ties).
     """
     from scipy.special import betaincinv
 

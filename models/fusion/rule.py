@@ -1,4 +1,4 @@
-"""The one shape of a fusion rule: from the branches' parts to one score and one map."""
+"""The base class of fusion rules: from the branches' parts to one score and one map."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from models.branches.branch import Branch, Part
 
 
 class FusionRule(abc.ABC):
-    """Built once from the branches, whose names, weights and statistics it may read; it changes nothing of them.
+    """A rule is built from the branches. It may read their names, weights and statistics, and changes none of them.
 
-    Keyword arguments of a subclass's constructor are its settings: plain JSON values, which are stored with the
-    thresholds (usad.json).
+    The keyword arguments of a subclass's constructor are its settings: plain JSON values, stored with the thresholds
+    in usad.json.
     """
 
     name: ClassVar[str]

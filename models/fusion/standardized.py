@@ -1,4 +1,4 @@
-"""A fusion for small data sets, where the raw scales of the branches mean little."""
+"""A fusion for small data sets, in which the raw scales of the branches mean little."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from utils.errors import InputError
 class Standardized(FusionRule):
     """Everything in standard deviations of held-out normal images.
 
-    Each branch's score, map, and mean of the map's highest hundredth are standardised. M is the mean of the maps, and t
-    that of their highest hundredths, weighted by the branches' `map_weight` (PatchCore 8, the others 1). s combines t
-    and the scores as Fisher combines tests: √(-2 Σ log p), where p is the chance that a normal image has more, under a
-    normal distribution. A normal image scores about 3, a very strange one the root of its summed squared deviations.
+    For each branch the score, the map, and the mean of the map's highest hundredth (its top) are standardised. M is
+    the mean of the maps and t that of the tops, weighted by the branches' `map_weight` (PatchCore 8, the others 1). s
+    combines t and the scores as Fisher combines tests: √(-2 Σ log p), where p is the chance that a normal image has a
+    higher value, under a normal distribution. A normal image scores about 3; a very strange one scores the root of its
+    summed squared deviations.
     """
 
     name = "standardized"

@@ -1,4 +1,4 @@
-"""Frozen networks. What a command line needs to know of them stands here, where nothing is imported."""
+"""Frozen networks. Here is what a command line needs to know of them, without importing anything."""
 
-DEMO_NETWORK = "wavelet_pyramid"  # the one that ships
+DEMO_NETWORK = "wavelet_pyramid"  # the bundled one
 MAX_SIDE = 4096  # pixels of a square input

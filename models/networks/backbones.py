@@ -33,8 +33,8 @@ class BackboneSpec:
     """Everything that decides what a backbone computes; stored in checkpoints.
 
     `kind` is "tokens" or "maps". `weights` is "pretrained", "demo", "imagenet", "random" or "file" (then `file` is
-    its path). `position_size` None stands for the image size. With `normalize_contrast` each image is first brought
-    to one mean and contrast. `build_backbone` fills in `fingerprint` and `precision`.
+    the path). `position_size` None means the image size. `normalize_contrast` first brings each image to the same
+    mean colour and contrast. `build_backbone` fills in `fingerprint` and `precision`.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class BackboneSpec:
 
     @property
     def source(self) -> str:
-        """Where the weights come from, in words."""
+        """Where the weights come from, for messages."""
         return {"file": str(self.file), "random": f"random (seed {self.seed})"}.get(self.weights, self.weights)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class BackboneSpec:
     def from_dict(cls, values: dict[str, Any]) -> BackboneSpec:
         """What `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
         given = {"mean": tuple(values["mean"]), "std": tuple(values["std"]), "weights": values["weights"]}
-        spec = cls(**values | given)  # no default for the weights: it would be a download
+        spec = cls(**values | given)  # no default for the weights: the default would download
         if not len(spec.mean) == len(spec.std) == 3:
             raise ValueError("other than three colours")
         sides = [spec.image_size] if spec.position_size is None else [spec.image_size, spec.position_size]
@@ -83,8 +83,8 @@ class BackboneSpec:
 class Backbone(nn.Module):
     """A frozen network in evaluation mode: no gradients, outputs always float32.
 
-    In half precision the weights are rounded once, when they are in place; normalisations and softmax still compute in
-    float32. "tf32" is a global switch of torch, not set here.
+    In half precision the weights are rounded once, after loading; normalisations and softmax still compute in float32.
+    "tf32" is a global switch of torch and not set here.
     """
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
@@ -92,7 +92,7 @@ class Backbone(nn.Module):
         self.net = net
         self.spec = spec
         self.dtype = torch.float32
-        self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells the device, weights or none
+        self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells the device even without weights
         self.register_buffer("finite", torch.tensor(True), persistent=False)  # whether all outputs so far were
         self.passes: Callable[[Tensor], tuple[Tensor, ...]] = self.extract
         self.eval().requires_grad_(False)
@@ -102,13 +102,14 @@ class Backbone(nn.Module):
         return self.anchor.device
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stays in evaluation mode."""
+        """Does nothing: the network stays in evaluation mode."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Normalised images [B, 3, S, S], S the spec's image size; outputs that are not finite fail `check_finite`.
+        """Features of normalised images [B, 3, S, S], where S is the spec's image size.
 
-        On a CPU they are checked at once, on a GPU where it would have to wait for each batch, by the caller.
+        On a CPU the outputs are checked for values that are not finite. On a GPU the caller does it by `check_finite`,
+        because checking each batch would wait for the device.
         """
         if images.shape[-2:] != (self.spec.image_size,) * 2:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, the backbone takes {self.spec.image_size}")
@@ -132,22 +133,22 @@ class Backbone(nn.Module):
             )
 
     def _normalize_contrast(self, images: Tensor) -> Tensor:
-        """Each image less its mean colour, over the standard deviation of its grey values."""
+        """Each image minus its mean colour, divided by the standard deviation of its grey values."""
         pixels = self.pixels(images)
         pixels = pixels - pixels.mean((2, 3), keepdim=True)
         return pixels / pixels.mean(1, keepdim=True).std((2, 3), keepdim=True).clamp(min=1e-3)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, S, S] -> what they were before, of 0 to 1."""
+        """Normalised images [B, 3, S, S] -> the pixels before, 0 to 1."""
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.spec.mean, self.spec.std))
         return images * std + mean
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What `forward` gives, at whatever precision."""
+        """The features that `forward` returns, in any precision."""
         raise NotImplementedError
 
     def finish(self, device: str, precision: str) -> None:
-        """What is done once, when the weights are in place: rounding, layout, and the device's own kernels."""
+        """Done once the weights are loaded: rounding, memory layout, and the kernels of the device."""
         fold_batch_norms(self.net)
         fold_layer_scales(self.net)
         self.dtype = HALF.get(precision, torch.float32)
@@ -178,9 +179,9 @@ class TokenBackbone(Backbone):
 
 
 class ViTTokens(TokenBackbone):
-    """A ViT's tokens after its final norm, no registers; lacking a class token, CLS is the patches' mean.
+    """A ViT's tokens after its final norm, without registers. If it has no class token, CLS is the patches' mean.
 
-    ViTs that normalise only after pooling (timm's "gap" family) give tokens as they leave the last block.
+    ViTs that normalise only after pooling (timm's "gap" family) give tokens as they come from the last block.
     """
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
@@ -210,7 +211,7 @@ class CNNTokens(TokenBackbone):
 
 
 class Demo(Backbone):
-    """The network that ships: in half precision only its filters are, and what is made of them stays float32."""
+    """The bundled network. Half precision applies to its filters only; everything after them stays float32."""
 
     def finish(self, device: str, precision: str) -> None:
         super().finish(device, "fp32")
@@ -219,7 +220,7 @@ class Demo(Backbone):
 
 
 class DemoTokens(Demo, TokenBackbone):
-    """The network that ships: a patch token says how unusual its place is in the image, CLS what the image is like."""
+    """The bundled network: a patch token tells how unusual its place is in the image, CLS what the image is like."""
 
     def __init__(self, net: WaveletPyramid, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
@@ -254,7 +255,7 @@ class MapBackbone(Backbone):
 
 
 class DemoMaps(Demo, MapBackbone):
-    """The network that ships, without its second order; its maps are local averages already."""
+    """The bundled network without its second order; its maps are local averages already."""
 
     neighborhood = 1
 
@@ -316,14 +317,14 @@ def build_backbone(
 
 
 def empty_backbone(spec: BackboneSpec) -> TokenBackbone | MapBackbone:
-    """The network of `spec` without weights or memory for them: nothing is downloaded.
+    """The network of `spec` without weights, or memory for them: nothing is downloaded.
 
-    Raises InputError where the name is unknown, or network and sizes do not go together.
+    Raises InputError if the name is unknown, or the sizes do not suit the network.
     """
     if spec.weights == "demo":
         _refuse_position_size(spec)
         return _demo_backbone(spec)
-    from models.networks import libraries  # here and below: the demo network does not wait for timm and torchvision
+    from models.networks import libraries  # not at the top: the bundled network need not wait for timm and torchvision
 
     libraries.check_name(spec.name)
     if spec.kind == "tokens" and libraries.patch_side(spec.name):
@@ -359,7 +360,7 @@ def _demo_backbone(spec: BackboneSpec) -> DemoTokens | DemoMaps:
 
 
 def _load_weights(net: nn.Module, spec: BackboneSpec, flag: str) -> str:
-    """Put the weights of `spec` in place; returns their fingerprint."""
+    """Load the weights of `spec` into the network; returns their fingerprint."""
     if spec.weights == "demo":
         return fingerprint(net.state_dict())
     from models.networks import libraries
@@ -378,7 +379,7 @@ def _load_weights(net: nn.Module, spec: BackboneSpec, flag: str) -> str:
 
 
 def size_step(spec: BackboneSpec) -> int:
-    """The step in which input sizes suit the network: a ViT's patch, else 8 pixels, a place of a stride-8 map."""
+    """Input sizes must be multiples of this: a ViT's patch, else the 8 pixels between places of a stride-8 map."""
     if spec.weights == "demo":
         return SIZE_STEP
     from models.networks import libraries
@@ -387,7 +388,7 @@ def size_step(spec: BackboneSpec) -> int:
 
 
 def resolve_precision(recorded: str, asked: str, device: str) -> str:
-    """The precision in force; "auto" is fp32 on a CPU, elsewhere the recorded one or the best there is."""
+    """The precision to use; "auto" is fp32 on a CPU, elsewhere the recorded one or the best that the device has."""
     if asked != "auto":
         return asked
     if torch.device(device).type != "cuda":

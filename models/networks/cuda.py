@@ -1,4 +1,4 @@
-"""NVIDIA GPUs: activations computed by the kernel of the layer before them, and passes replayed as CUDA graphs."""
+"""NVIDIA GPUs: activations computed in the kernel of the layer before them, and passes replayed as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TOLERANCE = 2e-2  # of the largest value: half precision, and GELU by its tanh f
 
 
 def use_cuda_kernels(net: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The network, on `device`, whose convolutions and linear layers compute the ReLU or GELU that follows them.
+    """The network on `device`; its convolutions and linear layers also compute the ReLU or GELU that follows them.
 
-    The GELU that cuBLAS computes is the tanh formula, which differs from the exact one by less than half precision
-    resolves: it is taken in half precision alone.
+    cuBLAS has GELU by the tanh formula. It differs from the exact one by less than half precision resolves, so it is
+    used in half precision only.
     """
     if fused_convolutions_work(dtype, device):
         net = fuse_relus(net, FusedConv2d)
@@ -59,7 +59,7 @@ class GELULinear(nn.Module):
 
 @functools.cache
 def fused_gelu_works(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch has that kernel under its private name, and it computes what it should."""
+    """Whether torch has that kernel under its private name and it computes the right values."""
     layer = nn.Linear(64, 128, device=device, dtype=dtype).requires_grad_(False)
     x = torch.randn(2, 16, 64, device=device, dtype=dtype)
     try:
@@ -70,7 +70,7 @@ def fused_gelu_works(dtype: torch.dtype, device: torch.device) -> bool:
 
 @functools.cache
 def fused_convolutions_work(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether cuDNN takes such convolutions at this precision, and computes what it should."""
+    """Whether cuDNN has such convolutions in this precision and they compute the right values."""
     conv = nn.Conv2d(64, 64, 3, padding=1, device=device, dtype=dtype).requires_grad_(False)
     conv = conv.to(memory_format=torch.channels_last)
     x, added = (torch.randn(2, 64, 8, 8, device=device, dtype=dtype) for _ in range(2))
@@ -87,11 +87,11 @@ def _agree(one: Tensor, other: Tensor) -> bool:
 
 
 class CapturedPasses:
-    """A function of images on a GPU, replayed as a CUDA graph: no kernel waits for Python to launch it.
+    """A function of images on a GPU, replayed as a CUDA graph, so that no kernel waits for Python to launch it.
 
-    The rule: a batch size is captured when it comes the second time. The first pass runs as usual, which also lets
-    cuDNN choose its algorithms. A smaller batch of more than half that size is filled up, so that the last batch of a
-    loader needs no pass of its own kind. A function that cannot be captured runs as usual.
+    A batch size is captured when it occurs for the second time. The first pass runs as usual, which also lets cuDNN
+    choose its algorithms. A smaller batch of more than half that size is filled up, so that the last batch of a loader
+    needs no graph of its own. A function that cannot be captured runs as usual.
     """
 
     def __init__(self, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
@@ -101,7 +101,7 @@ class CapturedPasses:
         self.capturable = True
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Images [B, 3, S, S], S always the same -> the function's tensors, from a replay as float32 copies."""
+        """Images [B, 3, S, S] with a fixed S -> the function's tensors; a replay gives float32 copies."""
         count = len(images)
         size = min((size for size in self.graphs if count <= size < 2 * count), default=None)
         if size is None:
@@ -121,7 +121,7 @@ class CapturedPasses:
 
     def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, ...]]:
         graph, inputs = torch.cuda.CUDAGraph(), images.clone()
-        # Only this thread's calls count: the one that pins the loader's batches goes on as ever.
+        # Only this thread's calls are captured: the loader's pinning thread works on meanwhile.
         with torch.cuda.graph(graph, pool=_pool(images.device), capture_error_mode="thread_local"):
             outputs = self.compute(inputs)
         return graph, inputs, outputs
@@ -129,6 +129,6 @@ class CapturedPasses:
 
 @functools.cache
 def _pool(device: torch.device) -> tuple[int, int]:
-    """One pool of memory for all graphs: they never run at the same time, and outputs are copied at once."""
+    """One memory pool for all graphs: they never run at the same time, and outputs are copied at once."""
     with torch.cuda.device(device):
         return torch.cuda.graph_pool_handle()

@@ -1,4 +1,4 @@
-"""The same network with fewer layers: what follows a layer, folded into its weights or computed in the same kernel."""
+"""The same network with fewer layers: what follows a layer is folded into its weights or computed in its kernel."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SUMS = (operator.add, operator.iadd, torch.add)
 
 
 def fold_batch_norms(net: nn.Module) -> None:
-    """Fold each batch norm that alone follows a convolution into that convolution's weights, in place.
+    """Fold batch norms into the weights of the convolutions before them, in place.
 
-    A network whose forward cannot be traced is left as it is.
+    A batch norm is folded if nothing else reads the convolution. A network that cannot be traced is left as it is.
     """
     graph = _trace(net, nn.BatchNorm2d)
     if graph is None:
@@ -61,15 +61,15 @@ def gelu_mlps(net: nn.Module) -> list[nn.Module]:
 
 
 def _timm_is_in_use() -> bool:
-    """Without it a network holds nothing of timm's, and need not wait the seconds that importing it takes."""
+    """Whether timm is imported; if not, no network can hold its layers, and importing it would take seconds."""
     return "timm" in sys.modules
 
 
 def fuse_relus(net: nn.Module, kernel: Callable[[nn.Conv2d], nn.Module]) -> nn.Module:
     """The network with each ReLU, and the sum before it, computed by the convolution before them.
 
-    `kernel(conv)` is a module whose forward(x, added=None) gives relu(conv(x) + added). Meant for networks whose batch
-    norms are folded; one without ReLU modules, or whose forward cannot be traced, is returned as it is.
+    `kernel(conv)` is a module whose forward(x, added=None) gives relu(conv(x) + added). Batch norms must have been
+    folded before. A network without ReLU modules, or one that cannot be traced, is returned as it is.
     """
     graph = _trace(net, nn.ReLU)
     if graph is None:
@@ -108,12 +108,12 @@ def fuse_relus(net: nn.Module, kernel: Callable[[nn.Conv2d], nn.Module]) -> nn.M
 
 
 def _trace(net: nn.Module, kind: type[nn.Module]) -> fx.Graph | None:
-    """The network's operations, if it has layers of `kind` and its forward can be traced."""
+    """The graph of the network, if it has layers of `kind` and can be traced."""
     if not any(type(module) is kind for module in net.modules()):
         return None
     try:
         return fx.symbolic_trace(net).graph
-    except Exception:  # control flow that depends on values: tracing may fail in any way, and nothing is lost
+    except Exception:  # control flow that depends on values makes tracing fail in many ways; then nothing is folded
         return None
 
 

@@ -1,7 +1,7 @@
 """oneDNN's kernels on the CPU: linear layers, convolutions and attention, in float32 and bfloat16.
 
-Left alone, torch takes MKL for matrix products in float32, which on CPUs that are not Intel's can be half as fast.
-Whether oneDNN gains is measured, once, on the machine at hand.
+By default torch uses MKL for matrix products in float32, which can be half as fast on CPUs that are not Intel's.
+Whether oneDNN is faster is measured once, on the machine that runs.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value
 
 @functools.cache
 def onednn_gains(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's kernels are right, and a linear layer with GELU is faster by them, in the best of five turns.
+    """Whether oneDNN's kernels are right, and a linear layer with GELU is faster by them (best of five turns).
 
-    torch has them under private names: where they are missing, or take other arguments, the answer is no.
+    torch has them under private names: if they are missing or take other arguments, the answer is no.
     """
     if dtype not in TOLERANCE or not torch.backends.mkldnn.is_available():
         return False
@@ -43,7 +43,7 @@ def onednn_gains(dtype: torch.dtype) -> bool:
 
 def _onednn_is_right(dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
-    with torch.device("meta"):  # leaves the numbers to be drawn by others alone
+    with torch.device("meta"):  # so that the global random numbers are not touched
         modules = nn.Linear(64, 32, dtype=dtype), nn.Conv2d(4, 8, 3, padding=1, dtype=dtype)
     layer, conv = (module.requires_grad_(False).to_empty(device="cpu") for module in modules)
     for parameter in (*layer.parameters(), *conv.parameters()):
@@ -75,7 +75,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` of matrices [n, D] and [m, D] (and [m]) -> [n, m], by the fastest kernel there is."""
+    """`F.linear` of matrices [n, D] and [m, D] (and [m]) -> [n, m], by the fastest kernel of this machine."""
     if x.device.type == "cpu" and onednn_gains(x.dtype):
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -84,8 +84,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def use_onednn(backbone: nn.Module, image: Tensor) -> None:
     """Give a backbone's layers oneDNN's kernels, in place; a GELU is computed with the layer before it.
 
-    A ReLU is not: oneDNN's makes 0 of what is no number, and a spoilt network would look sound. `image` [1, 3, S, S],
-    on the meta device, is one that the backbone takes.
+    A ReLU is not: oneDNN's turns NaN into 0, and a broken network would look sound. `image` [1, 3, S, S], on the meta
+    device, is an input of the backbone.
     """
     called = _called_layers(backbone, image)
     for module in gelu_mlps(backbone):
@@ -103,7 +103,7 @@ def use_onednn(backbone: nn.Module, image: Tensor) -> None:
 def _called_layers(net: nn.Module, image: Tensor) -> list[str]:
     """Paths of the linear layers and convolutions that a pass calls, found without computing anything.
 
-    Where another module reads a layer's weights instead of calling it, the layer must stay what it is.
+    A layer whose weights another module reads without calling it must stay as it is.
     """
     called: list[str] = []
     hooks = [
@@ -121,7 +121,7 @@ def _called_layers(net: nn.Module, image: Tensor) -> list[str]:
 
 
 class OneDNNLinear(nn.Module):
-    """nn.Linear, and an activation if wished, with weights in the order in which oneDNN reads them."""
+    """nn.Linear with an optional activation, its weights in the order in which oneDNN reads them."""
 
     def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class OneDNNLinear(nn.Module):
 class OneDNNConv2d(nn.Module):
     """nn.Conv2d by oneDNN on any number of threads.
 
-    Its weights stay in torch's order: oneDNN's depends on the batch size, and the wrong one halves the speed.
+    Its weights stay in torch's order: oneDNN's own order depends on the batch size, and the wrong one halves the speed.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -149,9 +149,9 @@ class OneDNNConv2d(nn.Module):
 
 
 class OneDNNAttention(TorchFunctionMode):
-    """Within it, attention without mask multiplies by oneDNN, a thread taking one head of one image at a time.
+    """For the block, attention without mask multiplies by oneDNN; a thread takes one head of one image at a time.
 
-    A head's scores [N, N] then stay in the processor's cache, and threads meet once for a layer.
+    The scores [N, N] of a head then stay in the processor's cache, and threads synchronise once a layer.
     """
 
     def __torch_function__(
@@ -172,7 +172,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     def attend(head: tuple[int, int]) -> None:
         image, number = head
-        with torch.inference_mode():  # modes are a thread's own
+        with torch.inference_mode():  # each thread has modes of its own
             scores = linear(query[head].float(), key[head].float() * width**-0.5)
             torch._softmax(scores, -1, False, out=scores)
             result[image, :, number] = linear(scores.to(value.dtype), value[head].mT)
@@ -185,12 +185,12 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @functools.cache
 def _single_threads(count: int) -> ThreadPoolExecutor:
-    """`count` threads on each of which torch uses no further ones."""
+    """A pool of `count` threads; on each of them torch uses no others."""
     outside = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, "attention", torch.set_num_threads, (1,))
     started = threading.Barrier(count + 1)
     for _ in range(count):
         pool.submit(started.wait)
     started.wait()
-    torch.set_num_threads(outside)  # the pool's threads keep theirs; those started later get it
+    torch.set_num_threads(outside)  # the pool's threads keep their setting; threads started later get this one
     return pool

@@ -1,4 +1,4 @@
-"""The network that ships: fixed wavelets on brightness and colour. Nothing in it is learned or downloaded.
+"""The bundled network: fixed wavelets on brightness and colour. Nothing in it is learned or downloaded.
 
 Its maps are moduli of Gabor wavelets on a pyramid, and moduli of moduli: a scattering transform (Bruna and Mallat,
 "Invariant Scattering Convolution Networks", 2013) with box filters between the scales. See docs/demo_network.md.
@@ -13,21 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 STRIDE = 8  # pixels of the input between two places of a map
-SIZE_STEP = 2 * STRIDE  # of inputs whose octaves all halve evenly
+SIZE_STEP = 2 * STRIDE  # of inputs: every octave halves without a remainder
 SCALES = 5  # octaves, the finest about 4 pixels long
 ORIENTATIONS = 6
 COLOUR_SCALES = 3
 NOISE = 0.02  # added to a modulus before its logarithm (brightness has the standard deviation one)
-SHADOW = 0.2  # of an image's mean brightness, added before brightness divides: colours of the dark are mostly noise
-COLOUR_GAIN = 8.0  # differences of colour are small beside those of brightness
+SHADOW = 0.2  # of an image's mean brightness, added to the divisor: dark colours are mostly noise
+COLOUR_GAIN = 8.0  # colours differ less than brightness does
 WIDTH = 7  # of a filter
 FREQUENCY = 0.55 * math.pi  # radians a pixel
 SPREAD = 1.5  # standard deviation along the wave in pixels; across it is longer
 SLANT = 0.55
-ORDINARY = 1.5  # standard deviations of its image up to which a patch is not unusual
-FLAT = 1e-3  # added to a standard deviation before it divides, or its logarithm is taken
-EXTREME = 0.005  # share of an image's places beyond its low and its high extreme
-# What a channel's deviation weighs beside its excess, and second order beside first, in tokens.
+ORDINARY = 1.5  # a patch within so many standard deviations of its image is not unusual
+FLAT = 1e-3  # added to a standard deviation before dividing by it or taking its logarithm
+EXTREME = 0.005  # share of an image's places beyond the low and the high extreme
+# In tokens: the weight of a channel's deviation relative to its excess, and of second order relative to first.
 DEVIATION_WEIGHT, SECOND_DEVIATION_WEIGHT, SECOND_CLASS_WEIGHT = 0.3, 0.1, 0.3
 CONSTANTS = (NOISE, SHADOW, COLOUR_GAIN, ORDINARY, FLAT, EXTREME)
 CONSTANTS += (DEVIATION_WEIGHT, SECOND_DEVIATION_WEIGHT, SECOND_CLASS_WEIGHT)
@@ -36,8 +36,8 @@ CONSTANTS += (DEVIATION_WEIGHT, SECOND_DEVIATION_WEIGHT, SECOND_CLASS_WEIGHT)
 class WaveletPyramid(nn.Module):
     """Pixels [B, 3, S, S] of 0 to 1 -> maps [B, C, S/8, S/8]: colour, moduli of colour, moduli of brightness.
 
-    C is 3, 6 and 30; with `second_order` a fourth map follows, of 360 moduli of the brightness moduli at coarser
-    scales. Moduli are logarithmic; those of brightness are averaged over 3 x 3 places. S is a multiple of 16.
+    C is 3, 6 and 30. With `second_order` a fourth map follows: 360 moduli, at coarser scales, of the brightness moduli.
+    Moduli are logarithmic; those of brightness are averaged over 3 x 3 places. S is a multiple of 16.
     """
 
     def __init__(self, second_order: bool) -> None:
@@ -77,8 +77,8 @@ class WaveletPyramid(nn.Module):
 def brightness_and_colour(pixels: Tensor) -> Tensor:
     """Pixels [B, 3, S, S] of 0 to 1 -> logarithmic brightness, red-green, blue-yellow [B, 3, S, S].
 
-    Neither depends on the exposure, and colour hardly on how brightly a place is lit: it is a difference over the
-    brightness there. Each has the image's mean zero, brightness also the standard deviation one.
+    Neither depends on the exposure. Colour hardly depends on how brightly a place is lit, because it is a difference
+    divided by the brightness there. All have mean zero over the image, brightness also standard deviation one.
     """
     pixels = pixels.clamp(min=0)
     pixels = pixels / pixels.mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
@@ -92,9 +92,9 @@ def brightness_and_colour(pixels: Tensor) -> Tensor:
 
 
 def class_token(first: Tensor, second: Tensor) -> Tensor:
-    """Maps [B, C, h, w] and [B, E, h, w] of the second order -> [B, 4 C + 2 E]: what an image's places are like.
+    """Maps [B, C, h, w] and second-order maps [B, E, h, w] -> [B, 4 C + 2 E], a description of the whole image.
 
-    The channels' means, logarithmic standard deviations and, of the first order, low and high extremes.
+    Means and logarithmic standard deviations of the channels and, of the first order, low and high extremes.
     """
     places = first.flatten(2)
     count = max(1, round(EXTREME * places.shape[2]))
@@ -108,10 +108,10 @@ def class_token(first: Tensor, second: Tensor) -> Tensor:
 
 
 def patch_tokens(first: Tensor, second: Tensor) -> Tensor:
-    """Maps [B, C, h, w] and [B, E, h, w] of the second order -> [B, h*w, 2 C + E]: how unusual a place is in its image.
+    """Maps [B, C, h, w] and second-order maps [B, E, h, w] -> [B, h*w, 2 C + E]: how unusual a place is in its image.
 
-    The channels' absolute deviations from the image's mean and, of the first order, what exceeds 1.5 standard
-    deviations of the image, in such.
+    Absolute deviations of the channels from the image's mean and, of the first order, the excess of the deviation over
+    1.5 standard deviations of the image, in standard deviations.
     """
     mean, spread = _mean_and_spread(first)
     deviation, second_deviation = (first - mean).abs(), (second - second.mean((2, 3), keepdim=True)).abs()
@@ -140,9 +140,9 @@ def _log_on_grid(moduli: Tensor, grid: int, noise: float) -> Tensor:
 
 
 def _gabor_filters() -> Tensor:
-    """[12, 1, 7, 7]: real, then imaginary parts of six waves under an oval bell, without mean, of unit sum.
+    """[12, 1, 7, 7]: real, then imaginary parts of six waves under an oval bell, with zero mean and unit sum.
 
-    Rounded to 20 binary places, so that they are the same to the last bit on every machine.
+    Rounded to 20 binary places, so that they are bit for bit the same on every machine.
     """
     down, across = torch.meshgrid(*[torch.arange(WIDTH, dtype=torch.float64) - WIDTH // 2] * 2, indexing="ij")
     waves = []

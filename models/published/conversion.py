@@ -26,8 +26,8 @@ NETWORKS = {
 def convert(source: Path, models_dir: Path, category: str, weights: dict[str, str]) -> None:
     """Write the three checkpoints of `category` from the authors' four files in the folder `source`.
 
-    `weights` says by branch name where the networks' weights come from. Raises InputError where a file is missing or
-    damaged, or is not for its network.
+    `weights` gives the source of each network's weights by branch name. Raises InputError if a file is missing,
+    damaged, or not for its network.
     """
     published = read_published(source)
     paths = {name: checkpoint_path(models_dir / category, name) for name in NETWORKS}
@@ -43,7 +43,7 @@ def convert(source: Path, models_dir: Path, category: str, weights: dict[str, st
 
 
 def converted(name: str, published: PublishedCheckpoints, weights: str, source: Path) -> Branch:
-    """The branch with its network and the authors' numbers. Raises InputError where the two do not fit."""
+    """The branch with its network and the authors' numbers. Raises InputError if the two do not fit."""
     kind, network, size = NETWORKS[name]
     settings: dict[str, Any] = {}
     tensors = {"ma_clu": published.ma_clu, "ma2patch": published.ma2patch, "pc": published.patchcore}[name]

@@ -1,7 +1,7 @@
-"""Follows a pickle without running it: what it builds comes out as plain values and records of calls.
+"""Follows a pickle without running it; the result is plain values and records of calls.
 
-A pickle is a program that Python's own unpickler runs. Even where few names are admitted it can fill the memory, or
-hang on a dictionary key of nested tuples that takes years to hash. Here it is only read.
+A pickle is a program, and Python's unpickler runs it. Even if only a few names are admitted, it can fill the memory,
+or hang on a dictionary key of nested tuples that takes years to hash. Here it is only read.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Call:
 
 
 def follow(data: bytes, admitted: Collection[str]) -> Any:
-    """The value of a pickle of protocol 2 to 5 that asks for nothing but the `admitted` names.
+    """The value of a pickle of protocol 2 to 5 that uses no names but the `admitted` ones.
 
-    Raises ValueError where it asks for more, is damaged, or has more than MAX_STEPS; IndexError or KeyError where its
-    steps do not fit each other.
+    Raises ValueError if it uses others, is damaged, or has more than MAX_STEPS; IndexError or KeyError if its steps do
+    not fit together.
     """
     stack: list[Any] = []
     marks: list[int] = []
