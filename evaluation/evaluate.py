@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from datasets.loading import ImageLoader
 from evaluation.result_files import (
@@ -20,7 +22,7 @@ from evaluation.result_files import (
 )
 from evaluation.results import Results
 from metrics import protocols
-from models.branches.branch import AS_PUBLISHED, Branch
+from models.branches.branch import AS_PUBLISHED, Branch, Part
 from models.fusion.operating_point import OperatingPoint
 from models.fusion.usad import USAD
 from reporting.report import Threshold
@@ -28,6 +30,7 @@ from reporting.visualize import Thumbnails
 from utils.distributed import is_main_process
 from utils.files import write_json
 from utils.gather import barrier, from_first
+from utils.gpu import ReadBack
 from utils.machine import environment
 from utils.ownership import PROGRAM, mark_folder
 from utils.timing import Stopwatch
@@ -55,8 +58,7 @@ def evaluate(
     thumbnails = Thumbnails(folder, len(samples)) if images else None
     report = images and isinstance(model, USAD)
     results, watch = Results(samples, model.parts(), shard.start, report, thumbnails, model.roi), Stopwatch()
-    for batch in timed(loader, watch):
-        parts = model.predict_parts(batch["image"].to(model.device, non_blocking=True))
+    for batch, parts in predicted(model, loader, watch):
         with watch("collect"):
             maps = results.add(parts, batch)
             if save_maps:
@@ -126,6 +128,34 @@ def print_average(title: str, path: Path, metrics: dict[str, dict[str, Any]]) ->
     if len(metrics) > 1 and is_main_process():
         print(f"average of {len(metrics)} categories")
         print_metrics(title, write_average(path, metrics))
+
+
+def predicted(
+    model: Branch | USAD, loader: ImageLoader, watch: Stopwatch
+) -> Iterator[tuple[dict[str, Any], dict[str, Part]]]:
+    """Batches, and the model's parts of each on the host; `watch` takes the time of waiting for batches as "load".
+
+    A GPU computes the next batch while one is taken in. Its first pass, which takes a second, goes over zeros while the
+    loader fetches the first batch.
+    """
+    if torch.device(model.device).type != "cuda":
+        for batch in timed(loader, watch):
+            yield batch, model.predict_parts(batch["image"])
+        return
+    size = min(loader.loader.batch_size, len(loader.shard))
+    zeros = torch.zeros(size, 3, model.image_size, model.image_size, device=model.device)
+    with ThreadPoolExecutor(1) as beside:
+        first_pass = beside.submit(model.predict_parts, zeros) if size else None
+        previous = None
+        for batch in timed(loader, watch):
+            if previous is None:
+                first_pass.result()
+            read_back = ReadBack(model.predict_parts(batch["image"].to(model.device, non_blocking=True)), model.device)
+            if previous:
+                yield previous[0], previous[1].wait()
+            previous = batch, read_back
+    if previous:
+        yield previous[0], previous[1].wait()
 
 
 def timed(loader: Iterable[dict[str, Any]], watch: Stopwatch) -> Iterator[dict[str, Any]]:

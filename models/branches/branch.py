@@ -76,7 +76,7 @@ class Branch(abc.ABC):
         self.training: dict[str, Any] = {}  # what it was fitted on, for the checkpoint
         self.calibration: dict[str, float] | None = None  # statistics on held-out normal images
         self.roi: RegionOfInterest | None = None
-        self.stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch(self.device)
 
     @abc.abstractmethod
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:

@@ -68,6 +68,7 @@ class Gaussian:
             inverse = _inverse(self.covariance)
         self.inverse = (inverse.double() + inverse.double().mT) / 2
         self.root = _square_root(self.inverse)
+        self.root_single = self.root.mT.float().contiguous()  # transposed, float32: for many vectors about their mean
 
     def to(self, device: torch.device | str) -> Gaussian:
         """The same Gaussian on `device`."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.branches.branch import Branch
 from models.branches.gaussian import Gaussian, GaussianFit
+from models.branches.neighbors import exact_matmul
 from models.branches.postprocess import gaussian_blur, resize_maps
+from models.networks.kernels import linear
 from utils.gather import collect
 
 BLUR_SIGMA = 4.0  # pixels of the input
@@ -33,6 +36,7 @@ class MA2Patch(Branch):
         fit = GaussianFit(self.covariance)
         for batch in loader:
             fit.update(self.extract(batch["image"].to(self.device, non_blocking=True)).mean(1))
+        self.backbone.check_finite()
         if collect(fit):
             self.gaussian = fit.finish()
 
@@ -42,7 +46,7 @@ class MA2Patch(Branch):
 
     def patch_scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
         contribution = self.on_grid(self.contribution(features).float())
-        return self.gaussian.distance(features.double().mean(1)), contribution
+        return self.gaussian.distance(features.mean(1, dtype=torch.float64)), contribution
 
     def anomaly_map(self, patches: Tensor) -> tuple[Tensor, None, None]:
         return gaussian_blur(resize_maps(patches, self.image_size), BLUR_SIGMA), None, None
@@ -50,14 +54,18 @@ class MA2Patch(Branch):
     def contribution(self, tokens: Tensor) -> Tensor:
         """Patch tokens [B, N, D] -> |D_M(g) - D_M(g without patch i)| [B, N], float64.
 
-        With w(x) the whitened deviation, g without patch i whitens to w(g) + (w(g) - w(p_i)) / (N - 1): one
-        matrix product serves all patches. The difference of the squares is taken before the roots, so that it
-        keeps its digits.
+        With c the whitened deviation of g and d_i that of p_i - g, g without patch i whitens to c - d_i / (N - 1): one
+        matrix product serves all patches, in float32, since the large mean is gone. The difference of the squared
+        lengths is taken before the roots, so that it keeps its digits.
         """
-        whitened = (tokens.double() - self.gaussian.mean) @ self.gaussian.root
-        center = whitened.mean(1, keepdim=True)
-        step = (center - whitened) / max(tokens.shape[1] - 1, 1)
-        change = (step * (2 * center + step)).sum(-1)
+        others = max(tokens.shape[1] - 1, 1)
+        mean = tokens.mean(1, keepdim=True, dtype=torch.float64)
+        center = (mean - self.gaussian.mean) @ self.gaussian.root  # [B, 1, D]
+        deviations = tokens - mean.float()
+        with exact_matmul(tokens.device):
+            along = (deviations @ (center @ self.gaussian.root.mT).mT.float())[:, :, 0].double()  # c . d_i
+            lengths = linear(deviations.flatten(0, 1), self.gaussian.root_single).square().sum(-1).view_as(along).double()
+        change = (lengths / others - 2 * along) / others
         distance = (center.square().sum(-1) + 1e-12).sqrt()
         return change.abs() / (distance + (distance.square() + change).clamp(min=1e-12).sqrt())
 

@@ -54,6 +54,7 @@ class MACLU(Branch):
             cls, tokens = self.extract(batch["image"].to(self.device, non_blocking=True))
             fit.update(cls)
             patches.add(tokens, batch["index"])
+        self.backbone.check_finite()
         if collect(fit, patches):
             self.gaussian = fit.finish()
             self.centers = _foreground_and_background(patches.rows()).to(self.device)

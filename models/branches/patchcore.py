@@ -59,6 +59,7 @@ class PatchCore(Branch):
         store = PatchStore(len(loader.dataset), self.patch_budget)
         for batch in loader:
             store.add(self.extract(batch["image"].to(self.device, non_blocking=True)), batch["index"])
+        self.backbone.check_finite()
         if collect(store):
             self._select(store.rows())
 
@@ -111,7 +112,7 @@ class PatchCore(Branch):
         around = self.memory_bank.rows[self.memory_bank.search(entries, count)[1][:, 1:]]  # [B, count - 1, D]
         reach = (features[rows, patch][:, None] - around).norm(dim=-1)
         scale = features.shape[-1] ** 0.5
-        farther = (reach - largest[:, None]).clamp(min=0)  # but for rounding it is
+        farther = (reach - largest[:, None]).clamp(min=0)  # rounding could make it less
         weight = 1 - 1 / torch.exp(farther / scale).sum(1)
         return weight * largest
 

@@ -45,13 +45,15 @@ def gaussian_blur(maps: Tensor, sigma: float, radius: int | None = None, edge_re
     """
     radius = int(4 * sigma + 0.5) if radius is None else radius
     for _ in range(2):  # along the columns; then, transposed, along the rows
-        matrix = _blur_matrix(maps.shape[-1], sigma, radius, edge_repeated).to(maps)
+        matrix = _blur_matrix(maps.shape[-1], sigma, radius, edge_repeated, maps.dtype, maps.device)
         maps = linear(maps.flatten(0, 1), matrix).view_as(maps).mT
     return maps
 
 
-@functools.lru_cache(maxsize=16)
-def _blur_matrix(length: int, sigma: float, radius: int, edge_repeated: bool) -> Tensor:
+@functools.lru_cache(maxsize=32)  # on the device: copied there in every call, it would stop the host each time
+def _blur_matrix(
+    length: int, sigma: float, radius: int, edge_repeated: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """[length, length] matrix whose product with a signal blurs it, borders included."""
     offsets = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
@@ -61,4 +63,4 @@ def _blur_matrix(length: int, sigma: float, radius: int, edge_repeated: bool) ->
     source = source % period
     source = torch.minimum(source, period - int(edge_repeated) - source).clamp(min=0)
     matrix = torch.zeros(length, length, dtype=torch.float64)
-    return matrix.scatter_add_(1, source, kernel.expand(length, -1).contiguous())
+    return matrix.scatter_add_(1, source, kernel.expand(length, -1).contiguous()).to(device, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths, defa
 from models.fusion.operating_point import FILE_NAME, OperatingPoint
 from models.fusion.prediction import ImageLike, Prediction, as_picture, decide
 from utils.errors import InputError
+from utils.gpu import CapturedPasses, side_by_side
 from utils.timing import Stopwatch
 
 
@@ -44,7 +46,10 @@ class USAD:
             raise InputError("the branches were not trained with the same --roi; train them again with one")
         self.rule = RULES[fusion](branches, **settings)
         self.min_area = 0  # pixels that a region needs to count
-        self.stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch(self.device)
+        self.passes = self._predict_parts
+        if self.device.type == "cuda":
+            self.passes = CapturedPasses(self._predict_parts, self.stopwatches().values())
         self.operating_point: OperatingPoint | None = None
         self.threshold: float | None = None  # of the score
         self.pixel_threshold: float | None = None
@@ -129,13 +134,19 @@ class USAD:
         return [self.name, *(branch.name for branch in self.branches)]
 
     def predict_parts(self, images: Tensor) -> dict[str, Part]:
-        """The fused prediction, then each branch's own, maps all [B, S, S]; each branch sees the images resized."""
-        parts = {
-            branch.name: branch.predict(resize_images(images, branch.image_size))
-            .resized(self.image_size)
-            .inside(self.roi)
-            for branch in self.branches
-        }
+        """The fused prediction, then each branch's own, maps all [B, S, S]; each branch sees the images resized.
+
+        On a GPU this is captured (utils/gpu.py): branches and rule must no longer change.
+        """
+        return self.passes(images)
+
+    def _predict_parts(self, images: Tensor) -> dict[str, Part]:
+        def part(branch: Branch) -> Part:
+            found = branch.predict(resize_images(images, branch.image_size))
+            return found.resized(self.image_size).inside(self.roi)
+
+        found = side_by_side([partial(part, branch) for branch in self.branches], self.device)
+        parts = {branch.name: own for branch, own in zip(self.branches, found, strict=True)}
         return {self.name: self.fuse(parts), **parts}
 
     def fuse(self, parts: Mapping[str, Part]) -> Part:

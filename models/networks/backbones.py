@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
-from models.networks import DEMO_NETWORK, MAX_SIDE
-from models.networks.cuda import CapturedPasses, use_cuda_kernels
-from models.networks.folding import fold_batch_norms, fold_layer_scales
+from models.networks import DEMO_NETWORK
+from models.networks.cuda import use_cuda_kernels
+from models.networks.folding import fold_batch_norms, fold_layer_scales, has_relus
 from models.networks.kernels import OneDNNAttention, onednn_gains, use_onednn
+from models.networks.spec import BackboneSpec, resolve_precision
 from models.networks.wavelets import SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
 from models.networks.weights import (
     fingerprint,
@@ -23,61 +22,10 @@ from models.networks.weights import (
     read_state_dict,
 )
 from utils.errors import InputError
+from utils.gpu import CapturedPasses
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_MAP = 3  # PatchCore pools 3 x 3 without padding
-
-
-@dataclasses.dataclass(frozen=True)
-class BackboneSpec:
-    """Everything that decides what a backbone computes; stored in checkpoints.
-
-    `kind` is "tokens" or "maps". `weights` is "pretrained", "demo", "imagenet", "random" or "file" (then `file` is
-    the path). `position_size` None means the image size. `normalize_contrast` first brings each image to the same
-    mean colour and contrast. `build_backbone` fills in `fingerprint` and `precision`.
-    """
-
-    kind: str
-    name: str
-    image_size: int
-    position_size: int | None = None
-    weights: str = "pretrained"
-    file: str | None = None
-    seed: int = 22
-    precision: str = "auto"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    fingerprint: str | None = None
-    normalize_contrast: bool = False
-
-    def with_weights(self, weights: str) -> BackboneSpec:
-        """This network with the weights a flag names: "pretrained", "demo", "imagenet", "random", or a file's path."""
-        if weights in ("pretrained", "demo", "imagenet", "random"):
-            return dataclasses.replace(self, weights=weights, file=None)
-        return dataclasses.replace(self, weights="file", file=weights)
-
-    @property
-    def source(self) -> str:
-        """Where the weights come from, for messages."""
-        return {"file": str(self.file), "random": f"random (seed {self.seed})"}.get(self.weights, self.weights)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dataclasses.asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> BackboneSpec:
-        """What `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
-        given = {"mean": tuple(values["mean"]), "std": tuple(values["std"]), "weights": values["weights"]}
-        spec = cls(**values | given)  # no default for the weights: the default would download
-        if not len(spec.mean) == len(spec.std) == 3:
-            raise ValueError("other than three colours")
-        sides = [spec.image_size] if spec.position_size is None else [spec.image_size, spec.position_size]
-        if not (isinstance(spec.name, str) and all(type(side) is int and 0 < side <= MAX_SIDE for side in sides)):
-            raise ValueError("a network's name, image size or position size that cannot be")
-        if type(spec.seed) is not int or not 0 <= spec.seed < 2**32 or spec.kind not in ("tokens", "maps"):
-            raise ValueError("a seed or a kind of features that cannot be")
-        return spec
 
 
 class Backbone(nn.Module):
@@ -94,7 +42,9 @@ class Backbone(nn.Module):
         self.dtype = torch.float32
         self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells the device even without weights
         self.register_buffer("finite", torch.tensor(True), persistent=False)  # whether all outputs so far were
-        self.passes: Callable[[Tensor], tuple[Tensor, ...]] = self.extract
+        for name, values in (("mean", spec.mean), ("std", spec.std)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        self.passes: Callable[[Tensor], tuple[Tensor, ...]] = self._pass
         self.eval().requires_grad_(False)
 
     @property
@@ -114,19 +64,23 @@ class Backbone(nn.Module):
         if images.shape[-2:] != (self.spec.image_size,) * 2:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, the backbone takes {self.spec.image_size}")
         with torch.no_grad():
-            if self.spec.normalize_contrast:
-                images = self._normalize_contrast(images)
-            images = images.to(self.dtype, memory_format=torch.channels_last)
-            outputs = tuple(output.float() for output in self.passes(images))
-            for output in outputs:
-                self.finite = self.finite & torch.linalg.vector_norm(output, torch.inf).isfinite()
+            outputs = self.passes(images)
         if self.device.type == "cpu":
             self.check_finite()
         return outputs
 
+    def _pass(self, images: Tensor) -> tuple[Tensor, ...]:
+        if self.spec.normalize_contrast:
+            images = self._normalize_contrast(images)
+        images = images.to(self.dtype, memory_format=torch.channels_last)
+        outputs = tuple(output.float() for output in self.extract(images))
+        for output in outputs:
+            self.finite.logical_and_(torch.linalg.vector_norm(output, torch.inf).isfinite())
+        return outputs
+
     def check_finite(self) -> None:
         """Raise InputError if any output so far was not finite; waits for the device."""
-        if not self.finite.is_meta and not self.finite:
+        if not self.finite:
             raise InputError(
                 f"{self.spec.name} with weights {self.spec.source} gives values that are not finite numbers; check the "
                 "weights, or give --precision fp32"
@@ -140,8 +94,7 @@ class Backbone(nn.Module):
 
     def pixels(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] -> the pixels before, 0 to 1."""
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.spec.mean, self.spec.std))
-        return images * std + mean
+        return images * self.std + self.mean
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """The features that `forward` returns, in any precision."""
@@ -155,16 +108,19 @@ class Backbone(nn.Module):
         self.net.to(self.dtype, memory_format=torch.channels_last)
         self.to(device)
         if self.device.type == "cuda":
+            if has_relus(self.net):  # cuDNN's fused ones may make 0 of what is no number: a spoilt network shows now
+                self(torch.randn(1, 3, *[self.spec.image_size] * 2, device=device))
+                self.check_finite()
             torch.backends.cudnn.benchmark = True  # shapes are few and fixed
             self.net = use_cuda_kernels(self.net, self.dtype, self.device)
-            self.passes = CapturedPasses(self.extract)
+            self.passes = CapturedPasses(self._pass)
         elif self.device.type == "cpu" and onednn_gains(self.dtype):
             use_onednn(self, torch.empty(1, 3, *[self.spec.image_size] * 2, device="meta"))
-            self.passes = self._extract_by_onednn
+            self.passes = self._pass_by_onednn
 
-    def _extract_by_onednn(self, images: Tensor) -> tuple[Tensor, ...]:
+    def _pass_by_onednn(self, images: Tensor) -> tuple[Tensor, ...]:
         with OneDNNAttention():
-            return self.extract(images)
+            return self._pass(images)
 
 
 class TokenBackbone(Backbone):
@@ -385,14 +341,3 @@ def size_step(spec: BackboneSpec) -> int:
     from models.networks import libraries
 
     return libraries.patch_side(spec.name) or 8
-
-
-def resolve_precision(recorded: str, asked: str, device: str) -> str:
-    """The precision to use; "auto" is fp32 on a CPU, elsewhere the recorded one or the best that the device has."""
-    if asked != "auto":
-        return asked
-    if torch.device(device).type != "cuda":
-        return "fp32"
-    if recorded != "auto":
-        return recorded
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -1,9 +1,8 @@
-"""NVIDIA GPUs: activations computed in the kernel of the layer before them, and passes replayed as CUDA graphs."""
+"""NVIDIA GPUs: activations computed in the kernel of the layer before them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from models.networks.folding import fuse_relus, gelu_mlps
 
-MOST_GRAPHS = 4  # batch sizes for which a pass is captured; each holds the memory of its outputs
 TOLERANCE = 2e-2  # of the largest value: half precision, and GELU by its tanh formula
 
 
@@ -19,9 +17,10 @@ def use_cuda_kernels(net: nn.Module, dtype: torch.dtype, device: torch.device) -
     """The network on `device`; its convolutions and linear layers also compute the ReLU or GELU that follows them.
 
     cuBLAS has GELU by the tanh formula. It differs from the exact one by less than half precision resolves, so it is
-    used in half precision only.
+    used in half precision only. cuDNN's ReLU may turn NaN into 0, so it is not used in fp16, whose range an unusual
+    image may exceed.
     """
-    if fused_convolutions_work(dtype, device):
+    if dtype != torch.float16 and fused_convolutions_work(dtype, device):
         net = fuse_relus(net, FusedConv2d)
     if dtype != torch.float32 and fused_gelu_works(dtype, device):
         for module in gelu_mlps(net):
@@ -84,51 +83,3 @@ def fused_convolutions_work(dtype: torch.dtype, device: torch.device) -> bool:
 
 def _agree(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
-
-
-class CapturedPasses:
-    """A function of images on a GPU, replayed as a CUDA graph, so that no kernel waits for Python to launch it.
-
-    A batch size is captured when it occurs for the second time. The first pass runs as usual, which also lets cuDNN
-    choose its algorithms. A smaller batch of more than half that size is filled up, so that the last batch of a loader
-    needs no graph of its own. A function that cannot be captured runs as usual.
-    """
-
-    def __init__(self, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
-        self.compute = compute
-        self.seen: set[int] = set()
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, ...]]] = {}
-        self.capturable = True
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Images [B, 3, S, S] with a fixed S -> the function's tensors; a replay gives float32 copies."""
-        count = len(images)
-        size = min((size for size in self.graphs if count <= size < 2 * count), default=None)
-        if size is None:
-            if count not in self.seen or not self.capturable or len(self.graphs) == MOST_GRAPHS:
-                self.seen.add(count)
-                return self.compute(images)
-            try:
-                self.graphs[count] = self._capture(images)
-            except RuntimeError:  # it asks the host for something
-                self.capturable = False
-                return self.compute(images)
-            size = count
-        graph, inputs, outputs = self.graphs[size]
-        inputs[:count].copy_(images)
-        graph.replay()
-        return tuple(output[:count].to(torch.float32, copy=True) for output in outputs)
-
-    def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, ...]]:
-        graph, inputs = torch.cuda.CUDAGraph(), images.clone()
-        # Only this thread's calls are captured: the loader's pinning thread works on meanwhile.
-        with torch.cuda.graph(graph, pool=_pool(images.device), capture_error_mode="thread_local"):
-            outputs = self.compute(inputs)
-        return graph, inputs, outputs
-
-
-@functools.cache
-def _pool(device: torch.device) -> tuple[int, int]:
-    """One memory pool for all graphs: they never run at the same time, and outputs are copied at once."""
-    with torch.cuda.device(device):
-        return torch.cuda.graph_pool_handle()

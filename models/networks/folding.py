@@ -65,6 +65,10 @@ def _timm_is_in_use() -> bool:
     return "timm" in sys.modules
 
 
+def has_relus(net: nn.Module) -> bool:
+    return any(type(module) is nn.ReLU for module in net.modules())
+
+
 def fuse_relus(net: nn.Module, kernel: Callable[[nn.Conv2d], nn.Module]) -> nn.Module:
     """The network with each ReLU, and the sum before it, computed by the convolution before them.
 
