@@ -1,25 +1,24 @@
-"""One card in four minutes: checks, launches, and images a second of networks, search and fused inference.
+"""One card in two minutes: checks, launches, and images a second of networks, search, fusion and the whole program.
 
 python benchmarks/gpu.py                                  # on a GPU; writes results.json and gpu.csv to --out
 python benchmarks/gpu.py --quick --device cpu             # whether it works: small networks, seconds
 python benchmarks/gpu.py --stages product,networks --batches 32,128
 
-Networks are untrained, branches fitted on noise, frames lie in memory; every rate is taken in this one run.
+Networks are untrained, branches fitted on noise; every rate is taken in this one run, frames lying in memory but for
+the stage `program`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import json
+import re
 import subprocess
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,16 +29,20 @@ started = time.perf_counter()  # imports count
 
 # ruff: noqa: E402
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import BRANCHES, USAD
+from benchmarks import reference
+from models import BRANCHES, MACLU, USAD, MA2Patch, PatchCore
 from models.branches.neighbors import NearestNeighbors
-from models.networks import backbones, libraries
-from models.networks.backbones import Backbone, BackboneSpec, build_backbone
-from models.networks.cuda import CapturedPasses, FusedConv2d
+from models.networks import libraries
+from models.networks.backbones import Backbone, build_backbone
+from models.networks.cuda import FusedConv2d
+from models.networks.spec import BackboneSpec
+from models.networks.weights import random_state_dict
+from utils.gpu import CapturedPasses, ReadBack
 
 IMPORTS = time.perf_counter() - started
 SEED = 22
@@ -51,6 +54,7 @@ PAPER = {
 SMALL = {"ma_clu": ("test_vit", 64), "ma2patch": ("test_vit", 96), "pc": ("resnet18", 64)}
 FEATURE_ERROR = 0.03  # of bf16, of the root mean square feature
 AUROC_ERROR = 0.002
+VISIBLE = 0.8, 0.97  # AUROC of anomalies that untrained networks neither miss nor always see
 
 
 class Bench:
@@ -58,11 +62,12 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.device = args.device
+        self.device = torch.device(args.device)
         self.networks = SMALL if args.quick else PAPER
-        self.cuda = self.device.startswith("cuda")
+        self.cuda = self.device.type == "cuda"
         self.found: dict[str, Any] = {"imports_seconds": IMPORTS}
         self.rows: list[dict[str, Any]] = []
+        self.states: dict[str, dict[str, Tensor]] = {}
         self.models: dict[str, USAD] = {}
 
     def say(self, **figures: Any) -> None:
@@ -76,11 +81,12 @@ class Bench:
         """Seconds of one call: the best of three rounds, each of calls enough to take `least` seconds."""
         for _ in range(3):  # the third replays a captured pass
             work()
-        once = self._round(work, 1)
+        once = self.round(work, 1)
         calls = 1 if self.args.quick else max(1, min(50, round(least / once)))
-        return min(self._round(work, calls) for _ in range(3))
+        return min(self.round(work, calls) for _ in range(3))
 
-    def _round(self, work: Callable[[], Any], calls: int) -> float:
+    def round(self, work: Callable[[], Any], calls: int) -> float:
+        """Seconds of one of so many calls."""
         self.wait()
         start = time.perf_counter()
         for _ in range(calls):
@@ -88,31 +94,50 @@ class Bench:
         self.wait()
         return (time.perf_counter() - start) / calls
 
+    def peak(self, work: Callable[[], Any]) -> tuple[float, float]:
+        """Seconds of a call, and the device's peak memory in MB with all that lies there already."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        took = self.seconds(work)
+        return took, torch.cuda.max_memory_allocated() / 1e6 if self.cuda else 0.0
+
     def wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
 
+    def state(self, network: str) -> dict[str, Tensor]:
+        """The untrained weights of a network, also in a file: a run with pretrained ones reads them from files."""
+        if network not in self.states:
+            self.states[network] = random_state_dict(lambda: libraries.full_network(network), SEED)
+            save_file(self.states[network], self.args.out.absolute() / f"{network}.safetensors")
+        return self.states[network]
+
     def usad(self, precision: str) -> USAD:
         """The fusion of three branches at this precision; fitted once, in float32, so that only precision differs."""
-        if precision not in self.models:
-            self.models[precision] = USAD([self._branch(kind, precision) for kind in BRANCHES.values()])
+        folder = self.args.out.absolute() / "program" / "models" / "belt"
+        if precision in self.models:
+            return self.models[precision]
+        if precision == "fp32":
+            branches = [
+                MACLU(self.backbone("ma_clu", precision), covariance="ledoit-wolf"),  # 16 images have no other
+                MA2Patch(self.backbone("ma2patch", precision), covariance="ledoit-wolf"),
+                PatchCore(self.backbone("pc", precision)),
+            ]
+            for branch in branches:
+                branch.fit(Frames(16, branch.image_size))
+                branch.save(folder / f"{branch.name}.safetensors")
+            self.models[precision] = USAD(branches)
+        else:
+            self.usad("fp32")
+            self.models[precision] = USAD.load(folder, str(self.device), precision, fusion="paper")
         return self.models[precision]
 
-    def _branch(self, kind: type, precision: str) -> Any:
-        branch = kind(self.backbone(kind.name, precision))
-        if precision == "fp32":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # fewer images than channels
-                branch.fit(Frames(16, branch.image_size))
-        else:
-            fitted = {fitted.name: fitted for fitted in self.usad("fp32").branches}[kind.name]
-            branch.load_state({name: tensor.cpu() for name, tensor in fitted.state().items()})
-        return branch
-
-    def backbone(self, name: str, precision: str) -> Backbone:
+    def backbone(self, name: str, precision: str, device: str | None = None) -> Backbone:
         network, size = self.networks[name]
-        spec = BackboneSpec(BRANCHES[name].backbone_kind, network, size, weights="random", seed=SEED)
-        return build_backbone(spec, self.device, precision=precision)
+        self.state(network)
+        file = str(self.args.out.absolute() / f"{network}.safetensors")
+        spec = BackboneSpec(BRANCHES[name].backbone_kind, network, size).with_weights(file)
+        return build_backbone(spec, device or str(self.device), precision=precision)
 
     def images(self, count: int, size: int) -> Tensor:
         return frames(count, size, SEED + 1).to(self.device)
@@ -154,17 +179,17 @@ class Frames:
             yield {"image": frames(len(index), self.size, int(index[0])), "index": index}
 
 
-def frames(count: int, size: int, seed: int, strange: bool = False) -> Tensor:
-    """Noise [count, 3, size, size] at three scales, like a frame's; strange ones have a bright smooth blot."""
-    generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(count, 3, size, size)
+def frames(count: int, size: int, seed: int, device: torch.device | str = "cpu", spot: float = 0.0) -> Tensor:
+    """Noise [count, 3, size, size] at three scales, like a frame's, each with a spot of more noise, up to `spot`."""
+    generator = torch.Generator(device).manual_seed(seed)
+    total = torch.zeros(count, 3, size, size, device=device)
     for step in (1, 8, 64):
-        noise = torch.randn(count, 3, -(-size // step), -(-size // step), generator=generator)
+        noise = torch.randn(count, 3, -(-size // step), -(-size // step), generator=generator, device=device)
         total += torch.nn.functional.interpolate(noise, size=(size, size), mode="bilinear", align_corners=False) / 2
-    if strange:
-        side = size // 6
-        for image, (x, y) in zip(total, torch.randint(0, size - side, (count, 2), generator=generator), strict=True):
-            image[:, y : y + side, x : x + side] = 1.5 - image[:, y : y + side, x : x + side]
+    side = size // 3
+    for image in total if spot else ():
+        x, y = torch.randint(0, size - side, (2,), generator=generator, device=device).tolist()
+        image[:, y : y + side, x : x + side] *= 1 + spot * torch.rand(1, generator=generator, device=device)
     return total
 
 
@@ -180,7 +205,7 @@ def product(bench: Bench) -> None:
 
 
 def build(bench: Bench) -> None:
-    """Seconds until the networks stand and have made their first, second (captured) and third pass."""
+    """Seconds until the branches stand, and of their first passes: as usual, captured, replayed."""
     batch = bench.args.batches[0]
     for precision in ("fp32", "bf16"):
         start = time.perf_counter()
@@ -188,14 +213,12 @@ def build(bench: Bench) -> None:
         bench.wait()
         bench.say(**{f"build_seconds_{precision}": time.perf_counter() - start})
         images = bench.images(batch, usad.image_size)
-        passes = [bench._round(lambda usad=usad, images=images: usad.predict(images), 1) for _ in range(4)]
+        passes = [bench.round(lambda usad=usad, images=images: usad.predict(images), 1) for _ in range(4)]
         bench.say(**{f"first_passes_seconds_{precision}": [round(took, 3) for took in passes]})
 
 
 def checks(bench: Bench) -> None:
     """bf16 against fp32, and this device against the CPU, in features, scores and AUROC."""
-    from sklearn.metrics import roc_auc_score
-
     exact, rough = bench.usad("fp32"), bench.usad("bf16")
     for one, other in zip(exact.branches, rough.branches, strict=True):
         images = frames(4, one.image_size, SEED).to(bench.device)
@@ -203,32 +226,45 @@ def checks(bench: Bench) -> None:
             error = float((a - b).square().mean().sqrt() / a.square().mean().sqrt())
             bench.say(**{f"feature_error_bf16_{one.name}_{number}": error})
             assert error < FEATURE_ERROR
-        if bench.cuda:
-            cpu = build_backbone(BackboneSpec(**vars(one.backbone.spec)), "cpu", precision="fp32")(images[:1].cpu())
-            found = one.backbone(images[:1])
-            error = max(float((a.cpu() - b).abs().max() / b.abs().max()) for a, b in zip(found, cpu, strict=True))
-            bench.say(**{f"feature_error_against_cpu_{one.name}": error})
-            assert error < 1e-3
-    scores: dict[str, list[float]] = {"fp32": [], "bf16": []}
-    count = 8 if bench.args.quick else 96
-    labels = [0] * count + [1] * count
-    everything = torch.cat([frames(count, exact.image_size, 5), frames(count, exact.image_size, 6, strange=True)])
-    for part in everything.split(bench.args.batches[0]):
-        for name, usad in (("fp32", exact), ("bf16", rough)):
-            scores[name] += usad.predict(part.to(bench.device)).scores.tolist()
-    far = max(abs(a / b - 1) for a, b in zip(scores["bf16"], scores["fp32"], strict=True))
-    aurocs = [float(roc_auc_score(labels, found)) for found in scores.values()]
-    bench.say(score_error_bf16=far, auroc_fp32=aurocs[0], auroc_bf16=aurocs[1])
-    assert bench.args.quick or abs(aurocs[0] - aurocs[1]) <= AUROC_ERROR  # of few images, one pair weighs more
-
+        cpu = bench.backbone(one.name, "fp32", "cpu")(images[:1].cpu())
+        error = max(
+            float((a.cpu() - b).abs().max() / b.abs().max()) for a, b in zip(one.backbone(images[:1]), cpu, strict=True)
+        )
+        bench.say(**{f"feature_error_against_cpu_{one.name}": error})
+        assert error < 1e-3
+    compare_aurocs(bench, exact, rough)
     if bench.cuda:
-        bench.say(fused_relu_keeps_nan=bool(_fused_relu_of_nan(bench).isnan().all()))
+        conv = torch.nn.Conv2d(64, 64, 3, padding=1, device=bench.device, dtype=torch.bfloat16)
+        image = torch.full((1, 64, 8, 8), torch.nan, device=bench.device, dtype=torch.bfloat16)
+        fused = FusedConv2d(conv.requires_grad_(False).to(memory_format=torch.channels_last))
+        bench.say(fused_relu_keeps_nan=bool(fused(image).isnan().all()))
 
 
-def _fused_relu_of_nan(bench: Bench) -> Tensor:
-    conv = torch.nn.Conv2d(64, 64, 3, padding=1, device=bench.device, dtype=torch.bfloat16)
-    image = torch.full((1, 64, 8, 8), torch.nan, device=bench.device, dtype=torch.bfloat16)
-    return FusedConv2d(conv.requires_grad_(False).to(memory_format=torch.channels_last))(image)
+def compare_aurocs(bench: Bench, exact: USAD, rough: USAD) -> None:
+    """The same frames in both precisions. How strong their spots are is decided in fp32 alone."""
+    from sklearn.metrics import roc_auc_score
+
+    def scores(usad: USAD, spot: float, count: int) -> list[float]:
+        found = []
+        for start in range(0, count, 32):
+            batch = frames(
+                min(32, count - start), usad.image_size, start + (2000 if spot else 1000), bench.device, spot
+            )
+            found += usad.predict(batch).scores.tolist()
+        return found
+
+    def auroc_of(usad: USAD, spot: float, count: int) -> tuple[float, list[float]]:
+        found = scores(usad, 0.0, count) + scores(usad, spot, count)
+        return float(roc_auc_score([0] * count + [1] * count, found)), found
+
+    for spot in (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0):
+        if VISIBLE[0] < auroc_of(exact, spot, 32)[0] < VISIBLE[1]:
+            break
+    count = 32 if bench.args.quick else 512
+    (fp32, expected), (bf16, found) = (auroc_of(usad, spot, count) for usad in (exact, rough))
+    far = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+    bench.say(spot=spot, images=2 * count, score_error_bf16=far, auroc_fp32=fp32, auroc_bf16=bf16)
+    assert bench.args.quick or abs(fp32 - bf16) <= AUROC_ERROR  # of few images, one pair weighs more
 
 
 def networks(bench: Bench) -> None:
@@ -236,143 +272,83 @@ def networks(bench: Bench) -> None:
     for batch in bench.args.batches:
         for branch in bench.usad("bf16").branches:
             images = bench.images(batch, branch.image_size)
-            took, peak = measured(bench, lambda branch=branch, images=images: branch.backbone(images))
+            took, peak = bench.peak(lambda branch=branch, images=images: branch.backbone(images))
             bench.rate(bench.networks[branch.name][0], branch.image_size, batch, took, bench.gflop(branch.name), peak)
 
 
 def fused(bench: Bench) -> None:
-    """Three branches and their fusion, the fused maps and scores read back; and each branch's two stages."""
+    """Three branches and their fusion, fused maps and scores read back; and each branch's score alone."""
     usad = bench.usad("bf16")
     for batch in bench.args.batches:
         images = bench.images(batch, usad.image_size)
-        for branch in usad.branches:
-            resized = bench.images(batch, branch.image_size)
-            features = branch.extract(resized)
-            score = bench.seconds(lambda branch=branch, features=features: branch.score(features), 0.1)
-            bench.say(**{f"score_ms_{branch.name}_{batch}": 1e3 * score / batch})
-
-        def work(images: Tensor = images) -> None:
-            part = usad.predict(images)
-            part.scores.cpu(), part.maps.cpu()
-
-        took, peak = measured(bench, work)
+        took, peak = bench.peak(reading_back(bench, usad, images))
         bench.rate("fused inference", usad.image_size, batch, took, sum(map(bench.gflop, bench.networks)), peak)
+        for branch in usad.branches:
+            features = branch.extract(bench.images(batch, branch.image_size))
+            flat = CapturedPasses(lambda _, branch=branch, features=features: branch.score(features))
+            score = bench.seconds(lambda flat=flat, images=images: flat(images[:, 0, 0]), 0.1)
+            bench.say(**{f"score_ms_{branch.name}_{batch}": 1e3 * score / batch})
+    images = bench.images(bench.args.batches[0], usad.image_size)
+    plain = USAD(usad.branches)
+    plain.passes = plain._predict_parts
+    took = bench.seconds(reading_back(bench, plain, images))
+    bench.say(fused_ms_networks_captured=1e3 * took / len(images))
+    with mock.patch("models.fusion.usad.side_by_side", lambda works, device: [work() for work in works]):
+        took = bench.seconds(reading_back(bench, USAD(usad.branches), images))
+    bench.say(fused_ms_on_one_stream=1e3 * took / len(images))
+
+
+def reading_back(bench: Bench, usad: USAD, images: Tensor) -> Callable[[], None]:
+    """A call computes a batch and waits for the results of the one before it, as the program does."""
+    before: list[ReadBack] = []
+
+    def work() -> None:
+        part = usad.predict(images)
+        if bench.cuda:
+            before.append(ReadBack((part.scores, part.maps), bench.device))
+        if len(before) > 1:
+            before.pop(0).wait()
+
+    return work
 
 
 def launches(bench: Bench) -> None:
-    """What a batch asks of the device: launches, waits, and the kernels that take longest, by part."""
+    """What a batch asks of the device: launches and waits, and the kernels that take longest."""
     usad, batch = bench.usad("bf16"), bench.args.batches[0]
-    whole = bench.images(batch, usad.image_size)
-    works: dict[str, Callable[[], Any]] = {"fused": lambda: usad.predict(whole)}
-    for branch in usad.branches:
-        images = bench.images(batch, branch.image_size)
-        half, features = images.to(branch.backbone.dtype, memory_format=torch.channels_last), branch.extract(images)
-        works[f"{branch.name} network"] = torch.no_grad()(partial(branch.backbone.extract, half))
-        works[f"{branch.name} score"] = partial(branch.score, features)
+    images = bench.images(batch, usad.image_size)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * bench.cuda
-    for name, work in works.items():
-        work(), work(), bench.wait()
-        with profile(activities=activities) as profiler:
-            work()
-            bench.wait()
-        events = profiler.key_averages()
-        counts = {event.key: event.count for event in events if event.key.startswith("cuda")}
-        bench.say(**{f"launches, {name}": json.dumps(counts)})
-        key = "self_device_time_total" if bench.cuda else "self_cpu_time_total"
-        kernels = sorted(events, key=lambda event: -getattr(event, key))[:12]
-        for event in kernels if name != "fused" else ():
-            if getattr(event, key):
-                print(f"    {getattr(event, key) / 1e3:8.3f} ms {event.count:4d} x {event.key[:110]}")
+    for _ in range(3):
+        usad.predict(images)
+    bench.wait()
+    with profile(activities=activities) as profiler:
+        usad.predict(images)
+        bench.wait()
+    events = profiler.key_averages()
+    bench.say(launches=json.dumps({event.key: event.count for event in events if event.key.startswith("cuda")}))
+    key = "self_device_time_total" if bench.cuda else "self_cpu_time_total"
+    for event in sorted(events, key=lambda event: -getattr(event, key))[:40]:
+        if getattr(event, key):
+            print(f"    {getattr(event, key) / 1e3:8.3f} ms {event.count:4d} x {event.key[:120]}")
 
 
 def published(bench: Bench) -> None:
     """The published loop: one image at a time, whole networks, float32, OpenCV and SciPy."""
-    from benchmarks import reference
-
     usad = bench.usad("fp32")
     nets = {}
     for name, (network, size) in bench.networks.items():
-        make = reference.untrained_resnet if name == "pc" else reference.untrained_vit
-        nets[name] = make(network, *(() if name == "pc" else (size,)), SEED).to(bench.device)
+        with mock.patch.object(reference, "random_state_dict", lambda make, seed, n=network: dict(bench.state(n))):
+            make = reference.untrained_resnet if name == "pc" else reference.untrained_vit
+            nets[name] = make(network, *(() if name == "pc" else (size,)), SEED).to(bench.device)
     states = {branch.name: branch.state() for branch in usad.branches}
     loop = reference.PublishedLoop(nets, states, {branch.name: branch.image_size for branch in usad.branches})
     images = bench.images(8, usad.image_size)
     for image in images[:2]:
         expected = loop(image[None])["fusion"][0]
-    bench.say(score_error_against_published=abs(float(usad.predict(images[1:2]).scores) / expected - 1))
-    took = bench._round(lambda: [loop(image[None]) for image in images], 1) / len(images)
+    error = abs(float(usad.predict(images[1:2]).scores) / expected - 1)
+    bench.say(score_error_against_published=error)
+    assert error < 1e-3
+    took = bench.round(lambda: [loop(image[None]) for image in images], 1) / len(images)
     bench.say(published_loop_ms_per_image=1e3 * took)
-
-
-def variants(bench: Bench) -> None:
-    """The same networks run otherwise: what each of the program's choices gains, in ms an image."""
-    batch = bench.args.batches[0]
-    usad = bench.usad("bf16")
-    with contextlib.ExitStack() as plainly:
-        for name in ("use_cuda_kernels", "fold_layer_scales"):
-            plainly.enter_context(mock.patch.object(backbones, name, lambda net, *_: net))
-        plainly.enter_context(mock.patch.object(backbones, "onednn_gains", lambda dtype: False))
-        plain = {name: bench.backbone(name, "bf16") for name in bench.networks}
-    for branch in usad.branches:
-        backbone, images = branch.backbone, bench.images(batch, branch.image_size)
-        half = images.to(backbone.dtype, memory_format=torch.channels_last)
-        works = {
-            "as the program runs it": lambda backbone=backbone, images=images: backbone(images),
-            "not captured": lambda backbone=backbone, half=half: backbone.extract(half),
-            "plain layers, captured": lambda name=branch.name, images=images: plain[name](images),
-        }
-        if bench.cuda and branch.backbone_kind == "tokens":
-            for attention in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-                passes = sdpa_kernel(attention)(CapturedPasses(backbone.extract))
-                works[attention.name] = lambda passes=passes, half=half: passes(half)
-        if bench.args.compile:
-            compiled = torch.compile(plain[branch.name].net, mode=bench.args.compile, dynamic=False)
-            start = time.perf_counter()
-            with torch.no_grad():
-                compiled(half)
-            bench.wait()
-            bench.say(**{f"compile_seconds_{branch.name}": time.perf_counter() - start})
-            passes = CapturedPasses(lambda images, compiled=compiled: as_tuple(compiled(images)))
-            works[f"compiled ({bench.args.compile}), captured"] = lambda passes=passes, half=half: passes(half)
-        for name, work in works.items():
-            with torch.no_grad():
-                bench.say(**{f"{branch.name}: {name}, ms": 1e3 * bench.seconds(work, 0.15) / batch})
-    if bench.cuda:
-        streams(bench, usad)
-
-
-def streams(bench: Bench, usad: USAD) -> None:
-    """The three networks one after the other, and each on a stream of its own."""
-    for batch in (1, 8, bench.args.batches[0]):
-        works = []
-        for branch in usad.branches:
-            half = bench.images(batch, branch.image_size).to(torch.bfloat16, memory_format=torch.channels_last)
-            works.append((CapturedPasses(branch.backbone.extract), half, torch.cuda.Stream()))
-            with torch.no_grad():
-                own_pool = mock.patch("models.networks.cuda._pool", lambda device: torch.cuda.graph_pool_handle())
-                with own_pool:
-                    for _ in range(3):
-                        works[-1][0](half)
-
-        def in_turn(works: list = works) -> None:
-            for passes, half, _ in works:
-                passes(half)
-
-        def beside(works: list = works) -> None:
-            here = torch.cuda.current_stream()
-            for passes, half, stream in works:
-                stream.wait_stream(here)
-                with torch.cuda.stream(stream):
-                    passes(half)
-            for _, _, stream in works:
-                here.wait_stream(stream)
-
-        for name, work in (("in turn", in_turn), ("on streams", beside)):
-            bench.say(**{f"three networks {name}, batch {batch}, ms an image": 1e3 * bench.seconds(work, 0.1) / batch})
-
-
-def as_tuple(found: Any) -> tuple[Tensor, ...]:
-    return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
 def search(bench: Bench) -> None:
@@ -387,18 +363,19 @@ def search(bench: Bench) -> None:
 
 
 def program(bench: Bench) -> None:
-    """test_fusion.py --no-images as a process on 150 frames of 512 px from disk, twice; and what starting up costs."""
+    """test_fusion.py --no-images as a process on 150 frames of 512 px from disk, and what its imports cost."""
     import cv2
     import numpy as np
 
+    bench.usad("fp32")  # writes the checkpoints
     root = bench.args.out.absolute() / "program"
-    for branch in bench.usad("fp32").branches:
-        branch.save(root / "models" / "belt" / f"{branch.name}.safetensors")
     count, side = (6, 64) if bench.args.quick else (150, 512)
     for index in range(count):
         strange = index % 3 == 0
         kind = "rope" if strange else "good"
-        pixels = frames(1, side, index, strange)[0].permute(1, 2, 0).mul(40).add(110).clamp(0, 255).byte().numpy()
+        pixels = (
+            frames(1, side, index, spot=2.0 * strange)[0].permute(1, 2, 0).mul(40).add(110).clamp(0, 255).byte().numpy()
+        )
         files = {root / "data" / "belt" / "test" / kind / f"{index:03d}.png": pixels}
         if strange:
             mask = np.zeros((side, side), np.uint8)
@@ -410,31 +387,23 @@ def program(bench: Bench) -> None:
     (root / "data" / "belt" / "train" / "good").mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(root / "data" / "belt" / "train" / "good" / "0.png"), pixels)
     here = Path(__file__).resolve().parents[1]
-    for line in ("import torch", "import timm", "import models", "import torch; torch.ones(1, device='cuda')"):
-        if bench.cuda or "cuda" not in line:
-            took = bench._round(lambda line=line: subprocess.run([sys.executable, "-c", line], cwd=here, check=True), 1)
-            bench.say(**{f"python -c '{line}', seconds": took})
-    command = [sys.executable, "test_fusion.py", "--no-images", "--category", "belt", "--device", bench.device]
+    command = ["test_fusion.py", "--no-images", "--category", "belt", "--device", str(bench.device)]
     for flag, folder in (("--data-root", "data"), ("--models-dir", "models"), ("--results-dir", "result")):
         command += [flag, str(root / folder)]
     command += ["--precision", "bf16"]
-    for turn in ("first", "second"):
-        took = bench._round(lambda: subprocess.run(command, cwd=here, check=True, stdout=subprocess.DEVNULL), 1)
+    for turn, options in (("first", []), ("second", []), ("with_imports_timed", ["-X", "importtime"])):
+        start = time.perf_counter()
+        finished = subprocess.run([sys.executable, *options, *command], cwd=here, check=True, capture_output=True)
+        bench.say(**{f"test_fusion_seconds_{turn}": time.perf_counter() - start})
         config = json.loads((root / "result" / "belt" / "fusion" / "config.json").read_text())
-        bench.say(**{f"test_fusion_seconds_{turn}": took, f"test_fusion_stages_{turn}": json.dumps(config["seconds"])})
+        bench.say(**{f"test_fusion_stages_{turn}": json.dumps(config["seconds"])})
+    lines = re.findall(r"import time: +\d+ \| +(\d+) \| +(\S+)", finished.stderr.decode())
+    bench.say(**{f"import_seconds_{name}": int(took) / 1e6 for took, name in lines if name in IMPORTED})
 
 
-def measured(bench: Bench, work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of a call, and the device's peak memory in MB with all that lies there already."""
-    if bench.cuda:
-        torch.cuda.reset_peak_memory_stats()
-    took = bench.seconds(work)
-    return took, torch.cuda.max_memory_allocated() / 1e6 if bench.cuda else 0.0
-
-
+IMPORTED = ("torch", "torch._dynamo", "torchvision", "timm", "sklearn", "cv2", "scipy", "tqdm", "evaluation.evaluate")
 STAGES = {
-    stage.__name__: stage
-    for stage in (product, build, networks, fused, published, launches, checks, search, program, variants)
+    stage.__name__: stage for stage in (product, build, networks, fused, published, launches, checks, search, program)
 }
 
 
@@ -444,8 +413,7 @@ def main() -> None:
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[32, 128])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small networks and sizes")
-    parser.add_argument("--compile", metavar="MODE", help="in `variants`, also torch.compile in this mode")
-    parser.add_argument("--seconds", type=float, default=240, help="no stage begins later than this")
+    parser.add_argument("--seconds", type=float, default=170, help="no stage begins later than this")
     parser.add_argument("--out", type=Path, default=Path("result/gpu"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

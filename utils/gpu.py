@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +96,12 @@ def _pool(device: torch.device) -> tuple[int, int]:
     """One memory pool for all graphs: they never run at the same time, and outputs are copied at once."""
     with torch.cuda.device(device):
         return torch.cuda.graph_pool_handle()
+
+
+def wake(device: torch.device | str) -> None:
+    """Have a GPU made ready by a thread, which takes seconds, while this one imports and reads."""
+    if torch.device(device).type == "cuda":
+        threading.Thread(target=partial(torch.zeros, 1, device=device), daemon=True).start()
 
 
 def side_by_side(works: Sequence[Callable[[], Any]], device: torch.device) -> list[Any]:

@@ -64,7 +64,9 @@ class MA2Patch(Branch):
         deviations = tokens - mean.float()
         with exact_matmul(tokens.device):
             along = (deviations @ (center @ self.gaussian.root.mT).mT.float())[:, :, 0].double()  # c . d_i
-            lengths = linear(deviations.flatten(0, 1), self.gaussian.root_single).square().sum(-1).view_as(along).double()
+            lengths = (
+                linear(deviations.flatten(0, 1), self.gaussian.root_single).square().sum(-1).view_as(along).double()
+            )
         change = (lengths / others - 2 * along) / others
         distance = (center.square().sum(-1) + 1e-12).sqrt()
         return change.abs() / (distance + (distance.square() + change).clamp(min=1e-12).sqrt())

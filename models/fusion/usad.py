@@ -21,7 +21,7 @@ from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths, defa
 from models.fusion.operating_point import FILE_NAME, OperatingPoint
 from models.fusion.prediction import ImageLike, Prediction, as_picture, decide
 from utils.errors import InputError
-from utils.gpu import CapturedPasses, side_by_side
+from utils.gpu import CapturedPasses, side_by_side, wake
 from utils.timing import Stopwatch
 
 
@@ -71,6 +71,7 @@ class USAD:
         the checkpoints decide (`default_fusion`).
         Raises InputError naming every checkpoint that is missing, or what is wrong with one or with usad.json.
         """
+        wake(device)
         folder = Path(folder)
         paths = checkpoint_paths(folder)
         point = OperatingPoint.read(folder)

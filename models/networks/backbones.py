@@ -109,6 +109,7 @@ class Backbone(nn.Module):
         self.to(device)
         if self.device.type == "cuda":
             if has_relus(self.net):  # cuDNN's fused ones may make 0 of what is no number: a spoilt network shows now
+                torch.backends.cudnn.benchmark = False  # not for one image
                 self(torch.randn(1, 3, *[self.spec.image_size] * 2, device=device))
                 self.check_finite()
             torch.backends.cudnn.benchmark = True  # shapes are few and fixed
