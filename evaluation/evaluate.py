@@ -1,4 +1,4 @@
-"""The one evaluation: a model (branch or fusion) over test images, its metrics and its files."""
+"""Runs a model (a branch or a fusion) over the test images, measures it and writes its files."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def evaluate(
     `model` is a branch or their fusion. A fusion gets a report, with the thresholds of `operating_point` or, without
     one, those of the highest F1. Returns the metrics.
 
-    With several processes each tests its share of the images and writes their maps and heat maps. The main process
-    writes everything else, and it alone has the metrics.
+    With several processes, each tests its share of the images and writes their maps and heat maps. The main process
+    writes everything else, and only it has the metrics.
     """
     start = time.perf_counter()
     samples, shard = loader.dataset.samples, loader.shard
@@ -97,14 +97,14 @@ def evaluate(
         threshold = point and Threshold(point.threshold, point.pixel_threshold, point.source)
         write_test_report(folder, results, metrics, threshold, config)
     else:
-        (folder / REPORT).unlink(missing_ok=True)  # its figures would be an earlier run's
+        (folder / REPORT).unlink(missing_ok=True)  # it would show the figures of an earlier run
     return metrics
 
 
 def print_metrics(title: str, metrics: dict[str, Any]) -> None:
-    """One line a figure, with the protocol it follows.
+    """Print one line for each figure, with the protocol that it follows.
 
-    Columns beside the first: the branches of a fusion, or a branch's figures with maps scaled as in the paper.
+    Columns beside the first: the branches of a fusion, or the figures of a branch with maps scaled as in the paper.
     """
     others = {"scaled maps": metrics[AS_PUBLISHED]} if AS_PUBLISHED in metrics else metrics.get("branches", {})
     columns = {title: metrics, **others}
@@ -159,7 +159,7 @@ def predicted(
 
 
 def timed(loader: Iterable[dict[str, Any]], watch: Stopwatch) -> Iterator[dict[str, Any]]:
-    """The loader's batches; `watch` takes the time of waiting for each as "load"."""
+    """The loader's batches; `watch` counts the time of waiting for them as "load"."""
     batches = iter(loader)
     while True:
         with watch("load"):
@@ -170,7 +170,7 @@ def timed(loader: Iterable[dict[str, Any]], watch: Stopwatch) -> Iterator[dict[s
 
 
 def stage_seconds(model: Any) -> dict[str, Any]:
-    """Seconds of the stages "extract" and "score", of all branches together and of each."""
+    """Seconds of the stages "extract" and "score", for all branches together and for each."""
     branches = {name: dict(watch.seconds) for name, watch in model.stopwatches().items()}
     stages = {stage: sum(times.get(stage, 0.0) for times in branches.values()) for stage in ("extract", "score")}
     return {**stages, "branches": branches}

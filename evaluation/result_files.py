@@ -1,4 +1,4 @@
-"""The files that a test run leaves."""
+"""The files that a test run writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REPORT = "report.html"
 
 
 def average_path(results_dir: Path, name: str) -> Path:
-    """Where the average over categories goes; raises InputError if it holds another program's file."""
+    """Where the average over categories goes; raises InputError if another program's file is there."""
     path = results_dir / f"average_{name}.json"
     if path.exists() and not is_ours(path):
         raise InputError(f"{path} was not written by USAD; move it or choose another --results-dir")
@@ -35,7 +35,7 @@ def average_path(results_dir: Path, name: str) -> Path:
 
 
 def write_average(path: Path, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Write the mean over categories of every figure that is defined in one at least, and the categories' own."""
+    """Write each figure's mean over the categories where it is defined, and the figures of each category."""
     average = {}
     for key in protocols():
         values = [part[key] for part in metrics.values() if part[key] is not None]
@@ -46,7 +46,7 @@ def write_average(path: Path, metrics: dict[str, dict[str, Any]]) -> dict[str, A
 
 
 def write_scores(path: Path, results: Results, branches: Sequence[str]) -> None:
-    """scores.csv: path, label, score of each test image, with the `branches`' own scores behind a fused one."""
+    """scores.csv: path, label and score of each test image, followed by the scores of the `branches` of a fusion."""
     main = next(iter(results.scores))
     columns = [results.scores[part] for part in (main, *branches)]
     text = io.StringIO()
@@ -58,8 +58,8 @@ def write_scores(path: Path, results: Results, branches: Sequence[str]) -> None:
 
 
 def write_map(folder: Path, sample: Sample, anomaly_map: np.ndarray) -> None:
-    """The raw float32 map [S, S] as <folder>/<defect>/<stem>.tiff, in sub-folders as the image."""
-    content = io.BytesIO()  # on a full disk Pillow writes half a TIFF and says nothing
+    """The raw float32 map [S, S] as <folder>/<defect>/<stem>.tiff, in the same sub-folders as the image."""
+    content = io.BytesIO()  # on a full disk Pillow would write half a TIFF without an error
     Image.fromarray(anomaly_map).save(content, "TIFF")
     with atomic_write(_result_path(folder, sample, ".tiff")) as temporary:
         temporary.write_bytes(content.getvalue())
@@ -76,7 +76,7 @@ def write_heatmaps(folder: Path, samples: Sequence[Sample], thumbnails: Thumbnai
 def write_test_report(
     folder: Path, results: Results, metrics: dict[str, Any], threshold: Threshold | None, config: dict[str, Any]
 ) -> None:
-    """report.html of a fusion's test; without a threshold, that of the highest F1 is shown and said to be so."""
+    """report.html of a fusion's test; without a threshold it shows the one of the highest F1, and says so."""
     settings = config.get("settings", {})
     weights = sorted({branch["backbone"]["weights"] for branch in config.get("branches", {}).values()})
     facts = {

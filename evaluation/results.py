@@ -22,9 +22,9 @@ from utils.gather import collect
 class Results:
     """Scores, metrics and small maps of a test run, by part (a branch's name, or `fusion`), the main part first.
 
-    This process gathers them of its share of the samples, from number `first` on; `collect` adds those of the others.
-    With `report` the pictures of a report are kept, with `thumbnails` the small maps of heat maps. Pixels outside the
-    region of interest do not count. Where a defect has no masks at all, the figures of pixels are undefined.
+    This process gathers those of its share of the samples, from number `first` on; `collect` adds the other processes'.
+    With `report` it also keeps the pictures of a report, with `thumbnails` the small maps for heat maps. Pixels outside
+    the region of interest do not count. If a defect has no masks at all, the figures of pixels are undefined.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class Results:
             example = next(sample.path for sample in samples if sample.kind in self.unmasked)
             text = f"no masks of {', '.join(self.unmasked)} (for instance {example}): figures of pixels are null"
             warn_once(text, f"{text}, those of images are computed")
-        self.scores = {part: np.zeros(len(samples)) for part in parts}  # 0 for those of other processes
+        self.scores = {part: np.zeros(len(samples)) for part in parts}  # 0 for the images of other processes
         self.measured = {part: {name: metric() for name, metric in METRICS.items()} for part in self.scores}
         self.gallery = Gallery(len(samples), first=first) if report else None
         self.thumbnails = thumbnails
         self.roi = roi
 
     def add(self, parts: Mapping[str, Part], batch: dict[str, Any]) -> np.ndarray:
-        """Take in the parts of a batch; returns the main maps [B, S, S]."""
+        """Add the parts of a batch; returns the main maps [B, S, S]."""
         arrays = {
             name: (part.scores.double().cpu().numpy(), part.maps.float().cpu().numpy()) for name, part in parts.items()
         }
@@ -73,7 +73,7 @@ class Results:
         return main
 
     def collect(self) -> bool:
-        """Add what the other processes have gathered to the first one's; whether this is the first."""
+        """Merge what all processes have gathered into the main one's; returns whether this is the main one."""
         optional = (part for part in (self.gallery, self.thumbnails) if part is not None)
         metrics = (metric for metrics in self.measured.values() for metric in metrics.values())
         return collect(self, *metrics, *optional)
@@ -98,7 +98,7 @@ class Results:
         self.gallery.add(Entry(sample.name, scores, sample.label, sample.kind), pictures)
 
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """By part: every figure of metrics.json; a figure that is undefined is None."""
+        """By part, every figure of metrics.json; an undefined figure is None."""
         counts = {"n_images": len(self.samples), "n_anomalous": sum(sample.label for sample in self.samples)}
         return {
             part: {figure: value for metric in metrics.values() for figure, value in metric.compute().items()} | counts
@@ -106,14 +106,14 @@ class Results:
         }
 
     def curves(self) -> Curves:
-        """By part, the points of the curves that a report draws."""
+        """By part, the points of the curves for the report."""
         return {
             part: {name: points for metric in metrics.values() for name, points in metric.curves().items()}
             for part, metrics in self.measured.items()
         }
 
     def best_threshold(self) -> Threshold | None:
-        """The thresholds of the highest F1 on these very images; None where they are undefined."""
+        """The thresholds of the highest F1 on these test images; None where undefined."""
         measured = self.measured[next(iter(self.scores))]
         score = measured["image"].f1_threshold()
         if score is None:

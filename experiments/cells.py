@@ -1,4 +1,4 @@
-"""The cells of the tables: each computed once and kept, keyed by all it depends on."""
+"""The cells of the tables: each is computed once and kept under a key made of everything that it depends on."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 
 from utils.files import digest_of_lines, write_json
 
-VERSION = 2  # rises when a figure is computed in another way: no cell of an earlier version is used again
+VERSION = 2  # goes up when a figure is computed in another way, so that older cells are not used again
 
 
 class Unavailable(Exception):
-    """Why a cell has no figures; not kept, so that the next run tries again."""
+    """Why a cell has no figures. It is not stored, so that the next run tries again."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Figures that follow from `needs`, JSON values, alone."""
+    """Figures that depend on nothing but `needs` (JSON values)."""
 
     needs: dict[str, Any]
     compute: Callable[[], dict[str, Any]]
@@ -33,7 +33,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of a table: for each seed the cells whose figures stand in it, or else figures from elsewhere."""
+    """A row of a table: for each seed the cells with its figures, or figures from elsewhere."""
 
     labels: dict[str, Any]
     seeds: list[tuple[Cell, ...]] = dataclasses.field(default_factory=list)
@@ -59,7 +59,7 @@ class Table:
     columns: dict[str, str]
     sections: list[Section]
     remarks: list[str] = dataclasses.field(default_factory=list)
-    seeded: bool = True  # whether rows are over the seeds
+    seeded: bool = True  # whether rows are means over the seeds
 
     def cells(self) -> Iterator[Cell]:
         for section in self.sections:
@@ -76,7 +76,7 @@ class CellStore:
         self.failed: dict[str, str] = {}
 
     def result(self, cell: Cell) -> dict[str, Any]:
-        """The cell's figures, from the folder or computed now. Raises Unavailable where there are none."""
+        """The cell's figures, from the folder or computed now. Raises Unavailable if there are none."""
         path = self.folder / f"{cell.key}.json"
         try:
             return json.loads(path.read_text(encoding="utf-8"))["figures"]
@@ -93,7 +93,7 @@ class CellStore:
         return figures
 
     def row(self, row: Row) -> dict[str, Any]:
-        """The row as JSON values: every figure with its mean, its standard deviation, and the value of each seed."""
+        """The row as JSON values: each figure's mean, standard deviation, and value for each seed."""
         note, by_seed = row.note, [row.figures] if row.figures else []
         try:
             for cells in row.seeds:
@@ -110,7 +110,7 @@ class CellStore:
 
 
 def spread(values: list[float | None]) -> dict[str, Any]:
-    """Mean and sample standard deviation; None where a value is undefined, the deviation also for a single one."""
+    """Mean and sample standard deviation; None if a value is undefined, the deviation also for a single value."""
     defined = None not in values
     return {
         "mean": float(np.mean(values)) if defined else None,
@@ -120,5 +120,5 @@ def spread(values: list[float | None]) -> dict[str, Any]:
 
 
 def digest(needs: Any) -> str:
-    """A name for JSON values."""
+    """A file name for JSON values."""
     return digest_of_lines([json.dumps([VERSION, needs], sort_keys=True)])[:32]

@@ -34,7 +34,7 @@ IN_FORCE = "the value in force"
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
-    """The branches by name, which of them take part, and how they are fused (USAD's arguments)."""
+    """The branches by name, which of them (`parts`) are fused, and how (`settings`, the arguments of USAD)."""
 
     variants: dict[str, Variant]
     settings: dict[str, Any]
@@ -47,15 +47,15 @@ class Fusion:
         return max(variant.network.image_size for variant in self.variants.values())
 
     def usad(self, statistics: dict[str, dict[str, float] | None]) -> USAD:
-        """The fusion of the parts, without networks, given the branches' held-out `statistics`."""
+        """The fusion of the parts without networks, with the held-out `statistics` of the branches."""
         branches = [self.variants[name].mapper(**self.scoring.get(name, {})) for name in self.parts]
         for branch in branches:
             branch.calibration = statistics.get(branch.name)
         return USAD(branches, **self.settings)
 
     def settled(self) -> Fusion:
-        """The same with every setting of the rule written out. Raises InputError where the rule lacks something."""
-        # Only whether there will be statistics is known yet.
+        """The same with every setting of the rule written out. Raises InputError if the rule lacks something."""
+        # So far it is only known whether there will be statistics.
         usad = self.usad({name: {} if variant.holdout_ratio else None for name, variant in self.variants.items()})
         return dataclasses.replace(self, settings=usad.settings())
 
@@ -78,7 +78,7 @@ class Bench:
         self.measurements, self.images, self.batch_size = measurements, measurements.images, batch_size
 
     def cell(self, fusion: Fusion, maps: bool = True) -> Cell:
-        """Image and pixel figures of a fusion, of a single branch its own; without `maps` the image figures."""
+        """Image and pixel figures of a fusion, or of a branch if it is alone; without `maps` only the image figures."""
         measured = {name: self.measurements.needs(fusion.variants[name], fusion.size) for name in fusion.parts}
         needs = {
             "measured": measured,
@@ -109,7 +109,7 @@ class Bench:
 
 
 def ablation(bench: Bench, fusions: list[Fusion]) -> Table:
-    """Every subset of the branches, and of the terms of the paper's image score; `fusions` has one entry a seed."""
+    """Every subset of the branches, and of the terms of the paper's image score; one of `fusions` for each seed."""
     names = fusions[0].parts
     subsets = [subset for count in range(1, len(names) + 1) for subset in itertools.combinations(names, count)]
     rows = [
@@ -143,13 +143,13 @@ def _score_terms(bench: Bench, fusions: list[Fusion]) -> list[Row]:
 
 
 class Sweep(NamedTuple):
-    """One setting at several values, all others as they are."""
+    """One setting at several values; all others stay as they are."""
 
     title: str
     values: list[Any]
-    current: Any  # the value in force; None where the branches differ in it
+    current: Any  # the value in force; None if the branches differ in it
     at: Callable[[Fusion, Any], Fusion]
-    maps: bool = True  # whether it changes the maps, not the scores alone
+    maps: bool = True  # whether it changes the maps or only the scores
 
 
 def sweeps(fusion: Fusion, kinds: list[str]) -> dict[str, Sweep]:

@@ -1,4 +1,4 @@
-"""What the branches measured on the test images, kept on disk: one network pass serves every cell."""
+"""Scores and patch scores of the branches on the test images, kept on disk: one network pass serves every cell."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Measured(NamedTuple):
 
 
 class Images:
-    """The test images of a category, and the figures of what is found on them."""
+    """The test images of a category, and the figures of scores and maps on them."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = list(samples)
@@ -55,7 +55,7 @@ class Images:
         return results.metrics()["all"]
 
     def _mask(self, row: int, size: int) -> np.ndarray:
-        """The mask as bool [size, size]; it is read once for a size, and kept at a bit a pixel."""
+        """The mask as bool [size, size]; it is read once for each size and kept in one bit a pixel."""
         if size != self._size:
             self._size, self._masks = size, {}
         if row not in self._masks:
@@ -67,7 +67,7 @@ class Images:
 
 
 class Measurements:
-    """Measures variants on the test images, or finds them measured in `folder`.
+    """Measures variants on the test images, or finds earlier measurements in `folder`.
 
     A measurement takes 4 bytes a patch and 8 bytes an image: about 10 KB an image for the three branches at the
     paper's sizes. Branches fitted for it lie in `folder`/fitted until `tidy`.
@@ -97,7 +97,7 @@ class Measurements:
     def of(self, variant: Variant, input_size: int) -> Measured:
         """The variant's measurement on the test images, loaded at `input_size` and resized to the branch's own size.
 
-        Raises Unavailable where the variant cannot be fitted.
+        Raises Unavailable if the variant cannot be fitted.
         """
         path = self.folder / f"{digest(self.needs(variant, input_size))}.safetensors"
         try:
@@ -135,7 +135,7 @@ class Measurements:
         return branch
 
     def tidy(self) -> None:
-        """Remove the fitted branches, when all that they are for has been measured, and what a killed run left."""
+        """Remove the fitted branches, once everything has been measured, and what a killed run left."""
         for leftover in (self.folder / "fitted", *self.folder.glob(".*")):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
@@ -152,7 +152,7 @@ class Measurements:
 
 
 def digest_of_files(samples: Sequence[Sample]) -> str:
-    """A mark of images and masks: their names, labels and bytes."""
+    """A digest of images and masks: their names, labels and bytes."""
     lines = []
     for sample in samples:
         files = [sha256_of_file(path) for path in (sample.path, *sample.masks)]

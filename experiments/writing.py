@@ -16,7 +16,7 @@ PLOTTED = ("image_auroc", "pixel_auroc", "aupro")
 
 
 def write_table(folder: Path, table: Table, store: CellStore, facts: dict[str, Any]) -> None:
-    """<name>.md, .csv, .json and the sections' plots, of cells that are all in `store` or unavailable."""
+    """Write <name>.md, .csv, .json and the plots of the sections; all cells are in `store` or unavailable."""
     facts = facts if table.seeded else {**facts, "seeds": None}
     sections = [(section, [store.row(row) for row in section.rows]) for section in table.sections]
     for section, rows in sections:
@@ -29,7 +29,7 @@ def write_table(folder: Path, table: Table, store: CellStore, facts: dict[str, A
 
 
 def markdown(table: Table, sections: list[tuple[Section, list[dict[str, Any]]]], facts: dict[str, Any]) -> str:
-    """The table to read: means, with ± standard deviation where there are several seeds."""
+    """The table for people: means, with ± standard deviation if there are several seeds."""
     lines = [f"# {table.title}: {facts['category']}", ""]
     seeds = facts["seeds"]
     source = "the checkpoints as they are"
@@ -51,7 +51,7 @@ def markdown(table: Table, sections: list[tuple[Section, list[dict[str, Any]]]],
 
 
 def comma_separated(table: Table, sections: list[tuple[Section, list[dict[str, Any]]]]) -> str:
-    """One row of the table a line, all digits; `<figure>_sd` is empty with a single seed."""
+    """One line for each row, with all digits; `<figure>_sd` is empty with a single seed."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["section", "row", *(f"{name}{end}" for name in table.columns for end in ("", "_sd")), "note"])

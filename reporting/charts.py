@@ -1,7 +1,7 @@
 """Curves and the histogram of a report, drawn by matplotlib as SVG files.
 
-They are drawn for a light page; on a dark one the style sheet inverts them. matplotlib takes a second to import, so
-this waits until something is drawn.
+They are drawn for a light page; on a dark page the style sheet inverts them. matplotlib takes a second to import, so
+it is imported only when something is drawn.
 """
 
 from __future__ import annotations

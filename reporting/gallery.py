@@ -1,4 +1,4 @@
-"""What a report keeps of a run of any length: the numbers of all images, the pictures of a bounded choice."""
+"""What a report keeps of a run of any length: the numbers of all images, and the pictures of a limited choice."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Pictures:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """An entry of the choice, with its pictures as small as the report shows them."""
+    """A chosen entry, with its pictures in the size in which the report shows them."""
 
     entry: Entry
     frame: bytes  # WebP
@@ -62,11 +62,11 @@ class Kept:
 
 
 class Gallery:
-    """Takes entries one by one; keeps the highest scores, and of the rest a sample that the seed decides.
+    """Takes entries one by one; keeps those with the highest scores, and a seeded sample of the rest.
 
-    `expected` is the number of images where it is known: few are kept at a higher resolution. `first` is the number of
-    the first entry: merged with the gallery of those before it, the two choose what one would have. Memory is bounded
-    by about 150 MB for the pictures of 500 entries, and takes 10 bytes for every other.
+    `expected` is the number of images if it is known; fewer images are kept at a higher resolution. `first` is the
+    number of the first entry: galleries of consecutive shares, merged, choose what a single one would. The pictures of
+    500 entries take at most about 150 MB, each other entry 10 bytes.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Gallery:
         return len(self.scores)
 
     def add(self, entry: Entry, pictures: Callable[[], Pictures]) -> None:
-        """Take in an entry; `pictures` is called, at once, only if the entry belongs to the choice so far.
+        """Add an entry; `pictures` is called at once, and only if the entry is chosen for now.
 
         Raises ValueError if a score is not finite.
         """
@@ -96,11 +96,11 @@ class Gallery:
         self._offer(number, entry.score, lambda: self._shrink(entry, pictures()))
 
     def by_score(self) -> list[Kept]:
-        """The choice, highest score first; ties in order of arrival."""
+        """The chosen entries, highest score first; ties in order of arrival."""
         return [self._kept[number] for number in self._ranking()]
 
     def state(self) -> dict[str, np.ndarray]:
-        """All numbers, and the choice, as plain arrays."""
+        """All numbers and the chosen entries, as plain arrays."""
         state = {"scores": np.array(self.scores), "labels": np.array(self.labels), "alarms": np.array(self.alarms)}
         texts = []
         for number, kept in self._kept.items():
@@ -120,8 +120,8 @@ class Gallery:
             self._offer(number, kept.entry.score, lambda kept=kept: kept)
 
     def _offer(self, number: int, score: float, make: Callable[[], Kept]) -> None:
-        """Choose the entry while there is room; then, of all but the highest, the one with the least chance goes."""
-        chance = random.Random(f"{self.seed} {number}").random()  # its number's alone: independent of all scores
+        """Choose the entry; if that is one too many, drop the lowest draw among all but the highest scores."""
+        chance = random.Random(f"{self.seed} {number}").random()  # depends on its number alone, not on scores
         self._draws[number] = score, chance
         if len(self._draws) > self.limit:
             loser = min(self._ranking()[self.highest :], key=lambda number: self._draws[number][1])

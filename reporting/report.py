@@ -1,4 +1,4 @@
-"""report.html: figures, curves, histogram and pictures in one file that asks for nothing beside itself."""
+"""report.html: figures, curves, histogram and pictures in one file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def part_title(part: str) -> str:
 
 
 def kind_of(entry: Entry, threshold: Threshold | None) -> str:
-    """What became of the entry: its own alarm if it has one, else by the threshold."""
+    """The kind of the entry, by its own alarm if it has one, else by the threshold."""
     alarm = entry.alarm
     if alarm is None and threshold is not None:
         alarm = entry.score >= threshold.score
@@ -122,7 +122,7 @@ def kind_of(entry: Entry, threshold: Threshold | None) -> str:
 
 
 def _filters(kinds: list[str]) -> dict[str, int]:
-    """The count of every kind; of judged images also of misses and false alarms where there are none."""
+    """The count of every kind; of judged images also those of misses and false alarms if they are zero."""
     errors = ("○ miss", "▲ false alarm")
     judged = {*errors, "● hit"}.intersection(kinds)
     return {**dict.fromkeys(errors if judged else (), 0), **Counter(sorted(kinds, reverse=True))}
@@ -186,5 +186,5 @@ def _uri(content: bytes, kind: str) -> str:
 
 
 def _digest(text: str) -> str:
-    """What a content security policy calls an inline script or style by."""
+    """The name of an inline script or style in a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

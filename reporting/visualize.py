@@ -16,16 +16,16 @@ from utils.files import atomic_write, nearest_existing
 
 PANEL_HEIGHT = 256
 HEADER = 22
-SCALE_PIXELS = 1 << 22  # that decide the range of the colours
+SCALE_PIXELS = 1 << 22  # for the range of the colours
 UNKNOWN = 96  # grey of the ground truth where an anomalous image has no mask
 TITLES = ("input", "ground truth", "anomaly map", "overlay")
 
 
 class Thumbnails:
-    """Maps [S, S] at no more than a strip's height, on disk until the scale common to all images is known.
+    """Maps [S, S], shrunk to the height of a strip and kept on disk until the colour scale of all images is known.
 
-    They lie on the disk of `folder`, which need not exist yet. `expected` is the number of all maps: of each, so many
-    pixels stay in memory that there are about SCALE_PIXELS.
+    They are written to the disk of `folder`, which need not exist yet. `expected` is the number of all maps; a sample
+    of about SCALE_PIXELS pixels of them stays in memory for the scale.
     """
 
     def __init__(self, folder: Path, expected: int) -> None:
@@ -35,7 +35,7 @@ class Thumbnails:
         self._pixels = array("f")
 
     def add(self, anomaly_map: np.ndarray) -> None:
-        """Take in a map; all have the same size."""
+        """Add a map; all have the same size."""
         if max(anomaly_map.shape) > PANEL_HEIGHT:
             anomaly_map = cv2.resize(anomaly_map, (PANEL_HEIGHT, PANEL_HEIGHT), interpolation=cv2.INTER_AREA)
         small = anomaly_map.astype(np.float32)
@@ -49,20 +49,20 @@ class Thumbnails:
             yield np.frombuffer(data, np.float32).reshape(self._shape)
 
     def state(self) -> dict[str, np.ndarray]:
-        """The pixels in memory, which decide the scale."""
+        """The sample of pixels that decides the scale."""
         return {"pixels": np.array(self._pixels)}
 
     def merge(self, state: Mapping[str, np.ndarray]) -> None:
-        """Let others' maps count for the scale, given their `state()`."""
+        """Let the maps of another process count for the scale, given its `state()`."""
         self._pixels.frombytes(np.asarray(state["pixels"]).tobytes())
 
     def scale(self) -> tuple[float, float]:
-        """The range that colours stand for."""
+        """The range of the colours."""
         return color_scale(np.frombuffer(self._pixels, np.float32))
 
 
 def color_scale(pixels: np.ndarray) -> tuple[float, float]:
-    """The range that colours stand for, common to all images: median to 99.9th percentile of the pixels [N]."""
+    """The range of the colours, common to all images: median to 99.9th percentile of the pixels [N]."""
     low, high = np.percentile(pixels, (50, 99.9)).tolist()
     return low, max(high, low + 1e-12)
 

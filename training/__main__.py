@@ -1,4 +1,4 @@
-"""Train any registered branch by its name, with its settings as flags: the way for a branch of your own.
+"""Train any registered branch by its name, for instance one of your own; its settings are flags.
 
 python -m training mean_frame --category my_belt --backbone resnet18 --image-size 224
 """
@@ -14,7 +14,7 @@ from training.training import train
 from utils.command_line import run
 from utils.errors import InputError
 
-NETWORKS = {"tokens": ("vit_small_patch14_dinov2.lvd142m", 350), "maps": ("wide_resnet50_2", 238)}  # unless given
+NETWORKS = {"tokens": ("vit_small_patch14_dinov2.lvd142m", 350), "maps": ("wide_resnet50_2", 238)}  # defaults
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a run's flags come to: frozen values, which alone travel further down than the scripts."""
+"""The settings of a run, made from its flags: frozen values, the only form in which flags go further down."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """What the networks run on, and who reads the images."""
+    """What the networks run on, and how many processes read the images."""
 
     device: str
     precision: str
@@ -28,7 +28,7 @@ class RunSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SplitSettings:
-    """Which of the training images are fitted on, and which held out."""
+    """Which training images are fitted on, and which are held out."""
 
     train_ratio: float
     holdout_ratio: float

@@ -1,4 +1,4 @@
-"""From a category's checkpoints to the results of their fusion: what test_fusion.py does."""
+"""From the checkpoints of a category to the results of their fusion: the work of test_fusion.py."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test(args: argparse.Namespace) -> None:
     run, data = run_settings(args), data_settings(args)
     folders = [args.models_dir / name for name in data.categories]
     for folder in folders:
-        checkpoint_paths(folder)  # raises where one is missing
+        checkpoint_paths(folder)  # raises if one is missing
     options = fusion_options(args, folders)
     average = average_path(data.results_dir, USAD.name)
 
@@ -47,7 +47,7 @@ def test(args: argparse.Namespace) -> None:
 def test_category(
     args: argparse.Namespace, category: Category, run: RunSettings, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Load the category's checkpoints, test their fusion and write its results; returns the figures."""
+    """Load the checkpoints of the category, test their fusion and write the results; returns the figures."""
     checkpoints = args.models_dir / category.name
     require_same("checkpoints in --models-dir", lambda: checkpoint_digests(checkpoints).values())
     with one_per_machine_first():

@@ -1,4 +1,4 @@
-"""From a category's images to a branch's checkpoint and results: what the training scripts share."""
+"""From the images of a category to the checkpoint and results of a branch: what the training scripts share."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def train(args: argparse.Namespace, name: str, **settings: Any) -> None:
         normalize_contrast=args.normalize_contrast,
     ).with_weights(args.weights)
     roi = args.roi and RegionOfInterest.read(args.roi)
-    empty_backbone(spec)  # sizes that do not suit the network are found before anything is downloaded
+    empty_backbone(spec)  # finds sizes that do not suit the network before anything is downloaded
     if spec.weights == "file" and not Path(spec.file).is_file():
         raise InputError(f"--weights {spec.file}: no such file")
     data = data_settings(args)
@@ -59,7 +59,7 @@ def train(args: argparse.Namespace, name: str, **settings: Any) -> None:
     results = None if args.no_eval else name
     metrics = {}
     with opened_categories(data, samples_of, run.workers, results, checkpoint_of) as categories:
-        for category in categories:  # before the network is built
+        for category in categories:  # raises before the network is built
             split_training(category.train_samples(), split.train_ratio, split.holdout_ratio, split.seed)
         with one_per_machine_first():
             backbone = build_backbone(spec, run.device, precision=run.precision)
@@ -93,7 +93,7 @@ def split_settings(args: argparse.Namespace) -> SplitSettings:
 
 
 def fit_branch(run: RunSettings, category: Category, split: SplitSettings, branch: Branch) -> Branch:
-    """Fit on the training share, then take statistics on the images held out, if any."""
+    """Fit on the training share, then take statistics on the held-out images, if there are any."""
     samples = category.train_samples()
     fitted, held = split_training(samples, split.train_ratio, split.holdout_ratio, split.seed)
     dataset = ImageDataset(fitted, branch.image_size, "bilinear", branch.roi)
@@ -117,9 +117,9 @@ def fit_branch(run: RunSettings, category: Category, split: SplitSettings, branc
 
 
 def held_out_samples(category: Category, branches: Sequence[Branch]) -> list[Sample]:
-    """The normal training images that none of the branches was fitted on.
+    """The normal training images that no branch was fitted on.
 
-    Raises InputError where none were held out, or the files are no longer those of the training.
+    Raises InputError if no images were held out, or the files are no longer those of the training.
     """
     keys = ("category", "holdout_ratio", "seed", "files_digest")
     trainings = {tuple(branch.training.get(key) for key in keys) for branch in branches}
@@ -146,7 +146,7 @@ def held_out_samples(category: Category, branches: Sequence[Branch]) -> list[Sam
 
 
 def fitted_digest(samples: Sequence[Sample], held: Sequence[Sample]) -> str:
-    """A mark of the training images without those held out."""
+    """A digest of the names of the training images without those held out."""
     held_names = {sample.name for sample in held}
     return digest_of_lines(sample.name for sample in samples if sample.name not in held_names)
 
