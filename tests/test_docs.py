@@ -37,7 +37,9 @@ def test_commands_take_their_flags(flags, page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(page):
+def test_files_and_links_are_there(page):
+    for path in re.findall(r"[`( ]((?:\w+/)+\w+\.py)", page.read_text(encoding="utf-8")):
+        assert (ROOT / path).is_file(), path
     for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
         other = page.parent / target if target else page
         assert other.exists(), target
