@@ -284,6 +284,12 @@ def test_imagenet_names_the_networks_and_the_package(tmp_path, monkeypatch):
     assert imagenet_file("tf_efficientnet_lite2") == tmp_path / "some" / "models" / "lite2.pth"
 
 
+def test_what_nobody_publishes(hub):
+    with pytest.raises(InputError, match="vit_h_14; tried: nothing is published under this name"):
+        pretrained_state_dict("vit_h_14")
+    assert hub.requests == []
+
+
 def test_nobody_answers(hub, monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

