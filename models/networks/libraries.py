@@ -72,7 +72,7 @@ def _without_memory(make: Callable[[], nn.Module]) -> nn.Module:
             net = make()
         saved = net.state_dict().keys()
         complete = all(name in saved for name, _ in net.named_buffers())  # rotary embeddings are not saved
-    except RuntimeError:  # its constructor reads values of tensors, as most of timm's before 1.0.20 do
+    except RuntimeError:  # its constructor reads values of tensors, as most did in older releases of timm
         complete = False
     if not complete:
         with torch.random.fork_rng(devices=[]):
@@ -85,9 +85,7 @@ def vit(name: str, image_size: int) -> nn.Module:
 
     def make() -> nn.Module:
         net = timm.create_model(name, num_classes=0, img_size=image_size, dynamic_img_size=False)
-        net.fc_norm = nn.Identity()  # belongs to the pooled head
-        if hasattr(net, "attn_pool"):
-            net.attn_pool = None
+        net.attn_pool, net.fc_norm = None, nn.Identity()  # the pooled head's
         return net
 
     return _without_memory(make)
@@ -171,20 +169,15 @@ def _stride(image_size: int, found: Tensor) -> int:
 
 
 def _choose(name: str, available: Sequence[int], strides: Sequence[int] | None) -> list[int]:
-    """Positions in `available` of the last map of each stride asked for, or of the last of at most 16."""
-    if strides is None:
-        fine = [index for index, stride in enumerate(available) if stride <= 16]
-        chosen = fine[-1:]
-    else:
-        last = {stride: index for index, stride in enumerate(available)}
-        chosen = [last[stride] for stride in strides if stride in last]
-    if len(chosen) < len(strides or (16,)):
-        asked = " and ".join(map(str, strides)) if strides else "16 or less"
+    """Positions in `available` of the last map of each stride asked for, or of the coarsest of at most 16."""
+    last = {stride: index for index, stride in enumerate(available)}
+    strides = strides or [max((stride for stride in last if stride <= 16), default=16)]
+    if not last.keys() >= set(strides):
         raise InputError(
-            f"--backbone {name} has no maps of stride {asked} (it has {sorted(set(available))}); "
+            f"--backbone {name} has no maps of stride {' and '.join(map(str, strides))} (it has {sorted(last)}); "
             "take a CNN such as wide_resnet50_2 or resnet18"
         )
-    return chosen
+    return [last[stride] for stride in strides]
 
 
 @torch.no_grad()
