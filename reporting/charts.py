@@ -65,7 +65,7 @@ def histogram(axes: Axes, groups: Mapping[str, np.ndarray], threshold: float | N
     values = np.concatenate([*groups.values(), [] if threshold is None else [threshold]])
     log = values.min() > 0 and values.max() > 30 * np.median(values)
     position = np.log10 if log else np.asarray
-    edges = np.histogram_bin_edges(position(values), int(np.clip(2 * math.sqrt(values.size), 10, 40)))
+    edges = np.histogram_bin_edges(position(values), int(np.clip(4 * math.sqrt(values.size), 10, 60)))
     for (label, own), color, dashes in zip(groups.items(), COLORS, DASHES, strict=False):
         counts, _ = np.histogram(position(own), edges)
         look = {"facecolor": f"{color}59", "edgecolor": color, "linewidth": 1.2, "linestyle": dashes}
