@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, SOFT, FAINT = "#1a2026", "#56616b", "#d5dade"
+INK, SOFT, FAINT = "#1a2026", "#56616b", "#cbd1d7"
 # Okabe and Ito's colours can be told apart without full colour vision, the dashes in print.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 DASHES = ("-", "--", ":", "-.")
