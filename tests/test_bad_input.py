@@ -1,4 +1,4 @@
-"""Whatever is wrong: one line that says so, the right exit code, and nothing touched."""
+"""Whatever is wrong: one line that says so, the right exit code, and no file touched."""
 
 from __future__ import annotations
 
@@ -379,7 +379,7 @@ def test_weights_that_do_not_fit(workplace, weights, tmp_path):
     refused(workplace, "train_pc", [*flags, tmp_path / "pickled.pth"], "pickled.pth", "pickled objects")
 
 
-# What stands where files are to go
+# What is in the way of new files
 
 
 @pytest.mark.usefixtures("nothing_is_built")

@@ -93,7 +93,7 @@ def close(ours, theirs, tolerance: float) -> bool:
     return np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
-# The method once more: one image at a time, in double precision, nothing of the project's but the networks.
+# The method written again: one image at a time, in double precision, with nothing of the project but the networks.
 
 
 def interpolation(source: int, target: int) -> np.ndarray:
@@ -413,7 +413,7 @@ def test_a_stored_inverse_is_used_as_it_is():
 
 
 def stored(patches: torch.Tensor, budget: float, batch_size: int) -> torch.Tensor:
-    """What a store of `budget` numbers keeps of patches [n, N, D] that arrive in batches."""
+    """What a store with a budget of `budget` numbers keeps of patches [n, N, D] that arrive in batches."""
     store = PatchStore(len(patches), budget=budget * 4 / 1e9)
     for index in torch.arange(len(patches)).split(batch_size):
         store.add(patches[index], index)
@@ -515,7 +515,7 @@ def test_all_coal_keeps_its_confidence(stand_in):
     assert torch.allclose(branch.without_coal(confidence), expected)
 
 
-# Position embeddings, and a branch more
+# Position embeddings, and a fourth branch
 
 
 def test_position_size_resamples_twice():

@@ -408,7 +408,7 @@ def test_hostile_archives_are_refused(tmp_path, download, kind):
 
 
 def test_the_archive_before_the_hostile_members_is_accepted(tmp_path, download, content):
-    """The refusals above are owed to the hostile members, not to how the test builds the archive."""
+    """The refusals above are caused by the hostile members, not by the way the test builds the archive."""
     HOSTILE["harmless"] = [member("./", type=tarfile.DIRTYPE), member("coal_ad/._train", b"x")]
     try:
         download["coal_ad_train.tar"] = hostile_tar("harmless", download["coal_ad_train.tar"])
@@ -472,7 +472,7 @@ def test_an_interrupted_extraction_leaves_no_data_set(tmp_path, download, conten
 
 
 def test_a_killed_extraction_leaves_no_data_set(tmp_path, download, content):
-    """What SIGKILL leaves behind (nothing can clean up after it) is cleared by the next call."""
+    """What a process killed by SIGKILL leaves behind is cleared by the next call."""
     left = tmp_path / ".coal_ad.download/unpacked/coal_ad/train/good/000.jpg"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half")
@@ -481,7 +481,7 @@ def test_a_killed_extraction_leaves_no_data_set(tmp_path, download, content):
 
 
 def test_random_damage_is_refused_or_harmless(tmp_path, archives):
-    """Flipped bytes end in InputError or in files under coal_ad/, whatever tarfile makes of them."""
+    """Flipped bytes end in InputError or in files under coal_ad/, however tarfile reads them."""
     rng = random.Random(22)
     good = make_tar({f"coal_ad/train/good/{i}.jpg": rng.randbytes(100) for i in range(4)})
     archive = tmp_path / "coal_ad_train.tar"

@@ -70,7 +70,7 @@ class Published:
 
 
 def refusal(folder: Path) -> str:
-    """The one line with which the files are refused, which takes no time."""
+    """The one line with which the files are refused, quickly."""
     start = time.monotonic()
     with pytest.raises(InputError) as error:
         read_published(folder)
@@ -177,7 +177,7 @@ def repack(archive: bytes, program: bytes | None = None, more: dict[str, bytes] 
 
 
 def test_the_attacks_are_real():
-    """Python's own unpickler does call: the refusals above are not owed to malformed pickles."""
+    """Python's own unpickler does run them: the refusals above are not caused by malformed pickles."""
     for protocol in (0, 2, 4):
         assert pickle.loads(calls("builtins", "len", "four", protocol)) == 4
     assert pickle.loads(b"\x80\x02" + nested(2) + b".") == ((1, 1), (1, 1))
@@ -392,7 +392,7 @@ def test_pickles_too_large_are_not_read(tmp_path, monkeypatch):
 
 
 class StoredTokens(torch.nn.Module):
-    """In the place of a network: the golden features are tokens already."""
+    """Stands in for a network: the golden features are tokens already."""
 
     device, spec = torch.device("cpu"), BackboneSpec("tokens", "stored", 140)
     grid, dim, cls_dim = (10, 10), 16, 16
@@ -431,7 +431,7 @@ def test_the_published_programs_files_give_its_scores_and_maps(tmp_path):
 
 @pytest.fixture
 def small_networks(monkeypatch):
-    """timm's smallest networks in the place of the authors'; returns their widths."""
+    """timm's smallest networks instead of the authors'; returns their widths."""
     networks = {
         "ma_clu": ("tokens", "test_vit", 160),
         "ma2patch": ("tokens", "test_vit", 160),

@@ -43,7 +43,7 @@ def torchrun(script: str, *arguments) -> subprocess.CompletedProcess:
 
 
 def flags_of(root: Path, script: str) -> list:
-    """Small batches, so that two processes have images each but for those held out."""
+    """Small batches, so that both processes have images, except of the held-out ones."""
     return [*small_flags(root, script), *FLAGS[script], "--batch-size", 2, "--skip-unreadable"]
 
 

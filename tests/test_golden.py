@@ -17,7 +17,7 @@ from models.branches.postprocess import resize_images, resize_maps
 
 
 class Given:
-    """An image batch as a branch's network sees it here: tokens or layer maps that need no moving."""
+    """A batch as the stand-in networks take it: tokens or layer maps; `to` leaves them where they are."""
 
     def __init__(self, *features):
         self.features = features

@@ -63,7 +63,7 @@ def test_hostile_files_are_refused_or_harmless(targets, watch, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_good_files_are_taken(targets, watch, tmp_path, kind):
-    """Else nothing would be tested: every mutation would be refused for what the file was before."""
+    """If they were refused, every mutation would be refused, too, and nothing would be tested."""
     target = targets[kind]
     for seed in target.seeds:
         assert fuzzing.try_case(watch, target, seed, seed.read_bytes(), tmp_path) == []
@@ -109,7 +109,7 @@ def test_the_watch_sees(watch, tmp_path):
 )
 @pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K", b"0"])
 def test_a_tar_header_that_asks_for_much(tmp_path, kind, size):
-    info = tarfile.TarInfo("coal_ad/train/good/._a.png")  # which is passed over
+    info = tarfile.TarInfo("coal_ad/train/good/._a.png")  # which is skipped
     header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
     header[156:157], header[124:136] = kind, size.ljust(12, b"\x00")
     header[148:156] = b" " * 8
@@ -141,7 +141,7 @@ def test_a_checkpoint_that_does_not_say_which_weights_downloads_none(trained, tm
         PatchCore.load(tmp_path / "pc.safetensors")
 
 
-# Images that are large, or seem so
+# Images that are large, or claim to be
 
 
 def png(width: int, height: int, data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""What makes inference fast against the plain way of computing the same."""
+"""What makes inference fast, compared with the plain way to compute the same."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_probe_refuses_kernels_that_are_not_what_they_were(monkeypatch, forw
 
 @pytest.mark.parametrize(("slowdown", "gains"), [(0.5, True), (1.2, True), (2.0, False)])
 def test_the_probe_takes_onednn_unless_it_is_clearly_slower(monkeypatch, slowdown, gains):
-    """A machine that is busy elsewhere triples some turns: they decide nothing."""
+    """On a busy machine some turns take three times as long; they must not decide."""
     busy = random.Random(5)
     turns = range(kernels.TURNS)
     seconds = [time * busy.choice([1.0, 1.0, 3.0]) for _ in turns for time in (slowdown, 1.0)]

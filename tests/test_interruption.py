@@ -27,7 +27,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="no such signals here")
 
 @pytest.fixture
 def watched():
-    """The script's handlers are in force, those of pytest again afterwards."""
+    """Installs the script's signal handlers, and those of pytest again afterwards."""
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     signals.watch_signals()
     yield
@@ -96,7 +96,7 @@ def test_outside_of_batches_a_signal_takes_effect_at_once(watched):
     [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True)],
 )
 def test_signals(tmp_path, number, code, whole_group):
-    """Ctrl-C reaches the whole group of processes, a service manager's SIGTERM the first or all."""
+    """Ctrl-C reaches the whole group of processes; a service manager's SIGTERM reaches the first one or all."""
     draw_category(tmp_path / "data" / "a")
     good = draw_category(tmp_path / "data" / "b") / "train" / "good"
     for index in range(3000):
@@ -238,7 +238,7 @@ def test_leftovers_of_a_killed_run_are_cleared_and_nothing_else(tmp_path):
     names = [*("models/belt/pc.safetensors", "result/belt/pc/metrics.json"), "result/belt/pc/heatmaps/good/x y.png"]
     before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
     cleared = [leave_unfinished(tmp_path / f"{name}x") for name in names[1:]]
-    kept = [leave_unfinished(tmp_path / "models/belt/ma_clu.safetensors")]  # another branch may be at work on it
+    kept = [leave_unfinished(tmp_path / "models/belt/ma_clu.safetensors")]  # a run of another branch may be writing it
     kept += [tmp_path / "result/belt/pc/.notes.tmp.txt", tmp_path / "models/belt/.pc.0.tmp"]
     for path in kept[1:]:
         path.write_text("mine")

@@ -81,7 +81,7 @@ def check(found, rows, queries, slack=0.0):
 
 
 def rounding(rows, queries):
-    """What a float32 product of centred rows and queries may be off by."""
+    """The largest error of a float32 product of centred rows and queries."""
     mean = rows.mean(0)
     return 1e-6 * (np.square(rows - mean).sum(1).max() + np.square(queries - mean).sum(1).max())
 
@@ -162,7 +162,7 @@ def test_never_holds_the_whole_matrix(rng, monkeypatch):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_asks_the_device_for_nothing(k, monkeypatch):
-    """Tensors on "meta" have shapes and no values: whatever needs a value on the host fails."""
+    """Tensors on "meta" have shapes but no values, so that whatever needs a value on the host fails."""
     monkeypatch.setattr(neighbors, "exact_matmul", lambda device: contextlib.nullcontext())
     searched = NearestNeighbors(torch.empty(20000, 64, device="meta"))
     assert [found.shape for found in searched.search(torch.empty(30000, 64, device="meta"), k)] == [(30000, k)] * 2

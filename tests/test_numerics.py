@@ -110,7 +110,7 @@ def test_a_covariance_singular_to_machine_precision(scale, rank):
 
 
 def test_an_inverse_that_rounding_spoils_is_that_of_the_rounded_eigenvalues():
-    """Beside a variance of 1e40 the ridge is nothing: distances along other axes are those that it alone would give."""
+    """Beside a variance of 1e40 the ridge is lost; distances along other axes are those of the ridge alone."""
     covariance = torch.diag(torch.tensor([1e40, 0.0, 0.0], dtype=torch.float64))
     gaussian = Gaussian(torch.zeros(3), covariance)
     distance = gaussian.distance(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]]))

@@ -50,7 +50,7 @@ def test_threshold_is_the_lowest_whose_expected_rate_is_small_enough(rate):
     rng = np.random.default_rng(1)
     for count in (1, 2, 5, 19, 20, 99, 100, 250):
         values = rng.standard_normal(count)
-        # A new value exceeds the threshold like one of count + 1 equals: those above it, and itself.
+        # The new value ranks like any of count + 1 equals, hence exceeds v with probability (those above + 1) / all.
         allowed = [v for v in values if ((values > v).sum() + 1) / (count + 1) <= rate + 1e-12]
         expected = min(allowed) if allowed else values.max()
         threshold = quantile(values, rate)

@@ -85,7 +85,7 @@ def call(monkeypatch, capsys):
 
 
 def frame(rng, red=True, size=(120, 300), place=(30, 60, 200, 240)):
-    """A dull frame [H, W, 3], at will with a red object at rows, columns `place`."""
+    """A dull frame [H, W, 3], optionally with a red object at rows, columns `place`."""
     image = rng.integers(20, 60, (*size, 3), dtype=np.uint8)
     if red:
         top, bottom, left, right = place
@@ -514,7 +514,7 @@ def test_camera_that_refuses_in_a_process_of_its_own(tmp_path):
 
 
 class MotionJpeg(http.server.BaseHTTPRequestHandler):
-    """A network camera: a picture every 30 ms for those who know the password."""
+    """A network camera that sends a picture every 30 ms to whoever knows the password."""
 
     protocol_version = "HTTP/1.1"
 

@@ -1,4 +1,4 @@
-"""The region of interest: what lies outside changes nothing, and takes part in nothing."""
+"""The region of interest: what lies outside changes no result and is not used."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def test_report_of_a_test_run(workplace):
         rows = sorted(csv.DictReader(file), key=lambda row: -float(row["score"]))
     assert page.cards() == [row["path"] for row in rows]
     assert page.cards("group") == [Path(row["path"]).parent.name for row in rows]
-    # The threshold is that of the highest F1 on these very images, and is not passed off as more.
+    # The threshold is that of the highest F1 on these test images, and the page says so.
     scores, labels = (np.array([float(row[key]) for row in rows]) for key in ("score", "label"))
     f1 = {at: 2 * labels[scores >= at].sum() / ((scores >= at).sum() + labels.sum()) for at in scores}
     best = max(f1, key=f1.get)

@@ -1,4 +1,4 @@
-"""The plan of the house: imports go down, never up, not inside functions either, and never in a circle."""
+"""The layers of the project: imports go down, never up, not even inside functions, and never in a circle."""
 
 from __future__ import annotations
 

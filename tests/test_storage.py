@@ -1,4 +1,4 @@
-"""Disks that fill up or may not be written: one line, exit code 1, and nothing but whole files, old or new."""
+"""Disks that are full or read-only: one line, exit code 1, and only complete files, old or new."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from utils.files import atomic_write, write_text
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory):
-    """A disk of 24 MB of its own; only root may mount one."""
+    """A separate disk of 24 MB; only root can mount one."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("only root can mount a small disk")
     path = tmp_path_factory.mktemp("disk")
@@ -44,7 +44,7 @@ def place(disk, trained):
 
 
 def leave_free(disk, kilobytes: int) -> None:
-    """Fill the disk up to so much."""
+    """Fill the disk except for that many kilobytes."""
     usage = shutil.disk_usage(disk)
     (disk / "filler").write_bytes(bytes(max(usage.free - 1024 * kilobytes, 0)))
 
@@ -140,7 +140,7 @@ def test_unpacking_onto_a_full_disk(place, disk, tmp_path):
 
 
 def test_no_file_may_grow(tmp_path):
-    """Where no disk can be mounted: a limit on the size of files stands for a full one."""
+    """Where no disk can be mounted, a limit on the size of files stands in for a full one."""
     resource = pytest.importorskip("resource")
     path = tmp_path / "metrics.json"
     write_text(path, "whole")

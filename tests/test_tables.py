@@ -1,4 +1,4 @@
-"""reproduce_tables.py: every cell against direct computation, what is kept, and the baselines' processes."""
+"""reproduce_tables.py: every cell against direct computation, what is cached, and the baselines' processes."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_nothing_readable_is_left(tmp_path):
 
 
 def test_a_file_that_vanishes_ends_the_run_with_1(tmp_path, monkeypatch):
-    """It was there when the files were listed: no mistake of the user, and not to be skipped in silence."""
+    """It was there when the files were listed: not the user's mistake, and not to be skipped silently."""
     belt = draw_category(tmp_path / "data" / "belt")
     items = Category(tmp_path / "data", "belt").train_samples()
     monkeypatch.setattr(Category, "train_samples", lambda self: items)

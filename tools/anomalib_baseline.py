@@ -1,9 +1,9 @@
-"""Fit one of anomalib's models on given images and write what it says of others: raw maps and scores.
+"""Fit one of anomalib's models on given images and write its raw maps and scores of others.
 
 Run by reproduce_tables.py and benchmarks/patchcore.py, one process a model (utils/processes.py), with an interpreter
 that has anomalib (requirements-baselines.txt). The job names the model, its seed, weights and settings, the training
 and the test images, and the folder for scores.npy [N] float64 and maps.npy [N, h, w] float32. The numbers are those of
-the model itself: anomalib's post-processor, which rescales and clamps them, takes no part.
+the model itself: anomalib's post-processor, which rescales and clamps them, is left out.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ MODELS: dict[str, tuple[str, dict[str, int]]] = {
     "anomaly_dino": ("AnomalyDINO", {"max_epochs": 1}),
 }
 BATCH = {"efficient_ad": 1}  # as its paper, and anomalib, demand
-VALIDATED = ("efficient_ad",)  # needs normal images of its own, for its maps' quantiles
+VALIDATED = ("efficient_ad",)  # needs validation images for the quantiles of its maps
 
 
 class Images(Dataset):
-    """Image files as batches of anomalib's, resized and normalised as the model wants them."""
+    """Image files as batches for anomalib, resized and normalised as the model expects them."""
 
     def __init__(self, paths: list[str], transform: nn.Module) -> None:
         self.paths, self.transform = paths, transform
@@ -61,7 +61,7 @@ def collate(images: list[torch.Tensor]) -> ImageBatch:
 
 
 class TrainingImages(LightningDataModule):
-    """The training images; a tenth of them is kept for validation where the model asks for it."""
+    """The training images; a tenth of them is kept for validation if the model asks for it."""
 
     def __init__(self, images: Images, batch_size: int, workers: int, validated: bool) -> None:
         super().__init__()

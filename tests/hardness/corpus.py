@@ -1,4 +1,4 @@
-"""Good files of every kind that is read from strangers: the fuzzers' starting points."""
+"""Good files of every kind that may come from strangers: the starting points of the fuzzers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile files, one after the other, in processes that are watched: time, memory, writes, connections, programs.
+"""Hostile files, read one after the other in watched processes: time, memory, writes, connections, programs.
 
 Whatever the file, its reader must return or raise InputError. `campaign` counts the cases in which it does not.
 """
@@ -30,7 +30,7 @@ from models.fusion.operating_point import OperatingPoint
 from models.published.checkpoints import FILES, read_published
 from utils.errors import InputError
 
-SECONDS, BYTES = 10, 2 << 30  # of processor time, and of memory above a clean run's, that no file may cost
+SECONDS, BYTES = 10, 2 << 30  # limits: processor time, and memory beyond that of a clean run
 CHUNK = 250  # cases a process; a crash costs the rest of one
 PROGRAMS = re.compile(r"subprocess\.Popen|os\.(system|exec|spawn|posix_spawn|fork)|pty\.spawn|pickle\.find_class")
 CHANGES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "shutil.rmtree"}
@@ -39,7 +39,7 @@ NO_MEMORY = re.compile(r"MemoryError|allocate|out of memory", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of file: good ones, what is done to them, and who reads them."""
+    """A kind of file: good examples, how they are damaged, and their reader."""
 
     seeds: list[Path]
     mutations: list[mutations.Mutation]
@@ -94,10 +94,10 @@ def read_both(path: Path) -> None:
 
 
 class Watch:
-    """Notes, through Python's audit events, what a case does that reading a file never needs."""
+    """Records, by Python's audit events, whatever a case does that reading a file never needs."""
 
     def __init__(self) -> None:
-        self.folder: str | None = None  # where a case may write; None: nobody looks
+        self.folder: str | None = None  # where a case may write; None: nothing is watched
         self.seen: list[str] = []
         sys.addaudithook(self._note)
 
@@ -122,14 +122,14 @@ class Watch:
 
     @contextlib.contextmanager
     def over(self, folder: Path) -> Iterator[list[str]]:
-        """Within it; gives what was seen."""
+        """Watch during the block; gives what was seen."""
         self.folder, self.seen = os.path.realpath(folder), []
         yield self.seen
         self.folder = None
 
 
 def try_case(watch: Watch, target: Target, seed: Path, data: bytes, folder: Path) -> list[str]:
-    """What is wrong with the reading of `data`, which takes the place of the good file `seed`; [] is well."""
+    """What goes wrong when `data` is read in place of the good file `seed`; [] if nothing does."""
     for neighbour in seed.parent.iterdir() if len(target.seeds) < 9 else ():  # the published files are read together
         if not (folder / neighbour.name).exists():
             (folder / neighbour.name).symlink_to(neighbour)
@@ -158,7 +158,7 @@ def try_case(watch: Watch, target: Target, seed: Path, data: bytes, folder: Path
 
 
 def _process(pipe, target: Target, seed: int, folder: Path) -> None:
-    """Run CHUNK cases and send what is wrong with each."""
+    """Run CHUNK cases and send what went wrong with each."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1), os.dup2(nowhere, 2)  # progress bars, and what C libraries print
@@ -177,7 +177,7 @@ def _process(pipe, target: Target, seed: int, folder: Path) -> None:
 
 
 def campaign(target: Target, cases: int, seed: int, folder: Path) -> Iterator[tuple[bytes, list[str]]]:
-    """Each of about `cases` cases with what is wrong with it."""
+    """About `cases` cases, each with what went wrong."""
     context = multiprocessing.get_context("fork")
     for number in range(-(-cases // CHUNK)):
         receiver, sender = context.Pipe(duplex=False)

@@ -1,4 +1,4 @@
-"""Every script killed, interrupted and terminated at random moments: what is on disk then, and after another run."""
+"""Scripts killed, interrupted and terminated at random moments: what is on disk then, and after the next run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def write_published(folder: Path, seed: int) -> None:
 class Script(multiprocessing.get_context("fork").Process):
     """A script in a process of its own, forked after the imports and at the head of its own process group.
 
-    `end_at` kills it just before its so many-th file operation; the count of all is left in `<log>.count`.
+    `end_at` kills it just before the file operation of that number; `<log>.count` holds how many there were.
     """
 
     def __init__(self, name: str, flags: list, log: Path, end_at: int | None = None) -> None:
@@ -101,7 +101,7 @@ class Script(multiprocessing.get_context("fork").Process):
 
 
 class Bench:
-    """A folder as an earlier run left it, as each script leaves it undisturbed, and a place to disturb them."""
+    """A folder as an earlier run left it, as each undisturbed script leaves it, and a copy in which to disturb them."""
 
     def __init__(self, folder: Path) -> None:
         self.work, self.before, self.log = folder / "work", folder / "before", folder / "log"
@@ -123,19 +123,19 @@ class Bench:
             self.after[name] = shutil.copytree(self.work, folder / f"after {name}")
 
     def lay(self) -> None:
-        """Put back what the earlier run left."""
+        """Restore what the earlier run left."""
         shutil.rmtree(self.work)
         shutil.copytree(self.before, self.work)
 
     def finish(self, name: str, flags: list) -> list[str]:
-        """Run a script to its end; gives what is wrong."""
+        """Run a script to its end; returns what went wrong."""
         process = Script(name, flags, self.log)
         process.start()
         process.join()
         return [] if process.exitcode == 0 else [f"exit code {process.exitcode}: {self.log.read_text()[-300:]}"]
 
     def kills(self, count: int, rng: random.Random) -> Iterator[tuple[str, list[str]]]:
-        """Kill scripts in turn, half of them at a moment, half at a file operation; gives what is wrong."""
+        """Kill the scripts in turn, half at a random time, half at a file operation; returns what went wrong."""
         for number in range(count):
             name = list(self.after)[number % len(self.after)]
             self.lay()
@@ -149,7 +149,7 @@ class Bench:
             yield name, self.state(name) + self.rerun(name) + orphans(process.pid)
 
     def signals(self, count: int, rng: random.Random) -> Iterator[tuple[str, list[str]]]:
-        """Interrupt or terminate scripts in turn; gives what is wrong."""
+        """Interrupt or terminate the scripts in turn; returns what went wrong."""
         for number in range(count):
             name, kind = list(self.after)[number % len(self.after)], rng.choice(list(CODES))
             self.lay()
@@ -191,7 +191,7 @@ class Bench:
         return wrong
 
     def rerun(self, name: str) -> list[str]:
-        """What is wrong after the same command once more: all must be as after an undisturbed run."""
+        """What is wrong after running the command again: everything must be as after an undisturbed run."""
         wrong = self.finish(name, commands(self.work, 22)[name])
         expected, found = read_all(self.after[name]), read_all(self.work)
         for path, content in expected.items():
@@ -219,7 +219,7 @@ def is_whole(path: Path, content: bytes) -> bool:
 
 
 def orphans(group: int) -> list[str]:
-    """Processes of a script's group that have not ended by themselves."""
+    """Processes of the script's group that are still running."""
     for _ in range(10 * SECONDS):
         try:
             os.killpg(group, 0)

@@ -12,14 +12,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
-WARM = 500  # frames after which nothing may grow any more
+WARM = 500  # frames after which nothing may grow
 WINDOW = 500  # frames over which the time of one is taken
 PICTURES = 100
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The process after so many frames."""
+    """The process after a number of frames."""
 
     frame: int
     megabytes: float
@@ -61,7 +61,7 @@ def measure(folder: Path, models: Path, count: int) -> list[Sample]:
 
 
 def verdict(samples: list[Sample]) -> tuple[str, list[str]]:
-    """What was measured in words, and what is wrong with it."""
+    """What was measured, for people, and what is wrong with it."""
     warm = next(sample for sample in samples if sample.frame >= WARM)
     last = samples[-1]
     early, late = min(sample.seconds for sample in samples[1:5]), min(sample.seconds for sample in samples[-4:])

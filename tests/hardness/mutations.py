@@ -1,4 +1,4 @@
-"""Damaged and lying variants of good files: of their bytes, and of what their structure says."""
+"""Damaged and lying variants of good files: wrong bytes, and structures that claim wrong things."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def of_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def of_values(rng: random.Random, value: Any) -> Any:
-    """A JSON value with a few of its parts replaced by lies, left out or exchanged."""
+    """A JSON value with some parts replaced by lies, left out or exchanged."""
     for _ in range(rng.randint(1, 3)):
         value = _lie(rng, value)
     return value
@@ -76,12 +76,12 @@ def _lie(rng: random.Random, value: Any) -> Any:
 
 
 def of_json(rng: random.Random, data: bytes) -> bytes:
-    """A JSON file that says something else."""
+    """A JSON file with other values."""
     return json.dumps(of_values(rng, json.loads(data))).encode()
 
 
 def of_safetensors(rng: random.Random, data: bytes) -> bytes:
-    """A safetensors file whose header, or the JSON inside its metadata, says something else."""
+    """A safetensors file with other values in its header or in the JSON of its metadata."""
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     metadata = header.get("__metadata__", {})
@@ -95,7 +95,7 @@ def of_safetensors(rng: random.Random, data: bytes) -> bytes:
 
 
 def of_zip(rng: random.Random, data: bytes) -> bytes:
-    """A file of torch.save with another program or other numbers inside, check sums right."""
+    """A file of torch.save with another program or other numbers inside, with correct checksums."""
     written = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(written, "w") as changed:
         records = archive.namelist()
@@ -108,7 +108,7 @@ def of_zip(rng: random.Random, data: bytes) -> bytes:
 
 
 def of_tar(rng: random.Random, data: bytes) -> bytes:
-    """A tar archive with header fields of its own making, check sums right."""
+    """A tar archive with changed header fields, with correct checksums."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 3)):
         start = tarfile.BLOCKSIZE * rng.randrange(len(changed) // tarfile.BLOCKSIZE)
@@ -131,7 +131,7 @@ def of_tar(rng: random.Random, data: bytes) -> bytes:
 
 
 def of_png(rng: random.Random, data: bytes) -> bytes:
-    """A PNG with another header, chunk order or pixel data, check sums right; other formats by their bytes."""
+    """A PNG with another header, chunk order or pixel data and correct checksums; other formats by their bytes."""
     if not data.startswith(b"\x89PNG"):
         return of_bytes(rng, data)
     chunks, place = [], 8

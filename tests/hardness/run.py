@@ -27,7 +27,7 @@ from utils.command_line import Parser, number, run  # noqa: E402
 
 
 class Tally:
-    """Counts cases by kind, and says at once what goes wrong."""
+    """Counts cases by kind, and prints at once what goes wrong."""
 
     def __init__(self) -> None:
         self.cases: Counter[str] = Counter()
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def work(args, folder: Path, tally: Tally) -> None:
-    """All that the flags ask for."""
+    """Everything that the flags ask for."""
     if args.kills or args.signals:
         disturb(args, folder / "scripts", tally)
     if args.cases or args.frames:
