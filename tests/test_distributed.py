@@ -116,7 +116,7 @@ def test_results(roots, part):
 def test_processes_are_in_the_configuration(roots):
     configs = [json.loads((root / "result/belt/fusion/config.json").read_text(encoding="utf-8")) for root in roots]
     assert [config["processes"] for config in configs] == [1, 2]
-    assert configs[0]["left_out"].keys() == configs[1]["left_out"].keys() == {"test/good/002.png"}
+    assert configs[0]["left_out"].keys() == configs[1]["left_out"].keys() == {"test/good/002.png", "train/good/002.png"}
 
 
 def test_report_and_operating_point(roots):

@@ -82,7 +82,7 @@ class HighestNormal(Metric):
     def __init__(self) -> None:
         self.scores = np.zeros(0)
 
-    def update(self, maps, masks, anomalous, scores):
+    def update(self, maps, masks, anomalous, scores, inside=None):
         self.scores = np.append(self.scores, np.asarray(scores)[~np.asarray(anomalous)])
 
     def compute(self):

@@ -14,7 +14,7 @@ from utils.errors import InputError
 from utils.files import write_json
 
 FILE_NAME = "usad.json"
-FORMAT = "usad-operating-point-1"
+FORMAT = "usad-operating-point-2"  # the first had settings that its rule did not take
 CONFIDENCE = 0.95
 
 
