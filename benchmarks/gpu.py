@@ -282,6 +282,7 @@ def fused(bench: Bench) -> None:
     for batch in bench.args.batches:
         images = bench.images(batch, usad.image_size)
         took, peak = bench.peak(reading_back(bench, usad, images))
+        assert not bench.cuda or usad.passes.obstacle is None, usad.passes.obstacle
         bench.rate("fused inference", usad.image_size, batch, took, sum(map(bench.gflop, bench.networks)), peak)
         for branch in usad.branches:
             features = branch.extract(bench.images(batch, branch.image_size))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,7 @@ class ImageLoader:
     ) -> None:
         self.dataset = dataset
         self.description = description
+        self.meanwhile: Callable[[], Any] | None = None  # what a pass does while the workers read the first batch
         self.shard = distributed.shard(len(dataset), batch_size)
         self.loader = DataLoader(
             dataset,
@@ -105,7 +106,10 @@ class ImageLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         samples, notes = self.dataset.samples, Notes()
         with tqdm(total=len(self.shard), desc=self.description, unit="image", leave=False, disable=None) as progress:
-            for batch in stoppable(self.loader):
+            batches = iter(self.loader)  # the workers begin
+            if self.meanwhile:
+                self.meanwhile()
+            for batch in stoppable(batches):
                 distributed.check()
                 if "error" in batch:
                     raise batch["error"]

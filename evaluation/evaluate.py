@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,25 +135,23 @@ def predicted(
 ) -> Iterator[tuple[dict[str, Any], dict[str, Part]]]:
     """Batches, and the model's parts of each on the host; `watch` takes the time of waiting for batches as "load".
 
-    A GPU computes the next batch while one is taken in. Its first pass, which takes a second, goes over zeros while the
-    loader fetches the first batch.
+    A GPU computes the next batch while one is taken in. Its first pass, which takes a second, is made on zeros while
+    the workers read the first batch.
     """
     if torch.device(model.device).type != "cuda":
         for batch in timed(loader, watch):
             yield batch, model.predict_parts(batch["image"])
         return
     size = min(loader.loader.batch_size, len(loader.shard))
-    zeros = torch.zeros(size, 3, model.image_size, model.image_size, device=model.device)
-    with ThreadPoolExecutor(1) as beside:
-        first_pass = beside.submit(model.predict_parts, zeros) if size else None
-        previous = None
-        for batch in timed(loader, watch):
-            if previous is None:
-                first_pass.result()
-            read_back = ReadBack(model.predict_parts(batch["image"].to(model.device, non_blocking=True)), model.device)
-            if previous:
-                yield previous[0], previous[1].wait()
-            previous = batch, read_back
+    if size:
+        zeros = torch.zeros(size, 3, model.image_size, model.image_size, device=model.device)
+        loader.meanwhile = partial(model.predict_parts, zeros)
+    previous = None
+    for batch in timed(loader, watch):
+        read_back = ReadBack(model.predict_parts(batch["image"].to(model.device, non_blocking=True)), model.device)
+        if previous:
+            yield previous[0], previous[1].wait()
+        previous = batch, read_back
     if previous:
         yield previous[0], previous[1].wait()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import types
 
 import pytest
 import timm
@@ -12,12 +13,14 @@ import torch.nn.functional as F
 from timm.layers import LayerScale
 from torch import nn
 
+from models import Part
 from models.networks import backbones, kernels, libraries
 from models.networks.backbones import BackboneSpec, build_backbone
 from models.networks.folding import fold_batch_norms, fold_layer_scales, fuse_relus
 from models.networks.kernels import OneDNNAttention, onednn_gains
 from models.networks.weights import random_state_dict
 from utils.gpu import CapturedPasses, Graph
+from utils.timing import Lap, Stopwatch
 
 attention = F.scaled_dot_product_attention
 
@@ -233,6 +236,24 @@ def test_a_batch_size_is_captured_when_it_comes_again(passes):
     assert sorted(passes.graphs) == [3, 8]
 
 
+def test_a_replay_keeps_the_shape_of_the_result_and_the_stopwatches(monkeypatch):
+    """Parts by name, of which a filled-up batch gives the first rows; the captured laps count once a replay."""
+    watch = Stopwatch()
+    passes = CapturedPasses(lambda batch: {"pc": Part(batch[:, 0], batch)}, [watch])
+    lap = Lap("score", *(types.SimpleNamespace(synchronize=int, elapsed_time=lambda end: 500.0) for _ in range(2)))
+
+    def capture(batch):
+        inputs = batch.clone()
+        return Graph(types.SimpleNamespace(replay=int), inputs, passes.compute(inputs), [[lap]])
+
+    monkeypatch.setattr(passes, "_capture", capture)
+    for rows in (3, 3, 2):
+        batch = torch.randn(rows, 4)
+        part = passes(batch)["pc"]
+        assert torch.equal(part.maps, batch) and torch.equal(part.scores, batch[:, 0]) and part.low is None
+    assert watch.seconds == {"score": 1.0}  # two replays of half a second
+
+
 def test_what_cannot_be_captured_runs_as_usual(passes, monkeypatch):
     def refuse(images):
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -241,7 +262,7 @@ def test_what_cannot_be_captured_runs_as_usual(passes, monkeypatch):
     batch = torch.randn(2, 3, 4, 4)
     for _ in range(3):
         assert torch.equal(passes(batch)[0], 2 * batch)
-    assert not passes.graphs and passes.called == [2, 2, 2]
+    assert not passes.graphs and passes.called == [2, 2, 2] and "not permitted" in passes.obstacle
 
 
 # A GPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 
 import numpy as np
@@ -186,6 +187,40 @@ def test_bf16_against_fp32(kind, name, size):
     exact, rough = (build_backbone(spec, precision=precision)(images) for precision in ("fp32", "bf16"))
     for one, other in zip(exact, rough, strict=True):
         assert 0 < (one - other).square().mean().sqrt() < BF16[kind] * one.square().mean().sqrt()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_batch_on_a_gpu_is_one_graph(trained):
+    """As usual, captured, replayed, and filled up: the same numbers, and each stage's time is known."""
+    usad = USAD.load(trained / "models/belt", "cuda", "fp32")
+    images = torch.randn(4, 3, usad.image_size, usad.image_size, generator=torch.Generator().manual_seed(0)).cuda()
+    first = usad.predict_parts(images)
+    for count in (4, 4, 3):
+        again = usad.predict_parts(images[:count])
+        assert again.keys() == first.keys()
+        for name, part in again.items():
+            expected = first[name]
+            assert torch.allclose(part.scores, expected.scores[:count], rtol=1e-4)
+            assert (part.maps - expected.maps[:count]).abs().max() < 1e-4 * expected.maps.abs().max()
+    assert usad.passes.obstacle is None and list(usad.passes.graphs) == [4]
+    times = [watch.seconds for watch in usad.stopwatches().values()]
+    assert all(seconds["score"] > 0 for seconds in times) and all(seconds["extract"] > 0 for seconds in times[1:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_fusion_on_a_gpu_writes_what_the_cpu_writes(trained, tmp_path):
+    tables = []
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        flags = ["--data-root", trained / "data", "--models-dir", trained / "models", "--results-dir", folder]
+        flags += ["--category", "belt", "--device", device, "--precision", "fp32", "--batch-size", 2, "--no-images"]
+        assert run_in_process("test_fusion", *flags).code == 0
+        with (folder / "belt/fusion/scores.csv").open(encoding="utf-8", newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    cpu, gpu = tables
+    assert [row["path"] for row in cpu] == [row["path"] for row in gpu] and len(cpu) > 4
+    for part in ("score", "ma_clu", "ma2patch", "pc"):
+        assert [float(row[part]) for row in gpu] == pytest.approx([float(row[part]) for row in cpu], rel=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ class CapturedPasses:
         self.stopwatches = stopwatches
         self.seen: set[int] = set()
         self.graphs: dict[int, Graph] = {}
-        self.capturable = True
+        self.obstacle: str | None = None  # why the function cannot be captured
 
     def __call__(self, batch: Tensor) -> Any:
         """A batch [B, ...], of one shape but for B -> what the function gives: tensors [B, ...], nested at will."""
@@ -51,13 +51,13 @@ class CapturedPasses:
         count = len(batch)
         size = min((size for size in self.graphs if count <= size < 2 * count), default=None)
         if size is None:
-            if count not in self.seen or not self.capturable or len(self.graphs) == MOST_GRAPHS:
+            if count not in self.seen or self.obstacle or len(self.graphs) == MOST_GRAPHS:
                 self.seen.add(count)
                 return self.compute(batch)
             try:
                 self.graphs[count] = self._capture(batch)
-            except RuntimeError:  # it asks the host for something
-                self.capturable = False
+            except RuntimeError as error:  # it asks the host for something
+                self.obstacle = str(error)
                 return self.compute(batch)
             size = count
         captured = self.graphs[size]
@@ -99,14 +99,22 @@ def _pool(device: torch.device) -> tuple[int, int]:
 
 
 def wake(device: torch.device | str) -> None:
-    """Have a GPU made ready by a thread, which takes seconds, while this one imports and reads."""
+    """Have a thread make a GPU ready, which takes seconds, while this one imports and reads."""
+
+    def allocate() -> None:
+        with contextlib.suppress(RuntimeError, AssertionError):  # the first to use the GPU will say what is wrong
+            torch.zeros(1, device=device)
+
     if torch.device(device).type == "cuda":
-        threading.Thread(target=partial(torch.zeros, 1, device=device), daemon=True).start()
+        threading.Thread(target=allocate, daemon=True).start()
 
 
 def side_by_side(works: Sequence[Callable[[], Any]], device: torch.device) -> list[Any]:
-    """The results of `works`, in their order; on a GPU each runs on a stream of its own."""
-    if device.type != "cuda":
+    """The results of `works`, in their order. In a capture each runs on a stream of its own.
+
+    Elsewhere they run in turn: works may replay graphs, and all graphs share one memory pool.
+    """
+    if not _capturing():
         return [work() for work in works]
     here, results = torch.cuda.current_stream(device), []
     streams = [_stream(device, number) for number in range(len(works))]
