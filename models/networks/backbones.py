@@ -12,7 +12,7 @@ from models.networks import DEMO_NETWORK
 from models.networks.cuda import use_cuda_kernels
 from models.networks.folding import fold_batch_norms, fold_layer_scales, has_relus
 from models.networks.kernels import OneDNNAttention, onednn_gains, use_onednn
-from models.networks.spec import BackboneSpec, resolve_precision
+from models.networks.spec import HALF, BackboneSpec, resolve_precision
 from models.networks.wavelets import SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
 from models.networks.weights import (
     fingerprint,
@@ -24,7 +24,6 @@ from models.networks.weights import (
 from utils.errors import InputError
 from utils.gpu import CapturedPasses
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST_MAP = 3  # PatchCore pools 3 x 3 without padding
 
 
@@ -40,7 +39,6 @@ class Backbone(nn.Module):
         self.net = net
         self.spec = spec
         self.dtype = torch.float32
-        self.register_buffer("anchor", torch.empty(0), persistent=False)  # tells the device even without weights
         self.register_buffer("finite", torch.tensor(True), persistent=False)  # whether all outputs so far were
         for name, values in (("mean", spec.mean), ("std", spec.std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
@@ -49,7 +47,7 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.anchor.device
+        return self.finite.device
 
     def train(self, mode: bool = True) -> Backbone:
         """Does nothing: the network stays in evaluation mode."""
@@ -335,12 +333,3 @@ def _load_weights(net: nn.Module, spec: BackboneSpec, flag: str) -> str:
     else:
         raise InputError(f"{flag} '{spec.weights}' is not pretrained, demo, imagenet, random or a file")
     return libraries.load_weights(net, spec.name, state, spec.source, spec.position_size)
-
-
-def size_step(spec: BackboneSpec) -> int:
-    """Input sizes must be multiples of this: a ViT's patch, else the 8 pixels between places of a stride-8 map."""
-    if spec.weights == "demo":
-        return SIZE_STEP
-    from models.networks import libraries
-
-    return libraries.patch_side(spec.name) or 8
