@@ -16,7 +16,7 @@ from experiments.variants import Variant
 from metrics.image import image_metrics
 from models import MACLU, USAD, PatchCore
 from models.branches.branch import Part
-from models.networks.spec import size_step
+from models.networks.backbones import size_step
 
 DEFINED = "Figures are fractions; docs/figures.md defines each."
 FIGURES = {

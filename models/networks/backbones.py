@@ -14,13 +14,7 @@ from models.networks.folding import fold_batch_norms, fold_layer_scales, has_rel
 from models.networks.kernels import OneDNNAttention, onednn_gains, use_onednn
 from models.networks.spec import HALF, BackboneSpec, resolve_precision
 from models.networks.wavelets import SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
-from models.networks.weights import (
-    fingerprint,
-    imagenet_file,
-    pretrained_state_dict,
-    random_state_dict,
-    read_state_dict,
-)
+from models.networks.weights import fingerprint, imagenet_file, state_dict_of
 from utils.errors import InputError
 from utils.gpu import CapturedPasses
 
@@ -310,8 +304,7 @@ def _demo_backbone(spec: BackboneSpec) -> DemoTokens | DemoMaps:
             f"--normalize-contrast has no effect with {spec.name}, which normalises each image itself; train without it"
         )
     if spec.image_size % SIZE_STEP or spec.image_size < 4 * SIZE_STEP:
-        sizes = ", ".join(str(steps * SIZE_STEP) for steps in (4, 5, 6))
-        raise InputError(f"--image-size {spec.image_size}: the demo network takes {sizes} …")
+        raise InputError(f"--image-size {spec.image_size}: the demo network takes {4 * SIZE_STEP}, {5 * SIZE_STEP} …")
     tokens = spec.kind == "tokens"
     return (DemoTokens if tokens else DemoMaps)(WaveletPyramid(second_order=tokens), spec)
 
@@ -322,14 +315,14 @@ def _load_weights(net: nn.Module, spec: BackboneSpec, flag: str) -> str:
         return fingerprint(net.state_dict())
     from models.networks import libraries
 
-    if spec.weights == "file":
-        state = read_state_dict(spec.file)
-    elif spec.weights == "pretrained":
-        state = pretrained_state_dict(spec.name, flag)
-    elif spec.weights == "imagenet":
-        state = read_state_dict(imagenet_file(spec.name))
-    elif spec.weights == "random":
-        state = random_state_dict(lambda: libraries.full_network(spec.name), spec.seed)
-    else:
-        raise InputError(f"{flag} '{spec.weights}' is not pretrained, demo, imagenet, random or a file")
+    state = state_dict_of(spec, lambda: libraries.full_network(spec.name), flag)
     return libraries.load_weights(net, spec.name, state, spec.source, spec.position_size)
+
+
+def size_step(spec: BackboneSpec) -> int:
+    """Input sizes must be multiples of this: a ViT's patch, else the 8 pixels between places of a stride-8 map."""
+    if spec.weights == "demo":
+        return SIZE_STEP
+    from models.networks import libraries
+
+    return libraries.patch_side(spec.name) or 8

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.networks import IMAGENET_NETWORKS
+from models.networks.spec import BackboneSpec
 from utils.errors import InputError
 
 StateDict = dict[str, Tensor]
@@ -30,6 +31,22 @@ MODELSCOPE = "https://modelscope.cn"
 NETWORK_TIMEOUT = 10  # seconds without an answer before the next source is tried
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 LAYER_SCALES = (".ls1.gamma", ".ls2.gamma", ".gamma_1", ".gamma_2")
+
+
+def state_dict_of(spec: BackboneSpec, build: Callable[[], nn.Module], flag: str) -> StateDict:
+    """The weights that `spec` names; `build` makes its network with random ones.
+
+    Raises InputError, naming `flag`, where they cannot be had.
+    """
+    if spec.weights == "file":
+        return read_state_dict(spec.file)
+    if spec.weights == "pretrained":
+        return pretrained_state_dict(spec.name, flag)
+    if spec.weights == "imagenet":
+        return read_state_dict(imagenet_file(spec.name))
+    if spec.weights == "random":
+        return random_state_dict(build, spec.seed)
+    raise InputError(f"{flag} '{spec.weights}' is not pretrained, demo, imagenet, random or a file")
 
 
 def read_state_dict(path: str | os.PathLike) -> StateDict:
