@@ -121,8 +121,8 @@ class GaussianFit:
         if "vectors" in state:
             self.vectors.append(state["vectors"])
 
-    def finish(self) -> Gaussian:
-        """The Gaussian; warns if there are fewer images than the covariance needs.
+    def finish(self, noise: Tensor | float = 0.0) -> Gaussian:
+        """The Gaussian, `noise` [D, D] added to its covariance; warns if there are fewer images than that needs.
 
         Raises InputError for fewer than two images: they have no covariance.
         """
@@ -144,7 +144,7 @@ class GaussianFit:
 
             shrunk, _ = ledoit_wolf(torch.cat(self.vectors).double().numpy())
             covariance = torch.from_numpy(shrunk).to(covariance)
-        return Gaussian(self.moments.mean, covariance)
+        return Gaussian(self.moments.mean, covariance + torch.as_tensor(noise).to(covariance))
 
 
 def _inverse(covariance: Tensor) -> Tensor:

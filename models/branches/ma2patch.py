@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.branches.branch import Branch
 from models.branches.gaussian import Gaussian, GaussianFit
+from models.branches.monochrome import CodecNoise
 from models.branches.neighbors import exact_matmul
 from models.branches.postprocess import gaussian_blur, resize_maps
 from models.networks.kernels import linear
@@ -34,11 +35,15 @@ class MA2Patch(Branch):
 
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:
         fit = GaussianFit(self.covariance)
+        noise = CodecNoise(lambda images: self.extract(images).mean(1), self.backbone)
         for batch in loader:
-            fit.update(self.extract(batch["image"].to(self.device, non_blocking=True)).mean(1))
+            images = batch["image"].to(self.device, non_blocking=True)
+            vectors = self.extract(images).mean(1)
+            fit.update(vectors)
+            noise.update(images, batch["index"], vectors)
         self.backbone.check_finite()
-        if collect(fit):
-            self.gaussian = fit.finish()
+        if collect(fit, noise):
+            self.gaussian = fit.finish(noise.covariance())
 
     def extract(self, images: Tensor) -> Tensor:
         """Patch tokens [B, N, D]."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.branches.branch import Branch
 from models.branches.gaussian import Gaussian, GaussianFit
+from models.branches.monochrome import CodecNoise
 from models.branches.patch_store import PatchStore
 from models.branches.postprocess import gaussian_blur, map_range, resize_maps
 from utils.checkpoint import take
@@ -50,13 +51,16 @@ class MACLU(Branch):
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:
         fit = GaussianFit(self.covariance)
         patches = PatchStore(len(loader.dataset), self.patch_budget)
+        noise = CodecNoise(lambda images: self.extract(images)[0], self.backbone)
         for batch in loader:
-            cls, tokens = self.extract(batch["image"].to(self.device, non_blocking=True))
+            images = batch["image"].to(self.device, non_blocking=True)
+            cls, tokens = self.extract(images)
             fit.update(cls)
+            noise.update(images, batch["index"], cls)
             patches.add(tokens, batch["index"])
         self.backbone.check_finite()
-        if collect(fit, patches):
-            self.gaussian = fit.finish()
+        if collect(fit, noise, patches):
+            self.gaussian = fit.finish(noise.covariance())
             self.centers = _foreground_and_background(patches.rows()).to(self.device)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:

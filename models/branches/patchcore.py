@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.branches.branch import Branch
 from models.branches.coreset import greedy_k_center, sparse_projection
+from models.branches.monochrome import CodecNoise
 from models.branches.neighbors import NearestNeighbors
 from models.branches.patch_store import PatchStore
 from models.branches.postprocess import gaussian_blur, map_range, resize_maps
@@ -57,21 +58,26 @@ class PatchCore(Branch):
 
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:
         store = PatchStore(len(loader.dataset), self.patch_budget)
+        noise = CodecNoise(self.extract, self.backbone)
         for batch in loader:
-            store.add(self.extract(batch["image"].to(self.device, non_blocking=True)), batch["index"])
+            images = batch["image"].to(self.device, non_blocking=True)
+            patches = self.extract(images)
+            store.add(patches, batch["index"])
+            if self.whiten:
+                noise.update(images, batch["index"], patches)
         self.backbone.check_finite()
-        if collect(store):
-            self._select(store.rows())
+        if collect(store, noise):
+            self._select(store.rows(), noise.covariance())
 
-    def _select(self, patches: Tensor) -> None:
-        """Make the bank a coreset of the training patches [n, D]."""
+    def _select(self, patches: Tensor, noise: Tensor | float) -> None:
+        """Make the bank a coreset of the training patches [n, D], whitened with `noise` [D, D]."""
         size = int(self.coreset_ratio * len(patches))
         if size < 1:
             raise InputError(
                 f"--coreset-ratio {self.coreset_ratio} of {len(patches)} patches leaves none; raise the ratio"
             )
         if self.whiten:
-            self.whitening = Whitening.fit(patches, self.backbone.widths)
+            self.whitening = Whitening.fit(patches, self.backbone.widths, noise)
             self.whitening.apply_(patches)
             self.whitening = self.whitening.to(self.device)
         projected = sparse_projection(patches, PROJECTION_EPS, self.seed).to(self.device)

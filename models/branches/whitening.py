@@ -11,7 +11,7 @@ from models.branches.gaussian import RunningMoments
 from utils.checkpoint import take
 
 FLOOR = 1e-2  # added to the eigenvalues of the correlation matrix: what hardly varies is not amplified to noise
-LEAST_DEVIATION = 1e-5  # of the largest of all channels; what varies less is rounding, such as a grey camera's colour
+LEAST_DEVIATION = 1e-5  # of the largest of all channels; what varies less is rounding
 ROWS = 1 << 16  # patches at a time
 
 
@@ -27,12 +27,15 @@ class Whitening:
         self.matrix = matrix.float()
 
     @classmethod
-    def fit(cls, patches: Tensor, widths: Sequence[int]) -> Whitening:
-        """From training patches [n, D] whose D channels are maps of `widths` channels side by side."""
+    def fit(cls, patches: Tensor, widths: Sequence[int], noise: Tensor | float = 0.0) -> Whitening:
+        """From training patches [n, D] whose D channels are maps of `widths` channels side by side.
+
+        `noise` [D, D] is added to their covariance (models/branches/monochrome.py).
+        """
         moments = RunningMoments()
         for rows in patches.split(ROWS):
             moments.update(rows)
-        covariance = moments.scatter / moments.count
+        covariance = moments.scatter / moments.count + noise
         deviations = covariance.diagonal().sqrt()
         deviations = deviations.clamp(min=(LEAST_DEVIATION * deviations.max()).clamp(min=1e-6))
         matrix = torch.zeros_like(covariance)

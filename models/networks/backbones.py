@@ -88,6 +88,10 @@ class Backbone(nn.Module):
         """Normalised images [B, 3, S, S] -> the pixels before, 0 to 1."""
         return images * self.std + self.mean
 
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, S, S] of 0 to 1 -> normalised images."""
+        return (pixels - self.mean) / self.std
+
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """The features that `forward` returns, in any precision."""
         raise NotImplementedError

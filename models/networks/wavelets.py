@@ -20,6 +20,7 @@ COLOUR_SCALES = 3
 NOISE = 0.02  # added to a modulus before its logarithm (brightness has the standard deviation one)
 SHADOW = 0.2  # of an image's mean brightness, added to the divisor: dark colours are mostly noise
 COLOUR_GAIN = 8.0  # colours differ less than brightness does
+GREY_LEVEL = 1 / 255  # least standard deviation of brightness: what a flat frame's noise and rounding make
 WIDTH = 7  # of a filter
 FREQUENCY = 0.55 * math.pi  # radians a pixel
 SPREAD = 1.5  # standard deviation along the wave in pixels; across it is longer
@@ -29,7 +30,7 @@ FLAT = 1e-3  # added to a standard deviation before dividing by it or taking its
 EXTREME = 0.005  # share of an image's places beyond the low and the high extreme
 # In tokens: the weight of a channel's deviation relative to its excess, and of second order relative to first.
 DEVIATION_WEIGHT, SECOND_DEVIATION_WEIGHT, SECOND_CLASS_WEIGHT = 0.3, 0.1, 0.3
-CONSTANTS = (NOISE, SHADOW, COLOUR_GAIN, ORDINARY, FLAT, EXTREME)
+CONSTANTS = (NOISE, SHADOW, COLOUR_GAIN, GREY_LEVEL, ORDINARY, FLAT, EXTREME)
 CONSTANTS += (DEVIATION_WEIGHT, SECOND_DEVIATION_WEIGHT, SECOND_CLASS_WEIGHT)
 
 
@@ -52,6 +53,7 @@ class WaveletPyramid(nn.Module):
         grid = pixels.shape[-1] // STRIDE
         image = brightness_and_colour(pixels)
         colour = _to_grid(image, grid)
+        colour = colour - colour.flatten(2).median(2).values[..., None, None]  # an object's colour would move a mean
         first, second, colour_moduli, finer = [], [], [], []
         for scale in range(SCALES):
             moduli = self.moduli(image[:, :1])
@@ -81,13 +83,14 @@ def brightness_and_colour(pixels: Tensor) -> Tensor:
     divided by the brightness there. All have mean zero over the image, brightness also standard deviation one.
     """
     pixels = pixels.clamp(min=0)
-    pixels = pixels / pixels.mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
+    exposure = pixels.mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
+    pixels = pixels / exposure
     brightness = pixels.mean(1, keepdim=True) + SHADOW
     red, green, blue = (COLOUR_GAIN * pixels / brightness).split(1, 1)
     differences = torch.cat([red - green, blue - (red + green) / 2], 1)
     brightness = brightness.log()
     brightness = brightness - brightness.mean((2, 3), keepdim=True)
-    brightness = brightness / brightness.std((2, 3), keepdim=True).clamp(min=1e-3)
+    brightness = brightness / brightness.std((2, 3), keepdim=True).maximum(GREY_LEVEL / exposure)
     return torch.cat([brightness, differences - differences.mean((2, 3), keepdim=True)], 1)
 
 

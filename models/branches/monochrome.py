@@ -1,0 +1,92 @@
+"""Cameras without colour: what a codec changes of their frames is noise, and says nothing of the scene.
+
+In the frames of a monochrome or infrared camera red and blue follow from green. Their features have no variance in the
+directions of colour, until a codec tints a frame by one grey level: divided by next to nothing, that would be an alarm.
+So some frames go through a codec when a branch is fitted, and what it changes of the features is added to their
+covariance. Frames of colour cameras need none of it: they bring noise of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import cv2
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.networks.backbones import Backbone
+
+COLOURLESS = 0.5  # grey levels by which red and blue stray from green; rounding alone makes up to 0.45
+TINT = 4  # grey levels: codecs err by one or two, which shall count little
+QUALITY = 75  # of the JPEG
+BLOCK = 16  # pixels: JPEG rounds the colours of 16 x 16 pixels together
+FRAMES = 16  # of the training images, on which the change is measured
+
+
+class CodecNoise:
+    """Gathers what a codec changes of the vectors of those of the first training images that have no colour.
+
+    `vectors` takes normalised images [B, 3, S, S] to [B, D] or, of several vectors an image, to [B, N, D].
+    """
+
+    def __init__(self, vectors: Callable[[Tensor], Tensor], backbone: Backbone) -> None:
+        self.vectors = vectors
+        self.backbone = backbone
+        self.count = torch.tensor(0)
+        self.squares = torch.zeros((), dtype=torch.float64)  # [D, D] once there are any: sum of outer products
+
+    def update(self, images: Tensor, index: Tensor, vectors: Tensor) -> None:
+        """Add images [B, 3, S, S] with the numbers `index` [B] among all, whose vectors are [B, D] or [B, N, D]."""
+        if index.min() >= FRAMES:
+            return
+        frames = 255 * self.backbone.pixels(images)
+        for pixels, number, before in zip(frames.cpu(), index.tolist(), vectors, strict=True):
+            if number < FRAMES and is_colourless(pixels):
+                coded = coded_frame(pixels, number)[None].to(frames) / 255
+                change = (self.vectors(self.backbone.normalized(coded))[0] - before).double().cpu()
+                change = change.view(-1, change.shape[-1])
+                self.count += len(change)
+                self.squares = self.squares + change.mT @ change
+
+    def state(self) -> dict[str, Tensor]:
+        """What was added so far."""
+        return {"count": self.count, "squares": self.squares}
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add what another has gathered, given its `state()`."""
+        self.count += state["count"]
+        self.squares = self.squares + state["squares"]
+
+    def covariance(self) -> Tensor | float:
+        """What to add to the vectors' covariance [D, D]; 0 where the frames have colour.
+
+        Half of it is each channel's own: so few frames do not show every direction.
+        """
+        if self.count == 0:
+            return 0.0
+        joint = self.squares / self.count
+        return (joint + joint.diagonal().diag()) / 2
+
+
+def is_colourless(pixels: Tensor) -> bool:
+    """Whether red and blue of pixels [3, S, S] of 0 to 255 are, but for rounding, straight lines over green."""
+    red, green, blue = (pixels - pixels.mean((1, 2), keepdim=True)).double().flatten(1)
+    slope = green / green.square().sum().clamp(min=1e-12)
+    strays = [colour - green * (slope @ colour) for colour in (red, blue)]
+    return bool(torch.cat(strays).square().mean().sqrt() <= COLOURLESS)
+
+
+def coded_frame(pixels: Tensor, seed: int) -> Tensor:
+    """Pixels [3, S, S] of 0 to 255 as a coarse JPEG gives them, with errors in colour, not in brightness.
+
+    There is an error of the whole frame, one of each block, and one of each pixel, all of up to `TINT`.
+    """
+    frame = pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()[..., ::-1]  # OpenCV's blue, green, red
+    flags = (cv2.IMWRITE_JPEG_QUALITY, QUALITY, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420)
+    decoded = cv2.imdecode(cv2.imencode(".jpg", frame, flags)[1], cv2.IMREAD_COLOR)[..., ::-1]
+    generator, side = torch.Generator().manual_seed(seed), pixels.shape[-1]
+    sizes = (1, -(-side // BLOCK), side)
+    errors = [TINT * (2 * torch.rand(1, 3, size, size, generator=generator) - 1) for size in sizes]
+    error = sum(F.interpolate(part, size=(side, side)) for part in errors)[0]
+    return torch.from_numpy(decoded.copy()).permute(2, 0, 1) + error - error.mean(0)
