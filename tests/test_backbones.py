@@ -338,6 +338,7 @@ def test_other_weights_than_the_checkpoints_are_refused(write):
         ("tokens", "test_vit", 96, 100, "--position-size 100 .* 16 .*96 or 112"),
         ("tokens", "test_vit", 8, None, "--image-size 8 .*nearest: 16$"),
         ("tokens", "resnet18", 96, 96, "--position-size has no effect with resnet18"),
+        ("tokens", "vit_medium_patch16_rope_reg1_gap_256", 96, 96, "--position-size has no effect with vit_medium"),
         ("tokens", "vit_smal_patch14_dinov2", 350, None, "--backbone .*vit_small_patch14_dinov2"),
         ("tokens", "resnet18.tv_in1K", 64, None, "--backbone .*no weights 'tv_in1K'.*tv_in1k"),
         ("tokens", "hf-hub:someone/network", 64, None, "--backbone hf-hub:"),

@@ -274,9 +274,13 @@ def empty_backbone(spec: BackboneSpec) -> TokenBackbone | MapBackbone:
 
     Raises InputError if the name is unknown, or the sizes do not suit the network.
     """
-    if spec.weights == "demo":
-        _refuse_position_size(spec)
-        return _demo_backbone(spec)
+    backbone = _demo_backbone(spec) if spec.weights == "demo" else _library_backbone(spec)
+    if spec.position_size is not None and getattr(backbone.net, "pos_embed", None) is None:
+        raise InputError(f"--position-size has no effect with {spec.name}, a network without position embeddings")
+    return backbone
+
+
+def _library_backbone(spec: BackboneSpec) -> ViTTokens | CNNTokens | CNNMaps:
     from models.networks import libraries  # not at the top: the bundled network need not wait for timm and torchvision
 
     libraries.check_name(spec.name)
@@ -287,15 +291,9 @@ def empty_backbone(spec: BackboneSpec) -> TokenBackbone | MapBackbone:
         if spec.position_size is not None:
             libraries.check_divisible(spec.name, spec.position_size, "--position-size")
         return ViTTokens(libraries.vit(spec.name, spec.image_size), spec)
-    _refuse_position_size(spec)
     if spec.kind == "tokens":
         return CNNTokens(libraries.cnn(spec.name, None), spec)
     return CNNMaps(libraries.cnn(spec.name, (8, 16)), spec)
-
-
-def _refuse_position_size(spec: BackboneSpec) -> None:
-    if spec.position_size is not None:
-        raise InputError(f"--position-size has no effect with {spec.name}, which is no ViT; leave it out")
 
 
 def _demo_backbone(spec: BackboneSpec) -> DemoTokens | DemoMaps:

@@ -153,11 +153,11 @@ def _sources(name: str) -> Iterator[tuple[str, Callable[[bool], str | Path]]]:
     copy = f"{name.removesuffix('.tv_in1k')}.tv_in1k"
     from_torchvision = timm.is_model_pretrained(copy)
     if timm.is_model(name):
-        config = timm.get_pretrained_cfg(copy if from_torchvision else name)
-        url, repository, filename = config.url, config.hf_hub_id, config.hf_hub_filename or "model.safetensors"
+        published = timm.get_pretrained_cfg(copy if from_torchvision else name)
     else:
         published = getattr(torchvision.models.get_model_weights(name), "IMAGENET1K_V1", None)
-        url, repository = getattr(published, "url", None), None
+    url, repository = getattr(published, "url", None), getattr(published, "hf_hub_id", None)
+    filename = getattr(published, "hf_hub_filename", None) or "model.safetensors"
     if url and (from_torchvision or not repository):
         yield url, partial(_from_url, url)
     if repository:
