@@ -20,7 +20,7 @@ BLUR_SIGMA = 4.0  # pixels of the input
 
 
 class MA2Patch(Branch):
-    """Global: Mahalanobis distance of the mean patch token. Local: what leaving a patch out changes of it.
+    """Global: Mahalanobis distance of the mean patch token. Local: how leaving a patch out changes it.
 
     (USAD, semantic attribution of the global deviation.)
     """

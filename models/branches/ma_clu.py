@@ -19,16 +19,16 @@ from utils.gather import collect
 
 BLUR_SIGMA = 4.0  # pixels of the input
 KMEANS_SEED = 42
-SAME = 1e-5  # patches that differ by less differ by rounding
+SAME = 1e-5  # smaller differences between patches are rounding
 
 
 class MACLU(Branch):
     """Global: Mahalanobis distance of the CLS token. Local: a patch's confidence to belong to the coal.
 
     Fit: Gaussian of the CLS tokens; k-means with two clusters on all patch tokens, the smaller one being the
-    foreground (coal). Patches that are surely coal are set to their image's mean background confidence; what
-    then stays high is foreground, but not coal. (USAD, object-level semantic composition; the confidence is
-    d_bg / d_fg, as the authors' program has it.)
+    foreground (coal). Patches that are surely coal get the mean background confidence of their image; what is
+    still high is foreground but not coal. (USAD, object-level semantic composition; the confidence is d_bg / d_fg,
+    as in the authors' program.)
     """
 
     name = "ma_clu"
@@ -78,12 +78,12 @@ class MACLU(Branch):
         return gaussian_blur(maps, BLUR_SIGMA), *map_range(maps)
 
     def confidence(self, tokens: Tensor) -> Tensor:
-        """Patch tokens [B, N, D] -> d_bg / d_fg [B, N]: above 1 nearer to the coal than to the belt."""
+        """Patch tokens [B, N, D] -> d_bg / d_fg [B, N]; above 1 means nearer to the coal than to the belt."""
         to_foreground, to_background = ((tokens - center).norm(dim=-1) for center in self.centers)
         return to_background / (to_foreground + 1e-8)
 
     def without_coal(self, confidence: Tensor) -> Tensor:
-        """Replace confidences [B, N] above the threshold with the mean over the image's belt, if any."""
+        """Replace confidences [B, N] above the threshold with the mean over the image's belt patches, if any."""
         background = confidence < 1
         count = background.sum(1, keepdim=True)
         mean = (confidence * background).sum(1, keepdim=True) / count.clamp(min=1)
@@ -103,14 +103,14 @@ class MACLU(Branch):
 def _foreground_and_background(patches: Tensor) -> Tensor:
     """Two k-means centres [2, D] of patches [n, D], that of the smaller cluster first.
 
-    The patches are shifted in place, and back, which leaves them rounded: a copy would double the memory.
+    The patches are shifted in place and back, which rounds them: a copy would double the memory.
     """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
     if (patches.amax(0) - patches.amin(0)).max() <= SAME * patches.abs().max().clamp(min=1):
         raise InputError("all training patches are identical: no belt and coal to tell apart; check train/good")
-    # More than two threads would add their sums up in an order, hence to last digits, that varies.
+    # More than two threads would add their sums in a varying order, and the last digits would vary.
     with threadpool_limits(2, user_api="openmp"):
         kmeans = KMeans(n_clusters=2, random_state=KMEANS_SEED, copy_x=False).fit(patches.numpy())
     sizes = torch.from_numpy(kmeans.labels_).bincount(minlength=2)

@@ -1,9 +1,9 @@
-"""Cameras without colour: what a codec changes of their frames is noise, and says nothing of the scene.
+"""Cameras without colour: changes of their frames by a codec are noise and tell nothing of the scene.
 
 In the frames of a monochrome or infrared camera red and blue follow from green. Their features have no variance in the
-directions of colour, until a codec tints a frame by one grey level: divided by next to nothing, that would be an alarm.
-So some frames go through a codec when a branch is fitted, and what it changes of the features is added to their
-covariance. Frames of colour cameras need none of it: they bring noise of their own.
+directions of colour until a codec tints a frame by one grey level; divided by almost nothing, that would be an alarm.
+So some frames go through a codec when a branch is fitted, and the change of the features is added to their covariance.
+Frames of colour cameras do not need this: they have noise of their own.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 
 from models.networks.backbones import Backbone
 
-COLOURLESS = 0.5  # grey levels by which red and blue stray from green; rounding alone makes up to 0.45
-TINT = 4  # grey levels: codecs err by one or two, which shall count little
+COLOURLESS = 0.5  # grey levels by which red and blue may deviate; rounding alone makes up to 0.45
+TINT = 4  # grey levels: codecs err by one or two, which must count little
 QUALITY = 75  # of the JPEG
 BLOCK = 16  # pixels: JPEG rounds the colours of 16 x 16 pixels together
 FRAMES = 16  # of the training images, on which the change is measured
 
 
 class CodecNoise:
-    """Gathers what a codec changes of the vectors of those of the first training images that have no colour.
+    """Gathers how a codec changes the vectors of the first training images, if they have no colour.
 
-    `vectors` takes normalised images [B, 3, S, S] to [B, D] or, of several vectors an image, to [B, N, D].
+    `vectors` maps normalised images [B, 3, S, S] to [B, D] or, with several vectors an image, to [B, N, D].
     """
 
     def __init__(self, vectors: Callable[[Tensor], Tensor], backbone: Backbone) -> None:
@@ -50,18 +50,18 @@ class CodecNoise:
                 self.squares = self.squares + change.mT @ change
 
     def state(self) -> dict[str, Tensor]:
-        """What was added so far."""
+        """Everything added so far."""
         return {"count": self.count, "squares": self.squares}
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
-        """Add what another has gathered, given its `state()`."""
+        """Add the changes of another CodecNoise, given its `state()`."""
         self.count += state["count"]
         self.squares = self.squares + state["squares"]
 
     def covariance(self) -> Tensor | float:
-        """What to add to the vectors' covariance [D, D]; 0 where the frames have colour.
+        """What to add to the covariance [D, D] of the vectors; 0 if the frames have colour.
 
-        Half of it is each channel's own: so few frames do not show every direction.
+        Half of it is on the diagonal: so few frames do not show every direction.
         """
         if self.count == 0:
             return 0.0
@@ -70,7 +70,7 @@ class CodecNoise:
 
 
 def is_colourless(pixels: Tensor) -> bool:
-    """Whether red and blue of pixels [3, S, S] of 0 to 255 are, but for rounding, straight lines over green."""
+    """Whether red and blue of pixels [3, S, S] (0 to 255) are linear functions of green, except for rounding."""
     red, green, blue = (pixels - pixels.mean((1, 2), keepdim=True)).double().flatten(1)
     slope = green / green.square().sum().clamp(min=1e-12)
     strays = [colour - green * (slope @ colour) for colour in (red, blue)]
@@ -78,9 +78,9 @@ def is_colourless(pixels: Tensor) -> bool:
 
 
 def coded_frame(pixels: Tensor, seed: int) -> Tensor:
-    """Pixels [3, S, S] of 0 to 255 as a coarse JPEG gives them, with errors in colour, not in brightness.
+    """Pixels [3, S, S] (0 to 255) as a coarse JPEG gives them, with errors in colour, not in brightness.
 
-    There is an error of the whole frame, one of each block, and one of each pixel, all of up to `TINT`.
+    There is an error of the whole frame, one of each block, and one of each pixel, each up to `TINT`.
     """
     frame = pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()[..., ::-1]  # OpenCV's blue, green, red
     flags = (cv2.IMWRITE_JPEG_QUALITY, QUALITY, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420)

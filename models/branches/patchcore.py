@@ -25,11 +25,11 @@ PROJECTION_EPS = 0.9  # Johnson-Lindenstrauss distortion that sets the projectio
 
 
 class PatchCore(Branch):
-    """Global: reweighted distance of the strangest patch to a memory bank. Local: every patch's distance to it.
+    """Global: reweighted distance of the strangest patch to a memory bank. Local: the distance of every patch to it.
 
-    The bank is a greedy k-centre coreset of the training patches, chosen after a sparse random projection. With
-    `average_bank` each entry is then the mean of the training patches that are nearest to it: a coreset seeks out the
-    patches that lie farthest out, noise included.
+    The bank is a greedy k-centre coreset of the training patches, chosen after a sparse random projection. A coreset
+    prefers the patches farthest out, noise included; with `average_bank` each entry becomes the mean of the training
+    patches nearest to it.
     """
 
     name = "pc"
@@ -105,9 +105,9 @@ class PatchCore(Branch):
     def image_scores(self, features: Tensor, distances: Tensor, nearest: Tensor) -> Tensor:
         """Patch features [B, N, D], distances to and indices of their nearest entries [B, N] -> scores [B].
 
-        The largest distance s*, weighted down where the nearest entry's own neighbours are as near to the patch
-        (eq. 6-7 of the paper): (1 - exp(s*/√D) / Σ exp(‖m - n‖/√D)) s*, summed over the neighbours without the
-        entry itself. A bank of one entry has no neighbours: the score is s*.
+        The largest distance s*, weighted down if the neighbours of the nearest entry are as near to the patch (eq. 6-7
+        of the paper): (1 - exp(s*/√D) / Σ exp(‖m - n‖/√D)) s*, summed over the neighbours without the entry itself. A
+        bank of one entry has no neighbours, and the score is s*.
         """
         largest, patch = distances.max(1)
         rows = torch.arange(len(features), device=features.device)
@@ -152,9 +152,9 @@ def patch_features(maps: Sequence[Tensor], neighborhood: int = 3) -> Tensor:
 
 
 def means_around(bank: NearestNeighbors, patches: Tensor) -> Tensor:
-    """Means [m, D] of those of the patches [n, D] that lie nearest to each entry of the bank, where there are any.
+    """For each entry of the bank the mean of the patches [n, D] nearest to it, or the entry itself: [m, D].
 
-    Summed up on the CPU, where the order of the sum is always the same.
+    Summed on the CPU, where the order of the sum is always the same.
     """
     sums, counts = torch.zeros(bank.rows.shape, dtype=torch.float64), torch.zeros(len(bank.rows), dtype=torch.int64)
     for rows in patches.split(ROWS):
