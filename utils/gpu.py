@@ -43,6 +43,7 @@ class CapturedPasses:
         self.seen: set[int] = set()
         self.graphs: dict[int, Graph] = {}
         self.obstacle: str | None = None  # why the function cannot be captured
+        self.pool: tuple[int, int] | None = None  # the memory of all its graphs; it must not outlive the last of them
 
     def __call__(self, batch: Tensor) -> Any:
         """A batch [B, ...], of one shape but for B -> what the function gives: tensors [B, ...], nested at will."""
@@ -76,9 +77,10 @@ class CapturedPasses:
     def _capture(self, batch: Tensor) -> Graph:
         self._settle()
         graph, inputs = torch.cuda.CUDAGraph(), batch.clone()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
             # Only this thread's calls are captured: the loader's pinning thread works on meanwhile.
-            with torch.cuda.graph(graph, pool=_pool(batch.device), capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 outputs = self.compute(inputs)
         finally:  # nothing has run yet that the laps could tell the time of
             laps = [stopwatch.laps.copy() for stopwatch in self.stopwatches]
@@ -89,13 +91,6 @@ class CapturedPasses:
 
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-@functools.cache
-def _pool(device: torch.device) -> tuple[int, int]:
-    """One memory pool for all graphs: they never run at the same time, and outputs are copied at once."""
-    with torch.cuda.device(device):
-        return torch.cuda.graph_pool_handle()
 
 
 def wake(device: torch.device | str) -> None:
@@ -112,7 +107,7 @@ def wake(device: torch.device | str) -> None:
 def side_by_side(works: Sequence[Callable[[], Any]], device: torch.device) -> list[Any]:
     """The results of `works`, in their order. In a capture each runs on a stream of its own.
 
-    Elsewhere they run in turn: works may replay graphs, and all graphs share one memory pool.
+    Elsewhere they run in turn: works may replay graphs, which share cuBLAS's workspace.
     """
     if not _capturing():
         return [work() for work in works]
