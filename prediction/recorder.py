@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,7 +26,9 @@ SCRIPT = "predict.py"  # the mark by which a later run knows its own folder
 COLUMNS = ("source", "frame", "time", "score", "anomalous", "area", "boxes")
 TABLE, REPORT, OVERLAYS, VIDEOS = "predictions.csv", "report.html", "overlays", "videos"
 CONTOUR, BOX, QUIET = (0, 0, 255), (0, 220, 255), (80, 200, 80)  # BGR
-CODECS = (("mp4v", ".mp4"), ("MJPG", ".avi"))  # the second is in every build of OpenCV
+NAME_BYTES = 120  # of a source's name in a file's; file systems take 143 to 255
+CODECS = ((cv2.CAP_ANY, "mp4v", ".mp4"), (cv2.CAP_OPENCV_MJPEG, "MJPG", ".avi"))
+AVI_BYTES = 2 << 30  # after which an AVI is closed and another one goes on: it cannot grow beyond 4 GB
 
 
 class Alarm:
@@ -104,18 +107,24 @@ def draw(image: np.ndarray, prediction: Prediction, alarm: bool | None, pixel_th
 
 def write_overlay(folder: Path, row: int, frame: Frame, picture: np.ndarray) -> None:
     """Write <folder>/<row>_<name>.jpg; `row` is the frame's row in predictions.csv, counted from 1."""
-    name = f"{row:06d}_{plain_name(frame.source)}"
+    name = f"{row:06d}_{safe_name(frame.source)}"
     with atomic_write(folder / f"{name}.jpg") as temporary:
         temporary.write_bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
 
 
-def plain_name(source: str) -> str:
-    """The stem of a path or an address in letters that every file system takes."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source).stem)[:60] or "frame"
+def safe_name(source: str) -> str:
+    """The stem of a path or an address, in any script, without what some file system refuses."""
+    stem = unicodedata.normalize("NFC", Path(source).stem)
+    stem = "".join(char if char.isprintable() and char not in '<>:"/\\|?*' else "\0" for char in stem)
+    stem = re.sub("\0+", "_", stem).encode()[:NAME_BYTES].decode(errors="ignore")
+    return stem.strip(" .") or "frame"
 
 
 class VideoFile:
-    """An annotated video; takes its name when it is closed, so that a file of that name is a whole one."""
+    """An annotated video; takes its name when it is closed, so that a file of that name is a whole one.
+
+    FFmpeg's encoders, behind OpenCV, cut an odd width or height; OpenCV's own, for AVI, does not.
+    """
 
     def __init__(self, folder: Path, name: str, fps: float) -> None:
         self.stem = folder / name
@@ -133,14 +142,20 @@ class VideoFile:
 
     def _open(self) -> None:
         self.stem.parent.mkdir(parents=True, exist_ok=True)
-        for codec, suffix in CODECS:
+        odd = any(side % 2 for side in self.size)
+        for backend, codec, suffix in CODECS[1:] if odd else CODECS:
             self.path = self.stem.with_name(self.stem.name + suffix)
-            self._partial = self.path.with_name(f".{self.path.stem}.partial{suffix}")
+            self._partial = self.path.with_name(f".video.partial{suffix}")  # ASCII, which encoders take everywhere
             code = cv2.VideoWriter_fourcc(*codec)
-            self._writer = cv2.VideoWriter(str(self._partial), code, self.fps, self.size)
+            self._writer = cv2.VideoWriter(str(self._partial), backend, code, self.fps, self.size)
             if self._writer.isOpened():
                 return
         raise InputError("this OpenCV writes neither MP4 nor AVI; pass --no-images for the table alone")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is an AVI that must not grow any more."""
+        return self.path.suffix == ".avi" and self._partial.stat().st_size > AVI_BYTES
 
     def close(self) -> None:
         """Finish the file; raises OSError where the disk did not take all of it."""
@@ -204,6 +219,8 @@ class Recorder:
             if isinstance(self._source, Video):
                 self._video = self._video or self._new_video(frame)
                 self._video.add(picture)
+                if self._video.is_full:
+                    self._close_video()
         scores = {name: score for name, (score, _) in prediction.branches.items()}
         maps = {name: branch_map for name, (_, branch_map) in prediction.branches.items()}
         self.gallery.add(
@@ -218,10 +235,10 @@ class Recorder:
         )
 
     def _new_video(self, frame: Frame) -> VideoFile:
-        stem = plain_name(frame.source)
+        stem = safe_name(frame.source)
         names = itertools.chain([stem], (f"{stem}_{index}" for index in itertools.count(2)))
-        name = next(name for name in names if name not in self._names)
-        self._names.add(name)
+        name = next(name for name in names if name.casefold() not in self._names)  # some disks know no upper case
+        self._names.add(name.casefold())
         return VideoFile(self.folder / VIDEOS, name, max(self._source.fps / self._every, 1.0))
 
     def _close_video(self) -> None:
