@@ -16,7 +16,7 @@ from tqdm import tqdm
 from datasets.mvtec import Sample
 from datasets.notes import Notes
 from datasets.region import RegionOfInterest
-from utils import distributed
+from utils import distributed, gather
 from utils.errors import InputError
 from utils.signals import leave_signals_to_parent, stoppable
 
@@ -117,7 +117,7 @@ class ImageLoader:
                     notes.add(found, samples[index].path, *samples[index].masks[:1])
                 yield batch
                 progress.update(len(batch["label"]))
-        notes.say()
+        notes.say(gather.all_entries)
 
 
 def find_unreadable(samples: Sequence[Sample], workers: int) -> dict[str, str]:

@@ -1,11 +1,11 @@
-"""Notes on files that can be read but may surprise: counted for each image, printed once a run."""
+"""What may surprise about files that can be read: counted image by image, said once a run."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
 from datasets.images import Note
-from utils import gather
+from utils import distributed
 from utils.command_line import warn_once
 
 TEXTS = {
@@ -18,25 +18,29 @@ TEXTS = {
 
 
 class Notes:
-    """Counts the notes on many files, and keeps an example of each kind."""
+    """Counts the notes on many files, with an example of each kind."""
 
     def __init__(self) -> None:
         self._counts = dict.fromkeys(Note, 0)
-        self._examples: dict[str, str] = {}
+        self._examples: dict[Note, object] = {}
 
     def add(self, notes: int, image: object, mask: object = None) -> None:
         """Take in the notes on an image and its masks."""
         for note in Note:
             if note & notes:
                 self._counts[note] += 1
-                self._examples.setdefault(note.name, str(mask if note in Note.LABELS | Note.EMPTY else image))
+                self._examples.setdefault(note, mask if note in Note.LABELS | Note.EMPTY else image)
 
-    def say(self) -> None:
-        """Warn of what all processes found: once a run, and of empty masks once for each data set."""
-        counts = gather.all_rows(torch.tensor([list(self._counts.values())])).sum(0).tolist()
-        examples = gather.all_entries(self._examples)
-        for note, count in zip(Note, counts, strict=True):
-            if count:
-                example = examples[note.name]
+    def say(self, share: Callable[[dict[str, str]], dict[str, str]] = dict) -> None:
+        """Warn of what was found: once a run, and of empty masks once for each data set.
+
+        With several processes `share` turns the entries of this one into those of all.
+        """
+        own = {note: f"{count} {self._examples[note]}" for note, count in self._counts.items() if count}
+        everything = share({f"{note.value} {distributed.rank()}": entry for note, entry in own.items()})
+        for note, text in TEXTS.items():
+            entries = [entry.split(" ", 1) for key, entry in everything.items() if key.startswith(f"{note.value} ")]
+            if entries:
+                count, example = sum(int(count) for count, _ in entries), entries[0][1]
                 key = example if note is Note.EMPTY else note
-                warn_once(key, f"{count} files, for instance {example}: {TEXTS[note]}")
+                warn_once(key, f"{count} files, for instance {example}: {text}")

@@ -251,8 +251,7 @@ class Recorder:
         threshold = None
         if self.model.threshold is not None:
             point = self.model.operating_point
-            given = point is None or point.threshold != self.model.threshold
-            source = "--threshold" if given else point.source
+            source = point.source if point else "--threshold or --pixel-threshold"
             threshold = Threshold(self.model.threshold, self.model.pixel_threshold, source, on_test_set=False)
         facts = {key: str(config[key]) for key in ("frames", "anomalous", "dropped") if config.get(key) is not None}
         write_report(self.folder / REPORT, "Predictions", self.gallery, threshold=threshold, config=config, facts=facts)

@@ -76,7 +76,7 @@ def look(
         "anomalous": None if model.threshold is None else recorder.table.alarms,
         "dropped": sum(source.dropped for source in sources),
         "unreadable": [problem for source in sources for problem in source.problems],
-        "operating_point": model.operating_point and model.operating_point.figures(),
+        "operating_point": point_in_force(model),
         **environment(model.device),
         "seconds": round(time.perf_counter() - start, 3),
     }
@@ -87,7 +87,9 @@ def look(
 
 
 def take_thresholds(model: Model, settings: PredictionSettings) -> None:
-    """Put the given thresholds in force; says where there are none."""
+    """Put the given thresholds in force, in the place of the stored operating point; says where there are none."""
+    if (settings.threshold, settings.pixel_threshold) != (None, None):
+        model.operating_point = None
     if settings.threshold is not None:
         model.threshold = settings.threshold
     if settings.pixel_threshold is not None:
@@ -102,6 +104,14 @@ def take_thresholds(model: Model, settings: PredictionSettings) -> None:
             "the model has no operating point: scores only. Thresholds come from test_fusion.py --false-alarm-rate "
             "0.01 (checkpoints trained with --holdout-ratio), or from --threshold and --pixel-threshold"
         )
+
+
+def point_in_force(model: Model) -> dict[str, Any] | None:
+    """The thresholds in force: the stored operating point with all its figures, or the two that were given."""
+    if model.operating_point:
+        return model.operating_point.figures()
+    given = {"threshold": model.threshold, "pixel_threshold": model.pixel_threshold}
+    return None if model.threshold is model.pixel_threshold is None else given
 
 
 def look_at(source: Source, settings: PredictionSettings, model: Model, batch_size: int, recorder: Recorder) -> None:

@@ -233,6 +233,22 @@ def test_metrics_at_the_point_and_predict_agree_with_the_scores(root, models, tm
     for row, expected, alarm in zip(rows, table, above, strict=True):
         assert float(row["score"]) == pytest.approx(float(expected["score"]), rel=1e-5)
         assert row["anomalous"] == str(int(alarm))
+    stored = json.loads((out / "config.json").read_text())["operating_point"]
+    assert stored["threshold"] == metrics["threshold"] and stored["false_alarm_rate"] == 0.1
+
+
+@pytest.mark.parametrize(("threshold", "pixel_threshold"), [(400.0, 60.0), (400.0, None), (None, 60.0), (-1.5, 0.0)])
+def test_given_thresholds_take_the_place_of_the_stored_point(root, models, tmp_path, threshold, pixel_threshold):
+    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 0
+    stored = OperatingPoint.read(models / "belt")
+    given = {"threshold": threshold, "pixel_threshold": pixel_threshold}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+    source, out = root / "data/belt/test/good/000.png", tmp_path / "out"
+    assert call(predict, root, source, "--models-dir", models, "--out", out, *flags) == 0
+    expected = {key: getattr(stored, key) if value is None else value for key, value in given.items()}
+    assert json.loads((out / "config.json").read_text())["operating_point"] == expected
+    report = (out / "report.html").read_text()
+    assert "--threshold" in report and "held-out normal images" not in report
 
 
 def test_a_stored_point_serves_later_tests_with_the_same_settings(root, models, tmp_path):

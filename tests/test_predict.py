@@ -27,6 +27,7 @@ from datasets.loading import IMAGENET_MEAN, IMAGENET_STD, to_tensor
 from datasets.sources import Camera, Images, Video, find_sources
 from models import USAD, Part
 from models.fusion.prediction import regions
+from prediction import recorder
 from prediction.recorder import Alarm
 from utils.command_line import run
 from utils.csv_cells import safe_cell
@@ -94,7 +95,8 @@ def frame(rng, red=True, size=(120, 300), place=(30, 60, 200, 240)):
 
 
 def write_video(path, frames, fps=10):
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), fps, frames[0].shape[1::-1])
+    codec = cv2.VideoWriter_fourcc(*"MJPG")
+    writer = cv2.VideoWriter(str(path), cv2.CAP_OPENCV_MJPEG, codec, fps, frames[0].shape[1::-1])
     for image in frames:
         writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     writer.release()
@@ -293,6 +295,57 @@ def test_video_in_rows_and_frames_out(tmp_path, call):
     assert len(list((out / "overlays").glob("*.jpg"))) == 5
     assert json.loads((out / "config.json").read_text())["finished"]
     assert (out / "report.html").stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("stand_in_model")
+@pytest.mark.parametrize("size", [(120, 301), (121, 300), (77, 333), (120, 300)])
+def test_annotated_videos_keep_the_size(tmp_path, call, size):
+    image = frame(np.random.default_rng(22), False, size)
+    image[:, -1], image[-1] = 250, 250
+    write_video(tmp_path / "belt.avi", [image] * 3)
+    assert call(tmp_path / "belt.avi", "--out", tmp_path / "out", "--overlays", "none")[0] == 0
+    (path,) = (tmp_path / "out/videos").iterdir()
+    annotated, _ = video_frames(path)
+    assert [found.shape[:2] for found in annotated] == [size] * 3
+    assert annotated[0][:, -1].mean() > 180 and annotated[0][-1].mean() > 180  # the last column and row
+
+
+@pytest.mark.usefixtures("stand_in_model")
+def test_an_avi_that_grows_too_large_is_continued_in_another(tmp_path, call, monkeypatch):
+    rng = np.random.default_rng(23)
+    write_video(tmp_path / "belt.avi", [frame(rng, size=(121, 301)) for _ in range(40)])
+    monkeypatch.setattr(recorder, "AVI_BYTES", 100_000)
+    assert call(tmp_path / "belt.avi", "--out", tmp_path / "out", "--overlays", "none", *THRESHOLDS)[0] == 0
+    paths = sorted((tmp_path / "out/videos").iterdir(), key=lambda path: (len(path.name), path.name))
+    assert [path.name for path in paths[:3]] == ["belt.avi", "belt_2.avi", "belt_3.avi"]
+    assert sum(len(video_frames(path)[0]) for path in paths) == 40
+
+
+NAMES = {
+    "煤流": "煤流",
+    "皮带 2": "皮带 2",
+    "Förderband é": "Förderband é",
+    "конвейер.v2": "конвейер.v2",
+    "कोयला": "कोयला",
+    "🪨 rocks": "🪨 rocks",
+    'a<b>:"c"|?*\nd': "a_b_c_d",
+    "...": "frame",
+    "煤" * 80: "煤" * 40,
+}
+
+
+@pytest.mark.usefixtures("stand_in_model")
+def test_names_are_kept_where_disks_take_them(tmp_path, call):
+    rng = np.random.default_rng(24)
+    write_video(tmp_path / "x.avi", [frame(rng)])
+    for name in NAMES:
+        shutil.copy(tmp_path / "x.avi", tmp_path / f"{name}.avi")
+    shutil.copy(tmp_path / "x.avi", tmp_path / "X.avi")
+    paths = [tmp_path / f"{name}.avi" for name in (*NAMES, "x", "X")]
+    assert call(*paths, "--out", tmp_path / "out", *THRESHOLDS)[0] == 0
+    assert {path.stem for path in (tmp_path / "out/videos").iterdir()} == {*NAMES.values(), "x", "X_2"}
+    overlays = sorted(path.stem for path in (tmp_path / "out/overlays").iterdir())
+    assert overlays == [f"{row:06d}_{name}" for row, name in enumerate([*NAMES.values(), "x", "X"], 1)]
 
 
 @pytest.mark.usefixtures("stand_in_model")
