@@ -1,5 +1,9 @@
-"""Data sets that can be downloaded, by category. A new one is a file with a function, and a line here."""
+"""Frames and data sets.
+
+DOWNLOADS has the data sets that can be downloaded, by category. A new one is a file with a function, and a line here.
+"""
 
 from utils.registry import Registry
 
 DOWNLOADS = Registry({"coal_ad": "datasets.coalad:ensure_coalad"})  # each takes the folder of all categories
+MAX_MEGAPIXELS = 90.0  # of an image file, unless the user says otherwise: 270 MB as RGB

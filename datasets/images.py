@@ -16,9 +16,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from datasets import MAX_MEGAPIXELS
 from utils.errors import UnreadableError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+DEPTHS = range(8, 17)  # bits of the cameras whose images are stored in 16
 DISK_ERRORS = {errno.EIO, getattr(errno, "ESTALE", errno.EIO)}
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what decoders raise
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # an EXIF tag, and its values that swap width and height
@@ -28,8 +30,8 @@ ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # an EXIF tag, and its values
 class Decoding:
     """How image files become RGB of 8 bits."""
 
-    max_megapixels: float = 90.0  # larger files are refused: a few bytes could unpack to more than the memory
-    bit_depth: int = 16  # of the camera behind 16-bit files: 12 stands for values from 0 to 4095
+    max_megapixels: float = MAX_MEGAPIXELS  # larger files are refused: a few bytes could unpack to more than the memory
+    bit_depth: int = DEPTHS[-1]  # of the camera behind 16-bit files: 12 stands for values from 0 to 4095
 
 
 PLAIN = Decoding()

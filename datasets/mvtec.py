@@ -49,7 +49,10 @@ class Sample:
 
 
 class Category:
-    """The files of one category; nothing is opened yet. `left_out`, name -> reason, are not among its samples."""
+    """The files of one category; nothing is opened yet.
+
+    `left_out`, name -> reason, are not among its samples; `decoding` is theirs.
+    """
 
     def __init__(self, root: Path, name: str, decoding: Decoding = PLAIN) -> None:
         self.name = name
@@ -168,11 +171,11 @@ def find_categories(root: Path, names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def open_category(root: Path, name: str) -> Category:
+def open_category(root: Path, name: str, decoding: Decoding = PLAIN) -> Category:
     """The category's files, downloaded on first use where that is possible. Raises InputError where there are none."""
     if name in DOWNLOADS:
         DOWNLOADS[name](root)
-    return Category(root, name)
+    return Category(root, name, decoding)
 
 
 def split_training(

@@ -9,7 +9,7 @@ import os
 import numpy as np
 from PIL import Image
 
-from datasets.images import read_image
+from datasets.images import PLAIN, Decoding, read_mask
 from utils.errors import InputError
 
 MAX_SIDE = 2048  # of the stored region; it is scaled to each frame anyway
@@ -28,14 +28,14 @@ class RegionOfInterest:
             raise InputError("the region of interest is empty: paint white what is to be looked at")
 
     @classmethod
-    def read(cls, path: str | os.PathLike) -> RegionOfInterest:
-        """From an image file: white, from half of full scale on, is inside. Raises InputError where nothing is."""
+    def read(cls, path: str | os.PathLike, decoding: Decoding = PLAIN) -> RegionOfInterest:
+        """From an image file, read like a mask: what it marks is inside. Raises InputError where nothing is."""
         if not os.path.isfile(path):
             raise InputError(f"--roi {path}: no such file")
-        image = read_image(path).convert("L")
+        image = Image.fromarray(read_mask([path], decoding=decoding)[0])
         image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.NEAREST)
         try:
-            return cls(np.asarray(image) >= 128)
+            return cls(np.asarray(image))
         except InputError as error:
             raise InputError(f"--roi {path}: {error}") from None
 

@@ -19,14 +19,15 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from datasets.images import EXTENSIONS, read_image
+from datasets.images import EXTENSIONS, PLAIN, Decoding, Picture, find_files, read_picture
+from datasets.notes import Notes
 from utils.command_line import warn
 from utils.errors import InputError
 from utils.redact import redact
 
 VIDEO_EXTENSIONS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts"}
+KNOWN = EXTENSIONS | VIDEO_EXTENSIONS
 CAMERA_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "rtp", "srt")
 ANSWER_SECONDS = 10.0  # a camera that gives no frame for so long is not there
 DEFAULT_FPS = 25.0  # of a video that does not say
@@ -43,7 +44,12 @@ class Frame:
     source: str  # path, or a camera's address without its password
     number: int  # from 0, in the folder, the video, or of all that the camera sent
     time: float | str  # a video: seconds from its start; a camera: UTC; an image: ""
-    image: Image.Image | np.ndarray  # RGB, uint8 [H, W, 3] if an array
+    image: Picture | np.ndarray  # RGB, uint8 [H, W, 3] if an array
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """RGB, uint8 [h, w, 3], perhaps at a reduced scale."""
+        return np.asarray(self.image.image if isinstance(self.image, Picture) else self.image)
 
 
 class Images:
@@ -57,13 +63,18 @@ class Images:
         self.name = self.paths[0].parent.as_posix()
         self.problems: list[str] = []
 
-    def frames(self, every: int) -> Iterator[Frame]:
-        """Every so many-th image; one that cannot be read goes to `problems`."""
+    def frames(self, every: int, decoding: Decoding = PLAIN) -> Iterator[Frame]:
+        """Every N-th image; one that cannot be read goes to `problems`."""
+        notes = Notes()
         for number, path in list(enumerate(self.paths))[::every]:
             try:
-                yield Frame(path.as_posix(), number, "", read_image(path))
+                picture = read_picture(path, decoding)
             except (InputError, OSError) as error:
                 self.problems.append(str(error))
+                continue
+            notes.add(picture.notes, path)
+            yield Frame(path.as_posix(), number, "", picture)
+        notes.say()
 
 
 class Video:
@@ -77,8 +88,8 @@ class Video:
         self.fps = DEFAULT_FPS
         self.problems: list[str] = []
 
-    def frames(self, every: int) -> Iterator[Frame]:
-        """Every so many-th frame; a file that cannot be read, or not to its end, goes to `problems`."""
+    def frames(self, every: int, _: Decoding = PLAIN) -> Iterator[Frame]:
+        """Every N-th frame; a file that cannot be read, or not to its end, goes to `problems`."""
         # An absolute path: FFmpeg takes the beginning of a name such as "http:a.mp4" for a protocol.
         capture = cv2.VideoCapture(str(self.paths[0].absolute()), cv2.CAP_FFMPEG)
         try:
@@ -134,7 +145,7 @@ class Camera:
                 "other program holds it"
             )
 
-    def frames(self, every: int) -> Iterator[Frame]:
+    def frames(self, every: int, _: Decoding = PLAIN) -> Iterator[Frame]:
         """The newest frame each time, until the stream ends or has been silent for ANSWER_SECONDS."""
         if self._thread.ident is None:
             self.open(every)
@@ -235,23 +246,17 @@ def _files(text: str) -> list[Path]:
     """The image and video files that one argument stands for."""
     path = Path(text)
     if path.is_dir():
-        found = [file for file in path.rglob("*") if _is_known(file.relative_to(path)) and file.is_file()]
+        found = list(find_files(path, KNOWN))
     elif path.exists():
-        if path.suffix.lower() not in EXTENSIONS | VIDEO_EXTENSIONS:
-            known = " ".join(sorted(EXTENSIONS | VIDEO_EXTENSIONS))
+        if path.suffix.lower() not in KNOWN:
+            known = " ".join(sorted(KNOWN))
             raise InputError(f"{path} is neither an image nor a video by its name ({known}); rename or convert it")
         return [path]
     elif glob.has_magic(text):
         matches = map(Path, glob.glob(text, recursive=True))
-        found = [file for file in matches if _is_known(Path(file.name)) and file.is_file()]
+        found = [file for file in matches if file.suffix.lower() in KNOWN and file.is_file()]
     else:
         raise InputError(f"{path} does not exist; give an image, a folder, a pattern, a video or a camera")
     if not found:
-        raise InputError(f"{text} holds no image or video ({' '.join(sorted(EXTENSIONS | VIDEO_EXTENSIONS))})")
+        raise InputError(f"{text} holds no image or video ({' '.join(sorted(KNOWN))})")
     return sorted(found, key=lambda file: (file.parent, file.name))
-
-
-def _is_known(path: Path) -> bool:
-    """Whether it is an image or a video by its name, and not hidden."""
-    hidden = any(part.startswith(".") for part in path.parts)
-    return path.suffix.lower() in EXTENSIONS | VIDEO_EXTENSIONS and not hidden

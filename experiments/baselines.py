@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -127,6 +128,7 @@ def _cell(
             "device": run.device,
             "batch_size": run.batch_size,
             "workers": run.workers,
+            "decoding": dataclasses.asdict(category.decoding),
         }
         bench.measurements.folder.mkdir(parents=True, exist_ok=True)
         # Raw maps are as large as the images: they lie beside the measurements, and are gone once evaluated.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from datasets.images import Decoding
 from datasets.loading import ImageDataset, ImageLoader
 from datasets.mvtec import Sample
 from evaluation.evaluate import stage_seconds, timed
@@ -48,6 +50,7 @@ def speed(bench: Bench, fusion: Fusion, folder: Path) -> Table:
             "batch_size": run.batch_size,
             "fusion": fusion.settings,
             "images": [str(sample.path.absolute()) for sample in samples],
+            "decoding": dataclasses.asdict(samples[0].decoding),
         }
         needs = {**job, "checkpoints": checkpoint_digests(folder), "machine": machine(run.device), "speed": 1}
         rows.append(Row({"model": name}, [(Cell(needs, lambda job=job: measure_apart(job)),)]))
@@ -77,7 +80,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     else:
         ((_, path),) = paths.items()
         model = BRANCHES[name].load(path, job["weights"].get(name), job["device"], job["precision"])
-    samples = [Sample(Path(path), path) for path in job["images"]]
+    decoding = Decoding(**job["decoding"])
+    samples = [Sample(Path(path), path, decoding=decoding) for path in job["images"]]
     dataset = ImageDataset(samples, model.image_size, "bicubic")
     for batch in ImageLoader(
         ImageDataset(samples[: job["batch_size"]], model.image_size, "bicubic"), len(samples), 0, ""

@@ -80,6 +80,7 @@ def make_tables(
     """Compute the cells of one category's tables and write each table as soon as its own are there."""
     folder = args.results_dir / category.name / "tables"
     mark_folder(folder)
+    category.decoding = dataclasses.replace(category.decoding, bit_depth=fusions[0].variants["pc"].bit_depth)
     images = Images(category.test_samples())
     measurements = Measurements(folder / "measured", category, images, run, weights_by_branch(args))
     bench, store = Bench(measurements, run.batch_size), CellStore(folder / "cells")

@@ -11,7 +11,7 @@ from typing import Any
 from datasets.mvtec import Category
 from datasets.region import RegionOfInterest
 from models.branches import BRANCHES, weights_flag
-from models.branches.branch import Branch, region_in
+from models.branches.branch import Branch, bit_depth_in, region_in
 from models.networks.backbones import Backbone, BackboneSpec, build_backbone, empty_backbone
 from training.settings import RunSettings, SplitSettings
 from training.training import fit_branch
@@ -34,6 +34,7 @@ class Variant:
     holdout_ratio: float
     seed: int
     roi: RegionOfInterest | None = None
+    bit_depth: int = 16
     checkpoint: Path | None = None
     checkpoint_digest: str | None = None
 
@@ -53,6 +54,7 @@ class Variant:
                 float(training.get("holdout_ratio", 0.0)),
                 int(training.get("seed", 22)),
                 region_in(metadata),
+                bit_depth_in(metadata),
                 path,
                 sha256_of_file(path),
             )
@@ -100,6 +102,7 @@ class Variant:
             "holdout_ratio": self.holdout_ratio,
             "seed": self.seed if chosen else None,
             "roi": self.roi and self.roi.to_text(),
+            "bit_depth": self.bit_depth,
         }
 
     def fit(self, category: Category, run: RunSettings, weights: str | None) -> Branch:
@@ -118,7 +121,7 @@ class Variant:
 
     def _built(self, backbone: Backbone, settings: dict[str, Any]) -> Branch:
         branch = self.branch(backbone, **settings)
-        branch.roi = self.roi
+        branch.roi, branch.bit_depth = self.roi, self.bit_depth
         return branch
 
 

@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from utils.command_line import Parser, number
+from datasets import MAX_MEGAPIXELS
+from utils.command_line import Parser, add_size_flag, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +16,7 @@ class PredictionSettings:
 
     sources: tuple[str, ...]
     out: Path
+    max_megapixels: float  # of an image file
     every: int  # 2 looks at every second frame
     smooth: int  # frames in a row that switch the alarm
     threshold: float | None  # of the score; None: the model's own
@@ -34,6 +36,7 @@ def add_prediction_flags(parser: Parser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="default: predictions")
     group = parser.add_argument_group("frames and alarms")
+    add_size_flag(group, MAX_MEGAPIXELS)
     group.add_argument("--every", type=number(int, 1), default=1, help="look at every N-th frame (default: 1)")
     group.add_argument(
         "--smooth",
@@ -63,6 +66,7 @@ def prediction_settings(parser: Parser, args: argparse.Namespace) -> PredictionS
     return PredictionSettings(
         tuple(args.sources),
         args.out,
+        args.max_megapixels,
         args.every,
         args.smooth,
         args.threshold,

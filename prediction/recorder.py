@@ -89,6 +89,8 @@ class Table:
 def draw(image: np.ndarray, prediction: Prediction, alarm: bool | None, pixel_threshold: float | None) -> np.ndarray:
     """The frame (RGB [H, W, 3]) with contours, boxes and score, as BGR."""
     canvas = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    if canvas.shape[:2] != prediction.map.shape:  # decoded at a reduced scale
+        canvas = cv2.resize(canvas, prediction.map.shape[::-1])
     line = max(1, round(min(canvas.shape[:2]) / 320))
     if pixel_threshold is not None:
         mask = (prediction.map >= pixel_threshold).astype(np.uint8)
@@ -211,7 +213,7 @@ class Recorder:
 
     def _add_pictures(self, frame: Frame, prediction: Prediction, alarm: bool | None) -> None:
         wanted = self.overlays == "all" or (self.overlays == "anomalous" and bool(alarm))
-        image = np.asarray(frame.image)
+        image = frame.pixels
         if wanted or isinstance(self._source, Video):
             picture = draw(image, prediction, alarm, self.model.pixel_threshold)
             if wanted:

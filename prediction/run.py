@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from datasets.images import Decoding
 from datasets.sources import Camera, Frame, Source, find_sources
 from models.fusion.prediction import Model
 from prediction.options import PredictionSettings
@@ -117,7 +118,8 @@ def point_in_force(model: Model) -> dict[str, Any] | None:
 def look_at(source: Source, settings: PredictionSettings, model: Model, batch_size: int, recorder: Recorder) -> None:
     """All frames of one source, in order."""
     with tqdm(desc=source.name, unit="frame", leave=False, disable=settings.json_lines or None) as progress:
-        for frames in stoppable(batches(source.frames(settings.every), batch_size)):
+        decoding = Decoding(settings.max_megapixels, model.bit_depth)
+        for frames in stoppable(batches(source.frames(settings.every, decoding), batch_size)):
             predictions = model([frame.image for frame in frames], batch_size)
             for frame, prediction in zip(frames, predictions, strict=True):
                 recorder.add(frame, prediction)

@@ -6,20 +6,24 @@ import csv
 import json
 import random
 import shutil
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import draw_category, draw_frame, run_in_process, small_flags
 
-from datasets.images import Note, find_files, read_image, read_mask
+from datasets.images import Decoding, Note, find_files, read_image, read_mask, read_picture
 from datasets.loading import ImageDataset, ImageLoader, mask_to_tensor, to_tensor
 from datasets.mvtec import Category, Sample, defects_without_masks, find_categories, split_training
 from metrics import protocols
-from utils.errors import InputError
+from models import USAD
+from utils.errors import InputError, UnreadableError
 
 RED_RAMP = np.stack(np.broadcast_arrays(*np.ogrid[20:200:12j, 0:250:10j], 60), 2).round().astype(np.uint8)
 
@@ -107,6 +111,90 @@ def test_exif_orientation_is_applied(tmp_path, orientation, turn, name):
 def test_first_of_several_frames(tmp_path):
     first, second = Image.fromarray(RED_RAMP), Image.fromarray(255 - RED_RAMP)
     np.testing.assert_array_equal(saved(first, tmp_path / "a.tif", save_all=True, append_images=[second]), RED_RAMP)
+
+
+# Bit depth and size
+
+
+def camera_values(bits: int, shape: tuple[int, ...] = (9, 14)) -> np.ndarray:
+    """What a camera of so many bits gives, its extremes included."""
+    values = np.random.default_rng(bits).integers(0, 2**bits, shape, dtype=np.uint16)
+    values.flat[:2] = 0, 2**bits - 1
+    return values
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("kind", ["grey.png", "grey.tif", "rgb.png", "rgb.tif", "rgba.png"])
+def test_bit_depth(tmp_path, bits, kind):
+    channels = {"grey": (), "rgb": (3,), "rgba": (4,)}[kind.split(".")[0]]
+    values = camera_values(bits, (9, 14, *channels))
+    cv2.imwrite(str(tmp_path / kind), values)  # blue, green, red
+    picture = read_picture(tmp_path / kind, Decoding(bit_depth=bits))
+    expected = (values / (2**bits - 1) * 255).round() if bits < 16 or not channels else values // 256
+    expected = np.dstack([expected] * 3) if not channels else expected[..., 2::-1]
+    np.testing.assert_array_equal(picture.image, expected)
+    assert not picture.notes
+    assert read_picture(tmp_path / kind).notes == (Note.DIM if bits < 14 else Note(0))
+
+
+def test_bit_depth_of_a_turned_image(tmp_path):
+    values = camera_values(12, (9, 14, 3))
+    _, content = cv2.imencode(".png", values)
+    exif = b"eXIf" + b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    chunk = struct.pack(">I", len(exif) - 4) + exif + struct.pack(">I", zlib.crc32(exif))
+    (tmp_path / "a.png").write_bytes(content[:33].tobytes() + chunk + content[33:].tobytes())
+    expected = np.rot90((values[..., ::-1] / 4095 * 255).round(), -1)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", Decoding(bit_depth=12)), expected)
+
+
+def test_files_of_8_bits_have_no_other_depth(tmp_path):
+    Image.fromarray(RED_RAMP).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", Decoding(bit_depth=10)), RED_RAMP)
+
+
+@pytest.mark.parametrize(("bits", "brightest", "remedy"), [(10, 1024, 11), (12, 65535, 16), (8, 300, 9)])
+def test_values_beyond_the_bit_depth_are_refused(tmp_path, bits, brightest, remedy):
+    for name, shape in (("grey.png", (4, 4)), ("rgb.png", (4, 4, 3))):
+        values = np.zeros(shape, np.uint16)
+        values[2, 3] = brightest
+        cv2.imwrite(str(tmp_path / name), values)
+        with pytest.raises(InputError, match=f"{name} holds values from 0 to {brightest}, .*--bit-depth {remedy}$"):
+            read_image(tmp_path / name, Decoding(bit_depth=bits))
+
+
+@pytest.mark.parametrize("brightest", [0, 1023, 4095, 8191, 8192])
+def test_dim_images_are_noted(tmp_path, brightest):
+    for name, shape in (("grey.png", (4, 4)), ("rgb.tif", (4, 4, 3))):
+        cv2.imwrite(str(tmp_path / name), np.full(shape, brightest, np.uint16))
+        assert read_picture(tmp_path / name).notes == (Note.DIM if brightest < 8192 else Note(0))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "progressive.jpg", "far.jpg"])
+def test_images_that_are_too_large_are_refused(tmp_path, name):
+    limit, pillow = Decoding(max_megapixels=0.0001 if name == "far.jpg" else 0.01), Image.MAX_IMAGE_PIXELS
+    Image.new("RGB", (160, 90)).save(tmp_path / name, progressive=name == "progressive.jpg")
+    for read in (read_image, lambda path, decoding: read_mask([path], None, decoding)):
+        with pytest.raises(UnreadableError, match=f"{name} is 160x90.* 0.0 megapixels.* limit.* --max-megapixels") as e:
+            read(tmp_path / name, limit)
+        assert "repair" not in str(e.value)
+    assert read_image(tmp_path / name, Decoding(max_megapixels=0.0145)).size == (160, 90)
+    assert pillow == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize(("limit", "scale"), [(0.48, 1), (0.3, 2), (0.03, 4), (0.0075, 8)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_jpeg_is_decoded_at_a_reduced_scale(tmp_path, limit, scale, orientation):
+    ramp = Image.fromarray(np.stack(np.broadcast_arrays(*np.ogrid[20:200:600j, 0:250:800j], 60), 2).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    ramp.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    whole = read_picture(tmp_path / "a.jpg")
+    picture = read_picture(tmp_path / "a.jpg", Decoding(max_megapixels=limit))
+    assert picture.size == whole.size == ((800, 600) if orientation == 1 else (600, 800))
+    assert picture.image.size == tuple(side // scale for side in whole.size)
+    assert picture.notes == (Note.REDUCED if scale > 1 else Note(0))
+    expected = np.asarray(whole.image.resize(picture.image.size, Image.Resampling.BOX), int)
+    assert np.abs(np.asarray(picture.image) - expected).max() <= 3
 
 
 def broken_files(folder: Path) -> list[Path]:
@@ -537,3 +625,52 @@ def test_what_is_said_of_masks_is_said_once(workplace):
     assert empty.startswith(f"warning: 1 files, for instance {truth / '003_mask.png'}: the masks mark nothing")
     after = figures(workplace / "result/belt/pc")
     assert after["pixel_auroc"] is not None and after["pixel_auroc"] != before["pixel_auroc"]
+
+
+def scores(folder: Path) -> list[float]:
+    with open(folder / "scores.csv") as file:
+        return [float(row["score"]) for row in csv.DictReader(file)]
+
+
+def test_a_12_bit_camera_is_kept_in_mind_from_training_to_prediction(workplace):
+    """The same frames, stored as 12 of 16 bits, give the same scores."""
+    folder, models = workplace / "result/belt", workplace / "models/belt"
+    assert run_in_process("test_fusion", *small_flags(workplace, "test_fusion"), "--no-images").code == 0
+    before = {part: scores(folder / part) for part in ("pc", "fusion")}
+    for path in find_files(workplace / "data/belt"):
+        if "ground_truth" not in path.parts:
+            cv2.imwrite(str(path), (cv2.imread(str(path)) / 255 * 4095).round().astype(np.uint16))
+    finished = run_in_process("test_fusion", *small_flags(workplace, "test_fusion"), "--no-images")
+    (line,) = finished.err.splitlines()
+    assert line.startswith("warning: 7 files, for instance ") and "--bit-depth" in line
+    for script in ("train_ma_clu", "train_ma2patch", "train_pc"):
+        flags = [*small_flags(workplace, script), "--holdout-ratio", 0.25, "--bit-depth", 12]
+        finished = run_in_process(script, *flags, "--no-images")
+        assert finished.code == 0 and "--bit-depth" not in finished.err
+    assert run_in_process("test_fusion", *small_flags(workplace, "test_fusion"), "--no-images").code == 0
+    assert {part: scores(folder / part) for part in ("pc", "fusion")} == before
+    (found,) = USAD.load(models)(workplace / "data/belt/test/good/000.png")
+    assert found.score == pytest.approx(before["fusion"][0], rel=1e-6)
+    flags = ["--category", "belt", "--models-dir", workplace / "models", "--device", "cpu", "--no-images"]
+    finished = run_in_process("predict", workplace / "data/belt/test/good", *flags, "--out", workplace / "out")
+    assert finished.code == 0 and "--bit-depth" not in finished.err
+    with open(workplace / "out/predictions.csv") as file:
+        rows = [float(row["score"]) for row in csv.DictReader(file)]
+    assert rows == pytest.approx(before["fusion"][:3], rel=1e-6)
+
+    finished = run_in_process("train_pc", *small_flags(workplace, "train_pc"), "--train-ratio", 1, "--no-eval")
+    assert finished.code == 0 and finished.err.startswith("warning: 8 files, ") and finished.err.count("\n") == 1
+    finished = run_in_process("test_fusion", *small_flags(workplace, "test_fusion"))
+    assert finished.code == 2 and "--bit-depth" in finished.err
+
+
+def test_the_limit_of_the_size_is_a_flag(tmp_path):
+    belt = draw_category(tmp_path / "data/belt", 4, 1, 1)
+    flags = [*small_flags(tmp_path, "train_pc"), "--train-ratio", 1, "--no-eval", "--max-megapixels", 0.004]
+    finished = run_in_process("train_pc", *flags)
+    assert finished.code == 2 and "72x56" in finished.err and "raise it with --max-megapixels" in finished.err
+    for path in (belt / "train/good").iterdir():
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+    finished = run_in_process("train_pc", *flags)
+    assert finished.code == 0 and finished.err.startswith("warning: 4 files, for instance ")

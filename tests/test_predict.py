@@ -42,6 +42,7 @@ THRESHOLDS = ("--threshold", "1.0", "--pixel-threshold", "0.5")
 class RedBranch:
     """A branch whose map is the image's red channel in [0, 1], and whose score is its maximum."""
 
+    roi, bit_depth = None, 16
     name, score_weight, calibration = "red", 1.0, None
 
     def __init__(self, image_size=96, before=lambda: None):
@@ -425,6 +426,25 @@ def test_unreadable_files_are_listed_and_the_rest_is_done(tmp_path, call):
     assert code == 2 and "3 file(s)" in stderr.splitlines()[-1]
     assert all(name in stderr for name in ("1.png", "2.png", "9.mp4"))
     assert [Path(row["source"]).name for row in rows(tmp_path.parent / "results")] == ["0.png", "3.png"]
+
+
+@pytest.mark.usefixtures("stand_in_model")
+def test_the_limit_of_the_size_is_a_flag(tmp_path, call):
+    """A JPEG above it is decoded at half its scale; what is said of it is in its own pixels."""
+    image = Image.fromarray(frame(np.random.default_rng(25), size=(480, 1200), place=(120, 240, 800, 960)))
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "b.jpg")
+    out, flags = tmp_path / "out", ("--out", tmp_path / "out", *THRESHOLDS)
+    code, _, stderr = call(tmp_path / "a.png", tmp_path / "b.jpg", *flags, "--max-megapixels", "0.5")
+    assert code == 2 and "a.png is 1200x480" in stderr and "raise it with --max-megapixels" in stderr
+    assert f"warning: 1 files, for instance {tmp_path / 'b.jpg'}: larger than --max-megapixels" in stderr
+    (row,) = rows(out)
+    ((x, y, width, height),) = json.loads(row["boxes"])
+    assert np.allclose([x, y, x + width, y + height], (800, 120, 960, 240), atol=14)
+    assert Image.open(next((out / "overlays").iterdir())).size == (1200, 480)
+    assert call(tmp_path / "a.png", tmp_path / "b.jpg", *flags, "--max-megapixels", "0.6")[0] == 0
+    (box,) = next(json.loads(row["boxes"]) for row in rows(out))
+    assert box == pytest.approx([x, y, width, height], abs=14)
 
 
 @pytest.mark.usefixtures("stand_in_model")

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from datasets.images import read_image
+from datasets.images import Decoding, read_image
 from utils.errors import InputError
 from utils.processes import answer
 
@@ -46,14 +46,14 @@ VALIDATED = ("efficient_ad",)  # needs validation images for the quantiles of it
 class Images(Dataset):
     """Image files as batches for anomalib, resized and normalised as the model expects them."""
 
-    def __init__(self, paths: list[str], transform: nn.Module) -> None:
-        self.paths, self.transform = paths, transform
+    def __init__(self, paths: list[str], transform: nn.Module, decoding: Decoding) -> None:
+        self.paths, self.transform, self.decoding = paths, transform, decoding
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.transform(pil_to_tensor(read_image(Path(self.paths[index]))).float() / 255)
+        return self.transform(pil_to_tensor(read_image(self.paths[index], self.decoding)).float() / 255)
 
 
 def collate(images: list[torch.Tensor]) -> ImageBatch:
@@ -122,8 +122,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     seed_everything(job["seed"])
     model = build(job)
     transform, model.pre_processor = model.pre_processor.transform, None  # applied image by image: sizes may differ
+    decoding = Decoding(**job["decoding"])
     images = TrainingImages(
-        Images(job["train"], transform), BATCH.get(name, job["batch_size"]), job["workers"], name in VALIDATED
+        Images(job["train"], transform, decoding), BATCH.get(name, job["batch_size"]), job["workers"], name in VALIDATED
     )
     length = MODELS[name][1]
     kind, _, number = device.partition(":")
@@ -136,7 +137,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     )
     trainer.fit(model, datamodule=images)
     fitted = time.perf_counter()
-    predict(model.model.to(device).eval(), Images(job["test"], transform), job)
+    predict(model.model.to(device).eval(), Images(job["test"], transform, decoding), job)
     seconds = {"fit": fitted - start, "test": time.perf_counter() - fitted, "cpu": time.process_time() - processor}
     height, width = images.fitted[0].shape[-2:]
     network = getattr(model.model, "backbone", None) or getattr(model.model, "encoder_name", None)

@@ -38,7 +38,7 @@ def opened_categories(
                 claim_folder(data.results_dir / name / results)
                 locks.enter_context(folder_lock(data.results_dir / name / results))
         with one_per_machine_first():
-            categories = [open_category(data.root, name) for name in data.categories]
+            categories = [open_category(data.root, name, data.decoding) for name in data.categories]
         with list_all_unreadable(categories, samples_of, workers, data.skip_unreadable):
             for category in categories:
                 samples = samples_of(category)

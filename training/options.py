@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from datasets import MAX_MEGAPIXELS
 from models.branches import BRANCHES, COVARIANCES, weights_flag
 from models.fusion import RULES
 from models.networks import DEMO_NETWORK, IMAGENET_NETWORKS, MAX_SIDE
 from training.settings import DataSettings, RunSettings
 from utils import distributed
-from utils.command_line import Parser, category_name, number
+from utils.command_line import Parser, add_size_flag, category_name, number
 from utils.errors import InputError
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
@@ -46,6 +47,7 @@ def add_data_flags(parser: Parser) -> None:
         help="folders in MVTec layout, or 'all'; only coal_ad is downloaded (default: coal_ad)",
     )
     group.add_argument("--results-dir", type=Path, default=Path("result"), help="default: result")
+    add_size_flag(group, MAX_MEGAPIXELS)
     group.add_argument(
         "--skip-unreadable",
         action="store_true",
@@ -55,10 +57,12 @@ def add_data_flags(parser: Parser) -> None:
 
 def data_settings(args: argparse.Namespace) -> DataSettings:
     """What those flags come to, `all` written out. Raises InputError where a category is not there."""
+    from datasets.images import Decoding
     from datasets.mvtec import find_categories
 
     names = find_categories(args.data_root, args.category)
-    return DataSettings(args.data_root, tuple(names), args.results_dir, args.skip_unreadable)
+    decoding = Decoding(args.max_megapixels, getattr(args, "bit_depth", 16))
+    return DataSettings(args.data_root, tuple(names), args.results_dir, args.skip_unreadable, decoding)
 
 
 def add_models_flag(parser: Parser) -> None:
@@ -225,6 +229,13 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
         help="bring each image to one mean colour and one contrast first (the demo network does that by itself)",
     )
     group = parser.add_argument_group("fit")
+    group.add_argument(
+        "--bit-depth",
+        type=number(int, 8, 16),
+        default=16,
+        metavar="BITS",
+        help="of the camera whose images are stored in 16 bits, 8 to 16; the checkpoint keeps it (default: 16)",
+    )
     group.add_argument(
         "--roi",
         type=Path,

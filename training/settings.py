@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets.images import Decoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +18,7 @@ class DataSettings:
     categories: tuple[str, ...]
     results_dir: Path
     skip_unreadable: bool
+    decoding: Decoding
 
 
 @dataclasses.dataclass(frozen=True)

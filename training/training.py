@@ -43,11 +43,11 @@ def train(args: argparse.Namespace, name: str, **settings: Any) -> None:
         seed=args.seed,
         normalize_contrast=args.normalize_contrast,
     ).with_weights(args.weights)
-    roi = args.roi and RegionOfInterest.read(args.roi)
     empty_backbone(spec)  # finds sizes that do not suit the network before anything is downloaded
     if spec.weights == "file" and not Path(spec.file).is_file():
         raise InputError(f"--weights {spec.file}: no such file")
     data = data_settings(args)
+    roi = args.roi and RegionOfInterest.read(args.roi, data.decoding)
     average = average_path(data.results_dir, name)
 
     def samples_of(category: Category) -> list[Sample]:
@@ -65,7 +65,7 @@ def train(args: argparse.Namespace, name: str, **settings: Any) -> None:
             backbone = build_backbone(spec, run.device, precision=run.precision)
         for category in categories:
             branch = branch_class(backbone, **settings)
-            branch.roi = roi
+            branch.roi, branch.bit_depth = roi, category.decoding.bit_depth
             fit_branch(run, category, split, branch)
             if is_main_process():
                 branch.save(checkpoint_of(category.name))

@@ -149,6 +149,18 @@ def some_of(names: Iterable[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def add_size_flag(group: argparse._ArgumentGroup, default: float) -> None:
+    """How large an image file may be."""
+    group.add_argument(
+        "--max-megapixels",
+        type=number(float, 0, above=True),
+        default=default,
+        metavar="N",
+        help="refuse image files that are larger and could fill the memory; JPEG is reduced to it "
+        f"(default: {default:g})",
+    )
+
+
 def category_name(text: str) -> str:
     """An argparse type: a folder's plain name."""
     if not text or text.startswith(".") or re.search(r'[/\\:*?"<>|\x00-\x1f]', text):

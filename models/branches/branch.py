@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from datasets.images import DEPTHS
 from datasets.region import RegionOfInterest
 from models.branches import weights_flag
 from models.branches.postprocess import resize_maps
@@ -76,6 +77,7 @@ class Branch(abc.ABC):
         self.training: dict[str, Any] = {}  # what it was fitted on, for the checkpoint
         self.calibration: dict[str, float] | None = None  # statistics on held-out normal images
         self.roi: RegionOfInterest | None = None
+        self.bit_depth = DEPTHS[-1]  # of the camera behind 16-bit images
         self.stopwatch = Stopwatch(self.device)
 
     @abc.abstractmethod
@@ -156,6 +158,7 @@ class Branch(abc.ABC):
             "training": self.training,
             "calibration": self.calibration,
             "roi": self.roi and self.roi.to_text(),
+            "bit_depth": self.bit_depth,
         }
         save_checkpoint(path, self.state(), metadata)
 
@@ -177,7 +180,7 @@ class Branch(abc.ABC):
             settings, training, calibration = (metadata[key] for key in ("settings", "training", "calibration"))
             parameters = inspect.signature(cls).parameters
             settings = {name: _like(parameters[name].default, value) for name, value in settings.items()}
-            roi = region_in(metadata)
+            roi, bit_depth = region_in(metadata), bit_depth_in(metadata)
             if not isinstance(training, dict):
                 raise TypeError("training")
             if calibration is not None:
@@ -194,7 +197,7 @@ class Branch(abc.ABC):
             branch.load_state(tensors)
         except InputError as error:
             raise InputError(f"{path}: {error}; train the branch again") from None
-        branch.training, branch.calibration, branch.roi = training, calibration, roi
+        branch.training, branch.calibration, branch.roi, branch.bit_depth = training, calibration, roi, bit_depth
         return branch
 
 
@@ -214,6 +217,11 @@ def region_in(metadata: dict[str, Any]) -> RegionOfInterest | None:
     """The region of interest of a checkpoint. Raises ValueError or InputError where it is none."""
     text = metadata.get("roi")  # checkpoints of earlier versions have no such entry
     return None if text is None else RegionOfInterest.from_text(text)
+
+
+def bit_depth_in(metadata: dict[str, Any]) -> int:
+    """The bit depth of a checkpoint. Raises ValueError where it is none."""
+    return DEPTHS[DEPTHS.index(metadata.get("bit_depth", DEPTHS[-1]))]  # earlier versions took all to be of 16 bits
 
 
 def _like(default: Any, value: Any) -> Any:

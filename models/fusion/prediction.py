@@ -11,12 +11,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from datasets.images import read_image
+from datasets.images import PLAIN, Decoding, Picture, read_picture
 from datasets.region import RegionOfInterest
 from models.fusion.operating_point import OperatingPoint
 from utils.errors import InputError
 
-ImageLike = str | os.PathLike | Image.Image | np.ndarray
+ImageLike = str | os.PathLike | Image.Image | np.ndarray | Picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Model(Protocol):
     min_area: int  # pixels that a region needs to count
     operating_point: OperatingPoint | None
     roi: RegionOfInterest | None
+    bit_depth: int  # of the camera behind 16-bit images
     batch_size: int  # frames at a time, unless the caller says otherwise
 
     def __call__(self, images: Sequence[ImageLike], batch_size: int | None = None) -> list[Prediction]: ...
@@ -62,17 +63,19 @@ def decide(
     return Prediction(score, fused, branches, anomalous, boxes, area)
 
 
-def as_picture(image: ImageLike, roi: RegionOfInterest | None = None) -> Image.Image:
-    """A path, a PIL image, or an RGB array [H, W, 3] of uint8 as an RGB image, of which only `roi` can be seen."""
+def as_picture(image: ImageLike, roi: RegionOfInterest | None = None, decoding: Decoding = PLAIN) -> Picture:
+    """A path, a picture, a PIL image, or an RGB array [H, W, 3] of uint8 as a picture, of which only `roi` is seen."""
     if isinstance(image, str | os.PathLike):
-        picture = read_image(image)
+        picture = read_picture(image, decoding)
+    elif isinstance(image, Picture):
+        picture = image
     elif isinstance(image, Image.Image):
-        picture = image.convert("RGB")
+        picture = Picture(image.convert("RGB"), image.size)
     elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-        picture = Image.fromarray(image)
+        picture = Picture(Image.fromarray(image), image.shape[1::-1])
     else:
         _refuse(image)
-    return roi.apply(picture) if roi else picture
+    return picture._replace(image=roi.apply(picture.image)) if roi else picture
 
 
 def _refuse(image: object) -> NoReturn:

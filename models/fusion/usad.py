@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.images import Decoding
 from datasets.loading import to_tensor
 from models.branches import BRANCHES
 from models.branches.branch import Branch, Part
@@ -44,6 +45,9 @@ class USAD:
         self.roi = branches[0].roi
         if any(branch.roi != self.roi for branch in branches):
             raise InputError("the branches were not trained with the same --roi; train them again with one")
+        self.bit_depth = branches[0].bit_depth
+        if any(branch.bit_depth != self.bit_depth for branch in branches):
+            raise InputError("the branches were not trained with the same --bit-depth; train them again with one")
         self.rule = RULES[fusion](branches, **settings)
         self.min_area = 0  # pixels that a region needs to count
         self.stopwatch = Stopwatch(self.device)
@@ -106,7 +110,7 @@ class USAD:
         return {"fusion": self.rule.name, **self.rule.settings()}
 
     def __call__(self, images: ImageLike | Sequence[ImageLike], batch_size: int | None = None) -> list[Prediction]:
-        """A path, PIL image or RGB array [H, W, 3] of uint8, of any size, or a list of these -> a list of predictions.
+        """A path, picture, PIL image or RGB array [H, W, 3] of uint8, or a list of these -> a list of predictions.
 
         Maps, boxes and areas are in each image's own pixels. Raises InputError for a file that cannot be read, an array
         of another kind, or scores that are not finite.
@@ -115,8 +119,11 @@ class USAD:
         batch_size = batch_size or self.batch_size
         predictions = []
         for start in range(0, len(images), batch_size):
-            pictures = [as_picture(image, self.roi) for image in images[start : start + batch_size]]
-            batch = torch.stack([to_tensor(picture, self.image_size, "bicubic") for picture in pictures])
+            pictures = [
+                as_picture(image, self.roi, Decoding(bit_depth=self.bit_depth))
+                for image in images[start : start + batch_size]
+            ]
+            batch = torch.stack([to_tensor(picture.image, self.image_size, "bicubic") for picture in pictures])
             parts = {name: _numbers(name, part) for name, part in self.predict_parts(batch.to(self.device)).items()}
             for row, picture in enumerate(pictures):
                 own = {name: (float(scores[row]), maps[row]) for name, (scores, maps) in parts.items()}
