@@ -122,7 +122,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     seed_everything(job["seed"])
     model = build(job)
     transform, model.pre_processor = model.pre_processor.transform, None  # applied image by image: sizes may differ
-    decoding = Decoding(**job["decoding"])
+    decoding = Decoding(**job.get("decoding", {}))
     images = TrainingImages(
         Images(job["train"], transform, decoding), BATCH.get(name, job["batch_size"]), job["workers"], name in VALIDATED
     )
