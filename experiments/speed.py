@@ -80,7 +80,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     else:
         ((_, path),) = paths.items()
         model = BRANCHES[name].load(path, job["weights"].get(name), job["device"], job["precision"])
-    decoding = Decoding(**job["decoding"])
+    decoding = Decoding(**job.get("decoding", {}))
     samples = [Sample(Path(path), path, decoding=decoding) for path in job["images"]]
     dataset = ImageDataset(samples, model.image_size, "bicubic")
     for batch in ImageLoader(
