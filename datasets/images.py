@@ -1,4 +1,4 @@
-"""Reading image and mask files of every kind as one: RGB of 8 bits, and a bool for each pixel."""
+"""Reads image and mask files of every kind: images as 8-bit RGB, masks as a bool for each pixel."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # an EXIF tag, and its values
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How image files become RGB of 8 bits."""
+    """How image files become 8-bit RGB."""
 
     max_megapixels: float = MAX_MEGAPIXELS  # larger files are refused: a few bytes could unpack to more than the memory
-    bit_depth: int = DEPTHS[-1]  # of the camera behind 16-bit files: 12 stands for values from 0 to 4095
+    bit_depth: int = DEPTHS[-1]  # of the camera behind 16-bit files: 12 means values from 0 to 4095
 
 
 PLAIN = Decoding()
 
 
 class Note(enum.IntFlag):
-    """What may surprise about a file that can be read."""
+    """What may surprise in a file that can be read."""
 
     LABELS = 1  # a mask of labels, not of black and white
     EMPTY = 2  # masks that mark nothing
@@ -47,7 +47,7 @@ class Note(enum.IntFlag):
 
 
 class Picture(NamedTuple):
-    """What an image file shows, turned as its EXIF orientation says."""
+    """The picture in an image file, turned by its EXIF orientation."""
 
     image: Image.Image  # RGB
     size: tuple[int, int]  # full width and height; those of `image` are smaller if it was decoded at a reduced scale
@@ -57,9 +57,9 @@ class Picture(NamedTuple):
 def find_files(
     folder: str | os.PathLike, extensions: Collection[str] = EXTENSIONS, above: frozenset[str] = frozenset()
 ) -> Iterator[Path]:
-    """Files by their suffix, in any case, in `folder` and its sub-folders; hidden ones are passed over."""
+    """Files with one of the suffixes, in any case, in `folder` and its sub-folders; hidden ones are skipped."""
     real = os.path.realpath(folder)
-    if real in above:  # a link to a folder that it lies in
+    if real in above:  # a link to one of the folders above it
         return
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -80,8 +80,8 @@ def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture
     """The file's first frame.
 
     Grey and palette images are expanded, CMYK is converted, alpha is dropped, 16 bits become 8 by `bit_depth`. A JPEG
-    above the limit is decoded at a half, a quarter or an eighth of its scale. Raises UnreadableError where the file
-    cannot be read, is too large, or holds floats, whose range nobody knows.
+    above the limit is decoded at a half, a quarter or an eighth of its scale. Raises UnreadableError if the file
+    cannot be read, is too large, or holds floats, whose range is unknown.
     """
     with _opened(path) as image:
         size, notes = image.size, Note(0)
@@ -116,7 +116,7 @@ def _too_large(path: str | os.PathLike, size: tuple[int, int], decoding: Decodin
 
 
 def _reduce(image: Image.Image, path: str | os.PathLike, decoding: Decoding) -> None:
-    """Have the decoder give the image at a scale within the limit; raises UnreadableError where it cannot.
+    """Have the image decoded at a scale within the limit; raises UnreadableError if that is impossible.
 
     A progressive JPEG takes the memory of its full size at any scale.
     """
@@ -129,7 +129,7 @@ def _reduce(image: Image.Image, path: str | os.PathLike, decoding: Decoding) -> 
 
 
 def _to_8_bits(image: Image.Image, path: str | os.PathLike, bit_depth: int) -> tuple[Image.Image, bool]:
-    """Load the image with 8 bits a channel; whether it had 16 and uses under an eighth of their range."""
+    """The image with 8 bits a channel, and whether it had 16 and uses less than an eighth of their range."""
     grey = image.mode.startswith("I")
     deep_color = not grey and ";16" in str(image.tile)
     image.load()
@@ -152,7 +152,7 @@ def _to_8_bits(image: Image.Image, path: str | os.PathLike, bit_depth: int) -> t
 
 
 def _read_deep_color(path: str | os.PathLike) -> np.ndarray:
-    """The 16 bits of each channel, which Pillow does not give: [H, W, 3] uint16."""
+    """All 16 bits of each channel, [H, W, 3] uint16; Pillow gives only 8."""
     import cv2
 
     values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -166,9 +166,10 @@ def read_mask(
 ) -> tuple[np.ndarray, Note]:
     """What the masks of an image mark together, bool [H, W].
 
-    A pixel is marked from half of full scale on. Where no pixel of a mask reaches that, or its colours come from a
-    palette, it is a mask of labels, and all but the background is marked. JPEG has no labels: its zeros are not exact.
-    Raises UnreadableError for a file that cannot be read, or whose size (width, height) is not `size`, the image's.
+    A pixel is marked from half of full scale on. If no pixel of a mask reaches that, or its colours come from a
+    palette, the mask holds labels, and everything but the background is marked. A JPEG never does: its zeros are not
+    exact.
+    Raises UnreadableError for a file that cannot be read, or whose size (width, height) is not the image's `size`.
     """
     marked, notes = None, Note(0)
     for path in paths:
@@ -191,7 +192,7 @@ def read_mask(
 
 
 def _marked_by_value(mask: Image.Image) -> tuple[np.ndarray, bool]:
-    """The pixels marked, and whether by labels. Of a colour the strongest channel counts: pure blue is no dark grey."""
+    """The marked pixels, and whether they are labels. A colour counts by its strongest channel, even pure blue."""
     if mask.mode[0] in "IF":
         values = np.asarray(mask)
     elif mask.mode in ("1", "L", "LA"):
@@ -206,7 +207,7 @@ def _marked_by_value(mask: Image.Image) -> tuple[np.ndarray, bool]:
 
 
 def _marked_by_palette(mask: Image.Image) -> tuple[np.ndarray, bool]:
-    """The pixels marked, and whether any of them is dark. Background is black or, without it, the first colour."""
+    """The marked pixels, and whether any is dark. The background is black or, if there is none, the first colour."""
     indices = np.asarray(mask).reshape(*mask.size[::-1], -1)[..., 0]
     flat = mask.getpalette("RGB")
     palette = np.zeros((256, 3), np.uint8)
@@ -222,11 +223,11 @@ def _marked_by_palette(mask: Image.Image) -> tuple[np.ndarray, bool]:
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """The image, not yet loaded; every way in which a file can be broken becomes an UnreadableError that names it.
+    """The image, not yet loaded; whatever is broken about the file becomes an UnreadableError that names it.
 
-    A file that is gone, or may not be read, or a failing disk is the system's OSError.
+    A missing file, a missing permission and a failing disk stay OSErrors of the system.
     """
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # `Decoding` has the limit, whose error names the flag
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # `Decoding` has a limit whose error names the flag
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # of odd EXIF data and the like

@@ -1,4 +1,4 @@
-"""Categories in MVTec layout: which files there are, and which of them are fitted on or held out.
+"""Categories in MVTec layout: their files, and which of them are fitted on or held out.
 
 <root>/<category>/train/good/*.png
 <root>/<category>/test/good/*.png, test/<defect>/*.png
@@ -26,7 +26,7 @@ from utils.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """An image file and the files that mark its anomalous region: none of a normal image, nor where there are none."""
+    """An image file and the masks of its anomalous region; a normal image, or a defect without masks, has none."""
 
     path: Path
     name: str  # relative to the category, with "/"
@@ -44,14 +44,14 @@ class Sample:
         return read_picture(self.path, self.decoding)
 
     def read_mask(self, size: tuple[int, int] | None = None) -> tuple[np.ndarray, Note]:
-        """What its masks mark together, bool [H, W]; see `datasets.images.read_mask`."""
+        """Everything that its masks mark, bool [H, W]; see `datasets.images.read_mask`."""
         return read_mask(self.masks, size, self.decoding)
 
 
 class Category:
     """The files of one category; nothing is opened yet.
 
-    `left_out`, name -> reason, are not among its samples; `decoding` is theirs.
+    `left_out` (name -> reason) are not among its samples; `decoding` says how the samples are decoded.
     """
 
     def __init__(self, root: Path, name: str, decoding: Decoding = PLAIN) -> None:
@@ -69,10 +69,10 @@ class Category:
         return self._kept(samples, f"{folder} has no")
 
     def test_samples(self) -> list[Sample]:
-        """Test images in sorted path order, every folder but `good` being a defect.
+        """Test images in sorted path order; every folder except `good` is a defect.
 
-        Raises InputError where there are none, two images of a folder share a stem (their masks and results would,
-        too), or some images of a defect have masks and others have none.
+        Raises InputError if there are none, if two images of a folder share a stem (and so their masks and results), or
+        if some images of a defect have masks and others have none.
         """
         test, truth = self.folder / "test", self.folder / "ground_truth"
         if not test.is_dir():
@@ -96,7 +96,7 @@ class Category:
         return Sample(path, name, int(anomalous), masks if anomalous else (), self.decoding)
 
     def _kept(self, samples: Sequence[Sample], none: str) -> list[Sample]:
-        """Those not left out, by name; raises InputError beginning with `none` where that is none."""
+        """Those not left out, sorted by name; raises an InputError that begins with `none` if there are none."""
         kept = sorted((sample for sample in samples if sample.name not in self.left_out), key=lambda s: s.name)
         if not kept:
             kind = f"{'readable ' if self.left_out else ''}images ({' '.join(sorted(EXTENSIONS))})"
@@ -105,7 +105,7 @@ class Category:
 
 
 class _Masks:
-    """The mask files below `folder`, by the places of the images below test/."""
+    """The mask files below `folder`, looked up by the paths of images below test/."""
 
     def __init__(self, folder: Path, images: Iterable[Path]) -> None:
         self._namesakes = Counter((image.parts[0], image.stem) for image in images)
@@ -118,7 +118,7 @@ class _Masks:
             self._several.setdefault(place.parent.as_posix(), []).append(path)
 
     def of(self, image: Path) -> tuple[Path, ...]:
-        """The masks of the image at this place: in the same sub-folder or, if no other image has its name, in none."""
+        """The masks of the image at this path: in its sub-folder or, if its name is unique, in the defect's folder."""
         places = [image.with_suffix("").as_posix()]
         if self._namesakes[image.parts[0], image.stem] == 1:
             places.append(f"{image.parts[0]}/{image.stem}")
@@ -132,7 +132,7 @@ class _Masks:
 
 
 def defects_without_masks(samples: Iterable[Sample]) -> list[str]:
-    """The defects none of whose images have a mask. With one of them the figures of pixels would be wrong."""
+    """The defects whose images have no masks at all; their pixels would make the pixel figures wrong."""
     masked: dict[str, bool] = {}
     for sample in samples:
         if sample.label:
@@ -141,7 +141,7 @@ def defects_without_masks(samples: Iterable[Sample]) -> list[str]:
 
 
 def _check_masks(samples: Sequence[Sample], truth: Path) -> None:
-    """Raise InputError where an image has no mask although others of its defect have one."""
+    """Raise InputError if an image has no mask although others of its defect have one."""
     unmasked = defects_without_masks(samples)
     bare = [sample for sample in samples if sample.label and not sample.masks and sample.kind not in unmasked]
     if bare:
@@ -154,9 +154,9 @@ def _check_masks(samples: Sequence[Sample], truth: Path) -> None:
 
 
 def find_categories(root: Path, names: Sequence[str]) -> list[str]:
-    """The categories asked for, each once; `all` stands for every folder of `root` with train/good in it.
+    """The categories asked for, each once; `all` means every folder of `root` with train/good in it.
 
-    Raises InputError where there is no such folder, unless it can be downloaded.
+    Raises InputError for a folder that does not exist, unless it can be downloaded.
     """
     if os.path.lexists(root) and not Path(root).is_dir():
         raise InputError(f"--data-root {root} is no folder; give the one that holds <category>/train")
@@ -172,7 +172,7 @@ def find_categories(root: Path, names: Sequence[str]) -> list[str]:
 
 
 def open_category(root: Path, name: str, decoding: Decoding = PLAIN) -> Category:
-    """The category's files, downloaded on first use where that is possible. Raises InputError where there are none."""
+    """The category's files, downloaded on first use if possible. Raises InputError if there are none."""
     if name in DOWNLOADS:
         DOWNLOADS[name](root)
     return Category(root, name, decoding)
@@ -181,11 +181,11 @@ def open_category(root: Path, name: str, decoding: Decoding = PLAIN) -> Category
 def split_training(
     samples: Sequence[Sample], train_ratio: float, holdout_ratio: float, seed: int
 ) -> tuple[list[Sample], list[Sample]]:
-    """Training images to fit on, and images held out, which depend on the list, the ratio and the seed alone.
+    """Training images to fit on, and held-out images, which depend only on the list, the ratio and the seed.
 
-    A train ratio under 1 takes the first int(ratio n) of the list shuffled by `random.Random(seed)`, in that
-    order, as the authors' program does; ratio 1 keeps the sorted order. Raises InputError where no image is
-    left to fit on, or fewer than two are held out.
+    A train ratio below 1 takes the first int(ratio n) of the list shuffled by `random.Random(seed)`, in that order, as
+    the authors' program does; ratio 1 keeps the sorted order. Raises InputError if no image is left to fit on, or
+    fewer than two are held out.
     """
     held = set(random.Random(f"holdout {seed}").sample(range(len(samples)), round(holdout_ratio * len(samples))))
     if holdout_ratio and len(held) < 2:

@@ -18,7 +18,7 @@ MAX_SIDE = 2048  # of the stored region; it is scaled to each frame anyway
 class RegionOfInterest:
     """White where frames are looked at; scaled to each frame. Nothing outside reaches a network.
 
-    `inside` is bool [H, W]. Raises InputError where it is False throughout.
+    `inside` is bool [H, W]. Raises InputError if it is False everywhere.
     """
 
     def __init__(self, inside: np.ndarray) -> None:
@@ -29,7 +29,7 @@ class RegionOfInterest:
 
     @classmethod
     def read(cls, path: str | os.PathLike, decoding: Decoding = PLAIN) -> RegionOfInterest:
-        """From an image file, read like a mask: what it marks is inside. Raises InputError where nothing is."""
+        """From an image file, read like a mask: what it marks is inside. Raises InputError if that is nothing."""
         if not os.path.isfile(path):
             raise InputError(f"--roi {path}: no such file")
         image = Image.fromarray(read_mask([path], decoding=decoding)[0])
@@ -47,7 +47,7 @@ class RegionOfInterest:
 
     @classmethod
     def from_text(cls, text: str) -> RegionOfInterest:
-        """What `to_text` gave. Raises ValueError or InputError for anything else."""
+        """The region that `to_text` wrote. Raises ValueError or InputError for anything else."""
         try:
             with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) as image:
                 if max(image.size) > MAX_SIDE:
@@ -73,16 +73,16 @@ class RegionOfInterest:
         return np.asarray(scaled, bool)
 
     def on_grid(self, rows: int, columns: int) -> np.ndarray:
-        """The cells of a grid of patches that lie inside by half or more, bool [rows, columns].
+        """The cells of a grid of patches of which at least half lies inside, bool [rows, columns].
 
-        Where none does, those that the region touches most.
+        If there are none, the cells with the largest share inside.
         """
         size = columns * 16, rows * 16
         share = self.at(*size).reshape(rows, 16, columns, 16).mean((1, 3))
         return share >= min(0.5, share.max())
 
     def apply(self, image: Image.Image) -> Image.Image:
-        """An RGB image with everything outside in the mean colour of the inside: no edge that depends on the light."""
+        """An RGB image with everything outside in the mean colour of the inside, so that the edge adds no contrast."""
         inside = self.at(*image.size)
         pixels = np.array(image)
         pixels[~inside] = pixels[inside].mean(0).round() if inside.any() else 0

@@ -1,7 +1,7 @@
 """Where frames come from: image files, folders, patterns, video files, and cameras.
 
-Files give every frame, in order. A camera gives its newest frame: what arrives while the last one is still being
-looked at is dropped and counted, so that the answer is never late.
+Files give every frame, in order. A camera gives its newest frame: frames that arrive while one is being processed are
+dropped and counted, so that the result is never late.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from utils.redact import redact
 VIDEO_EXTENSIONS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts"}
 KNOWN = EXTENSIONS | VIDEO_EXTENSIONS
 CAMERA_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "rtp", "srt")
-ANSWER_SECONDS = 10.0  # a camera that gives no frame for so long is not there
-DEFAULT_FPS = 25.0  # of a video that does not say
+ANSWER_SECONDS = 10.0  # a camera that gives no frame for so long counts as absent
+DEFAULT_FPS = 25.0  # of a video without a frame rate
 
 # What OpenCV and FFmpeg print by themselves may hold a camera's address.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -53,7 +53,7 @@ class Frame:
 
 
 class Images:
-    """The images of one folder that were asked for."""
+    """Images of one folder."""
 
     fps = None
     dropped = 0
@@ -128,7 +128,7 @@ class Camera:
         self._news = threading.Condition()
         self._newest: Frame | None = None
         self._ended = self._stopping = False
-        self._taking = False  # frames that come before anybody takes any are not counted as dropped
+        self._taking = False  # frames before the first call are not counted as dropped
         self._thread = threading.Thread(target=self._read, daemon=True)
 
     def open(self, every: int) -> None:
@@ -146,7 +146,7 @@ class Camera:
             )
 
     def frames(self, every: int, _: Decoding = PLAIN) -> Iterator[Frame]:
-        """The newest frame each time, until the stream ends or has been silent for ANSWER_SECONDS."""
+        """Always the newest frame, until the stream ends or sends nothing for ANSWER_SECONDS."""
         if self._thread.ident is None:
             self.open(every)
         while True:
@@ -159,13 +159,13 @@ class Camera:
             yield frame
 
     def close(self) -> None:
-        """Let go of the camera. Python must not end while the thread is inside OpenCV: the process would abort."""
+        """Release the camera. If Python ended while the thread is inside OpenCV, the process would abort."""
         self._stopping = True
         if self._thread.ident is not None:
             self._thread.join(timeout=ANSWER_SECONDS)
 
     def _wait(self, seconds: float) -> None:
-        """Wait for a frame or the end, in slices: Windows delivers no Ctrl-C during a wait."""
+        """Wait for a frame or the end, in short steps: Windows delivers no Ctrl-C during a wait."""
         end = time.monotonic() + seconds
         while self._newest is None and not self._ended and (left := end - time.monotonic()) > 0:
             self._news.wait(min(left, 0.5))
@@ -183,7 +183,7 @@ class Camera:
                         break
                     self._publish(number, cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
         except cv2.error:
-            pass  # a picture that OpenCV cannot take: the stream ends here, and says so
+            pass  # OpenCV cannot decode a picture: the stream ends here with a message
         finally:
             with self._news:
                 self._ended = True
@@ -203,7 +203,7 @@ class Camera:
 def _open_capture(address: str) -> cv2.VideoCapture:
     if address.isdigit():
         return cv2.VideoCapture(int(address))
-    limit = int(ANSWER_SECONDS * 800)  # milliseconds: gives up before the one who waits for it
+    limit = int(ANSWER_SECONDS * 800)  # milliseconds: gives up before the main thread stops waiting
     limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, limit, cv2.CAP_PROP_READ_TIMEOUT_MSEC, limit]
     return cv2.VideoCapture(address, cv2.CAP_FFMPEG, limits)
 
@@ -212,9 +212,9 @@ Source = Images | Video | Camera
 
 
 def find_sources(arguments: Sequence[str]) -> list[Source]:
-    """What the arguments of a command line stand for, in order; images of one folder together.
+    """The sources that the arguments of a command line name, in order; images of one folder form one source.
 
-    Raises InputError for what is not there, an unknown kind of file, and a camera beside anything else.
+    Raises InputError for a path that does not exist, an unknown kind of file, and a camera beside other sources.
     """
     cameras = [text for text in arguments if _is_camera(text)]
     if cameras and len(arguments) > 1:
@@ -243,7 +243,7 @@ def _is_video(path: Path) -> bool:
 
 
 def _files(text: str) -> list[Path]:
-    """The image and video files that one argument stands for."""
+    """The image and video files that one argument names."""
     path = Path(text)
     if path.is_dir():
         found = list(find_files(path, KNOWN))

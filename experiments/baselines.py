@@ -33,7 +33,7 @@ REPORTED_ON = "coal_ad"
 
 
 class Baselines(NamedTuple):
-    """How anomalib is run: interpreter, its anomalib's version (None: it has none), models, weights."""
+    """How anomalib is run: interpreter, version of its anomalib (None: it has none), models, weights."""
 
     python: Path
     version: str | None
@@ -42,7 +42,7 @@ class Baselines(NamedTuple):
 
 
 def find_baselines(python: Path | None, names: list[str], weights: list[str]) -> Baselines:
-    """Look for anomalib; raises InputError where an interpreter that was asked for does not have it."""
+    """Look for anomalib; raises InputError if an interpreter that was asked for does not have it."""
     folder = "Scripts/python.exe" if (ROOT / ENVIRONMENT / "Scripts").is_dir() else "bin/python"
     path = python or ROOT / ENVIRONMENT / folder
     for file in weights:
@@ -59,7 +59,7 @@ def find_baselines(python: Path | None, names: list[str], weights: list[str]) ->
 
 
 def comparison(bench: Bench, fusions: list[Fusion], category: Category, baselines: Baselines) -> Table:
-    """USAD, what the paper reports where it is about this category, and the baselines."""
+    """USAD, the paper's figures if they are about this category, and the baselines."""
     broken: dict[str, str] = {}
     rows = [Row({"method": "USAD"}, [(bench.cell(fusion),) for fusion in fusions], note=_networks(fusions[0]))]
     if category.name == REPORTED_ON:
@@ -81,7 +81,7 @@ def comparison(bench: Bench, fusions: list[Fusion], category: Category, baseline
 
 
 def add_difference(table: Table, store: CellStore) -> None:
-    """Put the difference to the reported figures below them, if they stand in the table."""
+    """Put the difference to the reported figures below them, if the table has them."""
     rows = table.sections[0].rows
     if rows[1:] and rows[1].figures is REPORTED:
         ours = store.row(rows[0])["figures"]
@@ -91,7 +91,7 @@ def add_difference(table: Table, store: CellStore) -> None:
 
 
 def _networks(fusion: Fusion) -> str:
-    """The networks in words; says where they are untrained."""
+    """The networks in words, and whether they are untrained."""
     networks = [variant.network for variant in fusion.variants.values()]
     kinds = {"random": "untrained", "file": "weights from a file"}
     words = [f"{net.name} ({kinds.get(net.weights, net.weights)}), {net.image_size} px" for net in networks]
@@ -101,10 +101,10 @@ def _networks(fusion: Fusion) -> str:
 def _cell(
     name: str, baselines: Baselines, bench: Bench, fusion: Fusion, category: Category, broken: dict[str, str]
 ) -> Cell:
-    """The figures of one baseline, fitted on the images that USAD had; `broken` gathers why some cannot run."""
+    """The figures of one baseline, fitted on the same images as USAD; `broken` collects why some cannot run."""
     pc, run = fusion.variants[PatchCore.name], bench.measurements.run
     settings = {}
-    if name == "patchcore":  # its default, a tenth, takes hours on a large set; both PatchCores keep the same share
+    if name == "patchcore":  # its default, a tenth, takes hours on large data; so both PatchCores keep the same share
         settings["coreset_sampling_ratio"] = pc.settings["coreset_ratio"]
     work = {"model": name, "seed": pc.seed, "settings": settings}
     needs = {
@@ -148,7 +148,7 @@ def _cell(
 def run_baseline(python: Path, job: dict[str, Any], folder: Path) -> str:
     """Run one model in a process of its own, which leaves scores.npy and maps.npy in `folder`.
 
-    Returns its settings in words; raises Unavailable with the reason where it does not get there.
+    Returns its settings in words; raises Unavailable with the reason if it fails.
     """
     try:
         job = {**job, "out": str(folder.absolute())}

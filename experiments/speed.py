@@ -21,7 +21,7 @@ from utils.machine import processor
 from utils.processes import ProcessFailed, answer, run_module
 from utils.timing import Stopwatch
 
-IMAGES = 200  # at most so many are timed
+IMAGES = 200  # the most that are timed
 FIGURES = {
     "images_per_second": "images/s",
     "load": "load, s/image",
@@ -104,7 +104,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine(device: str) -> str:
-    """What timings depend on, in words: processor, threads, GPU, PyTorch's version."""
+    """What timings depend on: processor, threads, GPU and version of PyTorch, for people."""
     words = [processor(), f"threads: {torch.get_num_threads()}"]
     if torch.device(device).type == "cuda":
         words.append(torch.cuda.get_device_name(device))

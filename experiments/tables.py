@@ -52,7 +52,7 @@ def reproduce(args: argparse.Namespace) -> None:
 
 
 def fusions_by_seed(folder: Path, options: dict[str, Any], seeds: list[int] | None) -> list[Fusion]:
-    """The fusion of the checkpoints in `folder`, once for each seed; raises InputError where it cannot be."""
+    """The fusion of the checkpoints in `folder`, once for each seed; raises InputError if it cannot be built."""
     variants = {name: Variant.of_checkpoint(name, path) for name, path in checkpoint_paths(folder).items()}
     fusion = Fusion(variants, options, tuple(variants)).settled()
     return [fusion.with_variants(seed=seed) for seed in seeds] if seeds else [fusion]
@@ -77,7 +77,7 @@ def make_tables(
     fusions: list[Fusion],
     baselines: Baselines | None,
 ) -> None:
-    """Compute the cells of one category's tables and write each table as soon as its own are there."""
+    """Compute the cells of one category's tables, and write each table as soon as its cells are there."""
     folder = args.results_dir / category.name / "tables"
     mark_folder(folder)
     category.decoding = dataclasses.replace(category.decoding, bit_depth=fusions[0].variants["pc"].bit_depth)

@@ -1,4 +1,4 @@
-"""Ways to fit a branch: as its checkpoint was, or with some settings changed."""
+"""Ways to fit a branch: like its checkpoint, or with some settings changed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from utils.checkpoint import read_metadata
 from utils.errors import InputError
 from utils.files import sha256_of_file
 
-SCORING = {"threshold"}  # settings that take part when maps are made, not before
-PUBLISHED_SHARE = {"pc": 0.5}  # of the training images, where a converted checkpoint does not say
+SCORING = {"threshold"}  # settings that matter only when maps are made
+PUBLISHED_SHARE = {"pc": 0.5}  # of the training images, for converted checkpoints, which do not tell
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """All that decides what a branch has learned and how it measures; `checkpoint` where it is fitted already."""
+    """All that decides what a branch has learned and how it scores; `checkpoint` if it is fitted already."""
 
     branch: type[Branch]
     network: BackboneSpec
@@ -40,7 +40,7 @@ class Variant:
 
     @classmethod
     def of_checkpoint(cls, name: str, path: Path) -> Variant:
-        """The checkpoint of the branch of that name as it is; raises InputError where it cannot be read."""
+        """The branch of that name as in the checkpoint; raises InputError if it cannot be read."""
         metadata = read_metadata(path)
         if metadata.get("branch") != name:
             raise InputError(f"{path} is a checkpoint of branch '{metadata.get('branch')}', not of '{name}'")
@@ -68,7 +68,7 @@ class Variant:
         return variant
 
     def changed(self, **changes: Any) -> Variant:
-        """This variant with other fields, `settings` or `image_size`. Changes that change no result give itself."""
+        """This variant with other fields, `settings` or `image_size`; itself if the changes change no result."""
         if "image_size" in changes:
             changes["network"] = dataclasses.replace(self.network, image_size=changes.pop("image_size"))
         if "settings" in changes:
@@ -79,7 +79,7 @@ class Variant:
         return self if other.fit_needs() == self.fit_needs() else other
 
     def _reseeded(self, seed: int) -> dict[str, Any]:
-        """What the training script's --seed decides beside the choice of images."""
+        """What --seed of the training scripts decides beside the choice of images."""
         changes: dict[str, Any] = {}
         if "seed" in self.settings:
             changes["settings"] = {**self.settings, "seed": seed}
@@ -112,11 +112,11 @@ class Variant:
         )
         split = SplitSettings(self.train_ratio, self.holdout_ratio, self.seed)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # too few images for the covariance: known since the first training
+            warnings.simplefilter("ignore")  # too few images for the covariance: the first training has warned
             return fit_branch(run, category, split, self._built(backbone, self.settings))
 
     def mapper(self, **scoring: Any) -> Branch:
-        """A branch without weights that makes maps of what was measured, perhaps with other `SCORING` settings."""
+        """A branch without weights that makes maps of measured patch scores, perhaps with other `SCORING` settings."""
         return self._built(_outline(self.network), self.settings | scoring)
 
     def _built(self, backbone: Backbone, settings: dict[str, Any]) -> Branch:

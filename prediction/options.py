@@ -1,4 +1,4 @@
-"""The flags of predict.py that do not depend on what computes the scores, and the settings that they come to."""
+"""The flags of predict.py that do not depend on the model, and the settings made from them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def add_prediction_flags(parser: Parser) -> None:
 
 
 def prediction_settings(parser: Parser, args: argparse.Namespace) -> PredictionSettings:
-    """What those flags come to."""
+    """The settings made from those flags."""
     if args.no_images and args.overlays:
         parser.error("--overlays has no effect with --no-images; drop one of them")
     return PredictionSettings(

@@ -1,4 +1,4 @@
-"""What predict.py leaves behind: a row per frame, pictures of alarms, an annotated video."""
+"""What predict.py writes: a row for each frame, pictures of alarms, annotated videos."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SCRIPT = "predict.py"  # the mark by which a later run knows its own folder
 COLUMNS = ("source", "frame", "time", "score", "anomalous", "area", "boxes")
 TABLE, REPORT, OVERLAYS, VIDEOS = "predictions.csv", "report.html", "overlays", "videos"
 CONTOUR, BOX, QUIET = (0, 0, 255), (0, 220, 255), (80, 200, 80)  # BGR
-NAME_BYTES = 120  # of a source's name in a file's; file systems take 143 to 255
+NAME_BYTES = 120  # of a source's name within a file name; file systems take 143 to 255
 CODECS = ((cv2.CAP_ANY, "mp4v", ".mp4"), (cv2.CAP_OPENCV_MJPEG, "MJPG", ".avi"))
-AVI_BYTES = 2 << 30  # after which an AVI is closed and another one goes on: it cannot grow beyond 4 GB
+AVI_BYTES = 2 << 30  # then an AVI is closed and another one begun: it cannot grow beyond 4 GB
 
 
 class Alarm:
@@ -40,7 +40,7 @@ class Alarm:
         self._contrary = 0
 
     def update(self, anomalous: bool) -> bool:
-        """Take in one frame; returns whether the alarm is on."""
+        """Count one frame; returns whether the alarm is on."""
         self._contrary = self._contrary + 1 if anomalous != self.on else 0
         if self._contrary == self.frames:
             self.on, self._contrary = anomalous, 0
@@ -58,7 +58,7 @@ class Table:
         self._json_lines = json_lines
 
     def add(self, frame: Frame, prediction: Prediction, alarm: bool | None) -> None:
-        """One frame's row; what needs a threshold that is not known stays empty."""
+        """Write the row of one frame; without a threshold, what needs it stays empty."""
         boxes = prediction.boxes
         self._writer.writerow(
             (
@@ -115,7 +115,7 @@ def write_overlay(folder: Path, row: int, frame: Frame, picture: np.ndarray) -> 
 
 
 def safe_name(source: str) -> str:
-    """The stem of a path or an address, in any script, without what some file system refuses."""
+    """The stem of a path or an address, in any script, without characters that some file system refuses."""
     stem = unicodedata.normalize("NFC", Path(source).stem)
     stem = "".join(char if char.isprintable() and char not in '<>:"/\\|?*' else "\0" for char in stem)
     stem = re.sub("\0+", "_", stem).encode()[:NAME_BYTES].decode(errors="ignore")
@@ -123,7 +123,7 @@ def safe_name(source: str) -> str:
 
 
 class VideoFile:
-    """An annotated video; takes its name when it is closed, so that a file of that name is a whole one.
+    """An annotated video. It gets its name when it is closed, so that a file with that name is complete.
 
     FFmpeg's encoders, behind OpenCV, cut an odd width or height; OpenCV's own, for AVI, does not.
     """
@@ -156,11 +156,11 @@ class VideoFile:
 
     @property
     def is_full(self) -> bool:
-        """Whether it is an AVI that must not grow any more."""
+        """Whether it is an AVI of the largest size."""
         return self.path.suffix == ".avi" and self._partial.stat().st_size > AVI_BYTES
 
     def close(self) -> None:
-        """Finish the file; raises OSError where the disk did not take all of it."""
+        """Finish the file; raises OSError if it could not be written completely."""
         if self._writer is None:
             return
         self._writer.release()
@@ -174,7 +174,7 @@ class VideoFile:
 
 
 class Recorder:
-    """Takes frames and their predictions, writes all files; keeps no more than the report's gallery in memory."""
+    """Takes frames and their predictions, and writes all files; only the report's gallery stays in memory."""
 
     def __init__(
         self, folder: Path, model: Model, smooth: int, overlays: str | None, json_lines: TextIO | None
@@ -199,13 +199,13 @@ class Recorder:
             self._close_video()
 
     def start(self, source: Source, every: int) -> None:
-        """The next frames are this source's."""
+        """Begin a source: the next frames are its."""
         self._close_video()
         self._source, self._every = source, every
         self._alarm = Alarm(self.smooth)
 
     def add(self, frame: Frame, prediction: Prediction) -> None:
-        """Write one frame's row and, where they are asked for, its pictures."""
+        """Write the row of one frame and, if asked for, its pictures."""
         alarm = None if prediction.anomalous is None else self._alarm.update(prediction.anomalous)
         if self.overlays:
             self._add_pictures(frame, prediction, alarm)
@@ -239,7 +239,7 @@ class Recorder:
     def _new_video(self, frame: Frame) -> VideoFile:
         stem = safe_name(frame.source)
         names = itertools.chain([stem], (f"{stem}_{index}" for index in itertools.count(2)))
-        name = next(name for name in names if name.casefold() not in self._names)  # some disks know no upper case
+        name = next(name for name in names if name.casefold() not in self._names)  # some disks ignore case
         self._names.add(name.casefold())
         return VideoFile(self.folder / VIDEOS, name, max(self._source.fps / self._every, 1.0))
 
@@ -260,7 +260,7 @@ class Recorder:
 
 
 def check_output(folder: Path, sources: list[Source]) -> None:
-    """Raise InputError where `folder` holds files that predict.py did not make, or one that is to be looked at."""
+    """Raise InputError if `folder` holds files that predict.py did not write, or one of the sources."""
     check_writable(folder)
     for path in (path for source in sources for path in source.paths):
         if folder.resolve() in path.resolve().parents:

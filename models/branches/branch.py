@@ -1,4 +1,4 @@
-"""The one shape of a branch: fit on normal images, predict scores and maps, save, load."""
+"""The base class of branches: fit on normal images, predict scores and maps, save, load."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ STATISTICS = ("score_mean", "score_std", "top_mean", "top_std", "map_mean", "map
 
 
 class Part(NamedTuple):
-    """What a branch says of a batch; higher is more anomalous.
+    """What a branch predicts for a batch; higher is more anomalous.
 
-    `low` and `span` are the ranges [B, 1, 1] to which the paper scales each map before it multiplies them; without
-    them a map enters the product as it is.
+    `low` and `span` [B, 1, 1] are the lowest value and the range by which the paper scales each map before it
+    multiplies them; without them a map enters the product as it is.
     """
 
     scores: Tensor  # [B]
@@ -46,7 +46,7 @@ class Part(NamedTuple):
         return torch.where(self.span < 1e-8, 0.0, (self.maps - self.low) / self.span.clamp(min=1e-8))
 
     def inside(self, roi: RegionOfInterest | None) -> Part:
-        """The same with each map at its lowest value outside the region of interest."""
+        """The same, but outside the region of interest each map has its lowest value."""
         if roi is None:
             return self
         inside = pixels_inside(roi, self.maps.shape[-1], self.maps.device)
@@ -58,11 +58,11 @@ class Part(NamedTuple):
 
 
 class Branch(abc.ABC):
-    """A way of looking at a frame.
+    """A way to look at a frame.
 
-    A subclass needs a `name`, `fit` and `predict`; with a backbone, `state` and `load_state` it can be saved.
-    `predict` by default goes from `extract` (the network) over `patch_scores` to `anomaly_map`. So a run can tell the
-    stages' times apart, and reproduce_tables.py keeps the small patch scores instead of maps.
+    A subclass needs a `name`, `fit` and `predict`; with a backbone, `state` and `load_state` it can be saved. By
+    default `predict` calls `extract` (the network), `patch_scores` and `anomaly_map`. The stages can then be timed
+    separately, and reproduce_tables.py keeps the small patch scores instead of maps.
     """
 
     name: ClassVar[str]
@@ -84,8 +84,8 @@ class Branch(abc.ABC):
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:
         """Learn what is normal from batches whose "image" is [B, 3, S, S], ImageNet-normalised; "index" is [B].
 
-        With several processes each sees its share. The main process learns from what `collect` gathered
-        (utils/distributed.py), and its `state` goes to the others.
+        With several processes each sees its share. The main process learns from what `collect` merges
+        (utils/gather.py), and its `state` is sent to the others.
         """
 
     def predict(self, images: Tensor) -> Part:
@@ -96,20 +96,20 @@ class Branch(abc.ABC):
             return self.score(features)
 
     def score(self, features: Any) -> Part:
-        """What `extract` gave -> scores [B] and maps [B, S, S]."""
+        """The output of `extract` -> scores [B] and maps [B, S, S]."""
         scores, patches = self.patch_scores(features)
         return Part(scores, *self.anomaly_map(patches)).inside(self.roi)
 
     def extract(self, images: Tensor) -> Any:
-        """Images [B, 3, S, S] -> what `patch_scores` needs of them; the network's pass."""
+        """Images [B, 3, S, S] -> the network's features, which `patch_scores` takes."""
         raise NotImplementedError
 
     def patch_scores(self, features: Any) -> tuple[Tensor, Tensor]:
-        """What `extract` gave -> scores [B], and a value for each patch [B, h, w]."""
+        """The output of `extract` -> scores [B], and a value for each patch [B, h, w]."""
         raise NotImplementedError
 
     def anomaly_map(self, patches: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The patches' values [B, h, w] -> maps [B, S, S], and `low` and `span` of a `Part`."""
+        """The values of the patches [B, h, w] -> maps [B, S, S], and `low` and `span` of a `Part`."""
         raise NotImplementedError
 
     def parts(self) -> list[str]:
@@ -122,7 +122,7 @@ class Branch(abc.ABC):
         return {self.name: part, AS_PUBLISHED: Part(part.scores, part.scaled())}
 
     def looked_at(self, patches: Tensor) -> Tensor:
-        """Those of all patches [B, N, ...] of the grid that lie in the region of interest [B, n, ...]."""
+        """Of the patches [B, N, ...] of the grid, those in the region of interest [B, n, ...]."""
         return patches if self.roi is None else patches[:, _cells_inside(self.roi, self.backbone.grid, patches.device)]
 
     def on_grid(self, values: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class Branch(abc.ABC):
         return grid.unflatten(1, self.backbone.grid)
 
     def stopwatches(self) -> dict[str, Stopwatch]:
-        """The times of its stages, under the branch's name."""
+        """The times of the stages, under the branch's name."""
         return {self.name: self.stopwatch}
 
     def settings(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class Branch(abc.ABC):
         raise NotImplementedError
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state` gave; raises InputError where a tensor is missing or has another shape."""
+        """Restore what `state` returned; raises InputError if a tensor is missing or has another shape."""
         raise NotImplementedError
 
     def save(self, path: str | os.PathLike) -> None:
@@ -209,12 +209,12 @@ def pixels_inside(roi: RegionOfInterest, size: int, device: torch.device) -> Ten
 
 @functools.lru_cache(maxsize=16)
 def _cells_inside(roi: RegionOfInterest, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """The numbers of the grid's cells that lie in the region of interest [n]."""
+    """The numbers [n] of the grid cells that lie in the region of interest."""
     return torch.from_numpy(np.flatnonzero(roi.on_grid(*grid))).to(device)
 
 
 def region_in(metadata: dict[str, Any]) -> RegionOfInterest | None:
-    """The region of interest of a checkpoint. Raises ValueError or InputError where it is none."""
+    """The region of interest of a checkpoint. Raises ValueError or InputError if it is damaged."""
     text = metadata.get("roi")  # checkpoints of earlier versions have no such entry
     return None if text is None else RegionOfInterest.from_text(text)
 
@@ -225,12 +225,12 @@ def bit_depth_in(metadata: dict[str, Any]) -> int:
 
 
 def _like(default: Any, value: Any) -> Any:
-    """A stored setting as the type of its default, where that tells one."""
+    """A stored setting as the type of its default, unless the default is None."""
     return value if default is None else type(default)(value)
 
 
 def _check_statistics(calibration: dict[str, float]) -> None:
-    """Raises KeyError or ValueError naming the first statistic that is missing or cannot be."""
+    """Raises KeyError or ValueError that names the first statistic that is missing or impossible."""
     for name in STATISTICS:
         if not math.isfinite(calibration[name]) or (name.endswith("_std") and calibration[name] <= 0):
             raise ValueError(name)

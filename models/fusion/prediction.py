@@ -1,4 +1,4 @@
-"""What is said of one image: its score, its map in its own pixels, and the regions above a threshold."""
+"""The prediction for one image: its score, its map in its own pixels, and the regions above a threshold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ImageLike = str | os.PathLike | Image.Image | np.ndarray | Picture
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What USAD says of one image of H x W pixels; the last three are None without the threshold they need."""
+    """What USAD predicts for an image of H x W pixels; the last three are None without the threshold they need."""
 
     score: float
     map: np.ndarray  # [H, W] float32, higher is more anomalous
@@ -32,7 +32,7 @@ class Prediction:
 
 
 class Model(Protocol):
-    """What frames are shown to. It gives scores and maps; whether PyTorch computes them does not matter."""
+    """The interface between frames and results. It gives scores and maps, whether by PyTorch or by something else."""
 
     name: str
     device: Any
@@ -64,7 +64,7 @@ def decide(
 
 
 def as_picture(image: ImageLike, roi: RegionOfInterest | None = None, decoding: Decoding = PLAIN) -> Picture:
-    """A path, a picture, a PIL image, or an RGB array [H, W, 3] of uint8 as a picture, of which only `roi` is seen."""
+    """A path, a picture, a PIL image, or an RGB array [H, W, 3] of uint8 as a picture that shows only `roi`."""
     if isinstance(image, str | os.PathLike):
         picture = read_picture(image, decoding)
     elif isinstance(image, Picture):
@@ -86,7 +86,7 @@ def _refuse(image: object) -> NoReturn:
 def regions(
     anomaly_map: np.ndarray, threshold: float, min_area: int = 0
 ) -> tuple[list[tuple[int, int, int, int]], int]:
-    """Boxes (x, y, width, height), largest area first, of the 8-connected regions at or above, and their pixels.
+    """Boxes (x, y, width, height), largest area first, of the 8-connected regions at or above, and their pixel count.
 
     Regions of fewer than `min_area` pixels do not count.
     """

@@ -1,4 +1,4 @@
-"""USAD: branches that look at the same frame, and the rule that fuses what they say."""
+"""USAD: branches that look at the same frame, and the rule that fuses their parts."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from utils.timing import Stopwatch
 
 
 class USAD:
-    """Fuses any branches, which it knows only by their names, scores and maps.
+    """Fuses any branches; it knows only their names, scores and maps.
 
-    `fusion` names the rule (models/fusion/__init__.py), `settings` are the rule's own. Raises InputError where there is
-    no such rule, or it lacks something of the branches.
+    `fusion` names the rule (models/fusion/__init__.py), `settings` are the rule's own. Raises InputError if there is no
+    such rule, or the branches lack something that it needs.
     """
 
     name = "fusion"
@@ -69,11 +69,11 @@ class USAD:
     ) -> USAD:
         """The fusion of the branches whose checkpoints lie in `folder`, for instance saved_models/coal_ad.
 
-        `weights` says by branch name where weights given as files are now. `options` are `fusion` and the rule's
-        settings. Without options, the fusion and the thresholds are those stored in the folder's usad.json, if there is
-        one. With options, the stored thresholds are taken if they were made for the same ones. Where neither says so,
-        the checkpoints decide (`default_fusion`).
-        Raises InputError naming every checkpoint that is missing, or what is wrong with one or with usad.json.
+        `weights` gives the present place of weights files by branch name. `options` are `fusion` and the rule's
+        settings. Without options, fusion and thresholds are those of the folder's usad.json, if there is one. With
+        options, the stored thresholds are used if they were made for the same options. If neither names a fusion, the
+        checkpoints decide (`default_fusion`).
+        Raises InputError that names every missing checkpoint, or what is wrong with one or with usad.json.
         """
         wake(device)
         folder = Path(folder)
@@ -163,12 +163,12 @@ class USAD:
             return Part(*self.rule.fuse(parts)).inside(self.roi)
 
     def stopwatches(self) -> dict[str, Stopwatch]:
-        """The times of the stages, by part."""
+        """The times of the stages by part."""
         return {self.name: self.stopwatch, **{branch.name: branch.stopwatch for branch in self.branches}}
 
 
 def _numbers(name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [B] and maps [B, S, S] on the host; raises InputError where one is not finite."""
+    """Scores [B] and maps [B, S, S] on the host; raises InputError if one is not finite."""
     scores, maps = part.scores.double().cpu().numpy(), part.maps.float().cpu().numpy()
     if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
         raise InputError(f"{name} gives a score or map that is not finite; check the weights")
