@@ -1,4 +1,4 @@
-"""The network that ships, what small data sets need beside it, and what `--weights demo` makes of the scripts."""
+"""The bundled network, what small data sets need beside it, and what `--weights demo` makes of the scripts."""
 
 import json
 
