@@ -122,6 +122,7 @@ def test_a_tar_header_that_asks_for_much(tmp_path, kind, size):
 
 
 LIES = [("image_size", 2**56), ("image_size", 0), ("image_size", True), ("position_size", -1), ("name", ["a"])]
+LIES += [("mean", [None, 0.4, 0.4]), ("mean", ["0.4"] * 3), ("std", [float("inf"), 1, 1]), ("std", [[1], 1, 1])]
 
 
 @pytest.mark.parametrize(("key", "value"), [*LIES, ("seed", 10**30), ("seed", 1.5), ("weights", "x"), ("kind", 1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class BackboneSpec:
         spec = cls(**values | given)  # no default for the weights: the default would download
         if not len(spec.mean) == len(spec.std) == 3:
             raise ValueError("other than three colours")
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in (*spec.mean, *spec.std)):
+            raise ValueError("means or deviations of colours that are no numbers")
         sides = [spec.image_size] if spec.position_size is None else [spec.image_size, spec.position_size]
         if not (isinstance(spec.name, str) and all(type(side) is int and 0 < side <= MAX_SIDE for side in sides)):
             raise ValueError("a network's name, image size or position size that cannot be")
