@@ -39,7 +39,14 @@ def main() -> None:
         help="make each entry of the bank the mean of the training patches nearest to it",
     )
     add_budget_flag(parser, default=8.0)
-    args = parse_training(parser, train_ratio=1.0, coreset_ratio=0.05, whiten=True, average_bank=True)
+    args = parse_training(
+        parser,
+        train_ratio=1.0,
+        coreset_ratio=0.05,
+        patch_budget=0.1,  # 640,000 patches of 39 numbers, hence at most 32,000 entries, for any number of images
+        whiten=True,
+        average_bank=True,
+    )
 
     from training.training import train  # PyTorch takes seconds to import: --help and mistyped flags need none
 

@@ -175,6 +175,18 @@ def test_a_whitened_bank_survives_the_checkpoint(tmp_path):
     assert not torch.allclose(plain.memory_bank.rows, branch.memory_bank.rows)
 
 
+def test_beyond_the_patch_budget_the_bank_stays_as_large():
+    images = normalised(torch.rand(12, 3, 96, 96))
+
+    def entries(count):
+        branch = PatchCore(backbone("maps"), coreset_ratio=0.2, patch_budget=5e-5, whiten=True, average_bank=True)
+        branch.fit(Batches([{"image": images[:count], "index": torch.arange(count)}], count))
+        return len(branch.memory_bank.rows)
+
+    budgeted = int(0.2 * int(5e4 / (4 * 39)))
+    assert entries(1) < budgeted and entries(6) == entries(12) == budgeted
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The three branches trained with `--weights demo` on tiny frames."""
@@ -203,8 +215,9 @@ def test_the_defaults_are_said_and_a_flag_overrides_them(trained):
     done = run_in_process("train_pc", *with_demo(folder, "--image-size", 96, "--coreset-ratio", 0.2, "--no-whiten"))
     assert done.code == 0, done.err
     assert "with --weights demo:" in done.out.splitlines()[0]
-    for said in (f"backbone {NAME}", "image-size 96", "coreset-ratio 0.2", "whiten False", "holdout-ratio 0.2"):
-        assert said in done.out.splitlines()[0]
+    said = ("image-size 96", "coreset-ratio 0.2", "whiten False", "holdout-ratio 0.2", "patch-budget 0.1")
+    for words in (f"backbone {NAME}", *said):
+        assert words in done.out.splitlines()[0]
     settings = json.loads((folder / "result/belt/pc/config.json").read_text())["settings"]
     assert (settings["coreset_ratio"], settings["whiten"], settings["average_bank"]) == (0.2, False, True)
 

@@ -58,7 +58,7 @@ class NearestNeighbors:
         self.mean = self.rows.mean(0)
         parts = self.rows.split(self._at_once(1))
         self.squares = torch.cat([(part - self.mean).square_().sum(1) for part in parts])
-        self.faiss = None if rows.device.type != "cpu" or onednn_gains(torch.float32) else _load_faiss()
+        self.faiss = None if rows.device.type != "cpu" or onednn_gains(torch.float32) else load_faiss()
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Distances [n, k] (float32, ascending) and indices [n, k] (int64) of the rows nearest to `queries` [n, D].
@@ -100,7 +100,7 @@ class NearestNeighbors:
         return max(1, min(self.side, self.budget // (4 * copies * self.rows.shape[1])))
 
 
-def _load_faiss() -> ModuleType | None:
+def load_faiss() -> ModuleType | None:
     """faiss, with as many threads as torch; None if it is not installed or lacks its CUDA libraries."""
     try:
         import faiss

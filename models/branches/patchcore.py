@@ -81,8 +81,7 @@ class PatchCore(Branch):
             self.whitening.apply_(patches)
             self.whitening = self.whitening.to(self.device)
         projected = sparse_projection(patches, PROJECTION_EPS, self.seed).to(self.device)
-        chosen = greedy_k_center(projected, size)
-        bank = NearestNeighbors(patches[chosen.cpu()].to(self.device))
+        bank = NearestNeighbors(patches[greedy_k_center(projected, size)].to(self.device))
         if self.average_bank:
             bank = NearestNeighbors(means_around(bank, patches).to(self.device))
         self.memory_bank = bank
