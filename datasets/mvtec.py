@@ -10,6 +10,7 @@ Images may lie in sub-folders of these, and their masks in sub-folders of the sa
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import random
 import re
@@ -22,6 +23,9 @@ import numpy as np
 from datasets import DOWNLOADS
 from datasets.images import EXTENSIONS, PLAIN, Decoding, Note, Picture, find_files, read_mask, read_picture
 from utils.errors import InputError
+
+MIN_HELD = 2  # images held out that a mean and a spread need
+FEW = 6  # images, of which two are too many to hold out unless somebody asks for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +182,16 @@ def open_category(root: Path, name: str, decoding: Decoding = PLAIN) -> Category
     return Category(root, name, decoding)
 
 
+def default_holdout(ratio: float, count: int) -> float:
+    """The share of `count` images to hold out where `ratio` is a default that nobody asked for.
+
+    It is never an error: statistics need two images, and where that would be a large part of them, none is held out.
+    """
+    if round(ratio * count) >= MIN_HELD:
+        return ratio
+    return MIN_HELD / count if ratio and count >= FEW else 0.0
+
+
 def split_training(
     samples: Sequence[Sample], train_ratio: float, holdout_ratio: float, seed: int
 ) -> tuple[list[Sample], list[Sample]]:
@@ -187,12 +201,16 @@ def split_training(
     the authors' program does; ratio 1 keeps the sorted order. Raises InputError if no image is left to fit on, or
     fewer than two are held out.
     """
-    held = set(random.Random(f"holdout {seed}").sample(range(len(samples)), round(holdout_ratio * len(samples))))
-    if holdout_ratio and len(held) < 2:
+    count = len(samples)
+    held = set(random.Random(f"holdout {seed}").sample(range(count), round(holdout_ratio * count)))
+    if holdout_ratio and len(held) < MIN_HELD:
+        enough = f"{math.ceil(100 * MIN_HELD / count) / 100:g} or " if count >= FEW else ""
         raise InputError(
-            f"--holdout-ratio {holdout_ratio} of {len(samples)} images holds {len(held)} out, "
-            "and statistics need two; raise it"
+            f"--holdout-ratio {holdout_ratio:g} of {count} images holds {len(held)} out, and statistics need "
+            f"{MIN_HELD}; give {enough}0, which holds none out, or add images to train/good"
         )
+    if len(held) == count:
+        raise InputError(f"--holdout-ratio {holdout_ratio:g} holds out all of {count} images; give 0, or add images")
     rest = [sample for index, sample in enumerate(samples) if index not in held]
     fitted = rest
     if train_ratio < 1:
@@ -201,7 +219,7 @@ def split_training(
         fitted = [rest[index] for index in order[: int(train_ratio * len(rest))]]
     if not fitted:
         raise InputError(
-            f"--train-ratio {train_ratio} and --holdout-ratio {holdout_ratio} leave none of {len(samples)} "
-            "images to fit on"
+            f"--train-ratio {train_ratio:g} and --holdout-ratio {holdout_ratio:g} leave none of {count} images to fit "
+            f"on; give --train-ratio {math.ceil(100 / len(rest)) / 100:g} or more"
         )
     return fitted, [samples[index] for index in sorted(held)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import shutil
 import struct
 import warnings
@@ -20,7 +21,14 @@ from tiny import draw_category, draw_frame, run_in_process, small_flags
 
 from datasets.images import Decoding, Note, find_files, read_image, read_mask, read_picture
 from datasets.loading import ImageDataset, ImageLoader, mask_to_tensor, to_tensor
-from datasets.mvtec import Category, Sample, defects_without_masks, find_categories, split_training
+from datasets.mvtec import (
+    Category,
+    Sample,
+    default_holdout,
+    defects_without_masks,
+    find_categories,
+    split_training,
+)
 from metrics import protocols
 from models import USAD
 from utils.errors import InputError, UnreadableError
@@ -548,10 +556,28 @@ def test_held_out_images_are_the_same_for_all_branches():
     assert split_training(ITEMS, 1, 0.2, 23)[1] != whole[1]
 
 
-@pytest.mark.parametrize(("train", "held"), [(0.04, 0), (1, 0.02), (1, 0.06), (0.04, 0.5)])
-def test_parts_that_are_too_small_are_refused(train, held):
-    with pytest.raises(InputError, match="--holdout-ratio"):
-        split_training(ITEMS, train, held, 22)
+@pytest.mark.parametrize(
+    ("count", "train", "held"),
+    [
+        *((21, 0.04, 0), (21, 1, 0.02), (21, 1, 0.06), (21, 0.04, 0.5), (8, 1, 0.1), (6, 0.5, 0.2), (5, 1, 0.2)),
+        *((3, 1, 0.2), (3, 1, 0.9), (2, 0.3, 0), (2, 1, 0.2), (2, 1, 0.5), (2, 1, 0.9), (1, 0.5, 0), (1, 1, 0.9)),
+    ],
+)
+def test_parts_that_are_too_small_are_refused_with_a_remedy_that_works(count, train, held):
+    with pytest.raises(InputError, match="--holdout-ratio") as error:
+        split_training(ITEMS[:count], train, held, 22)
+    offered = re.findall(r"give (--train-ratio )?([\d.]+)(?: or ([\d.]+))?", str(error.value))
+    ((of_train, *values),) = offered
+    for value in map(float, filter(None, values)):
+        train, held = (value, held) if of_train else (1, value)
+        fitted, out = split_training(ITEMS[:count], train, held, 22)
+        assert fitted and (len(out) >= 2 if held else not out)
+
+
+def test_default_holdout_gives_way_where_images_are_few():
+    held = [len(split_training(ITEMS[:n], 1, default_holdout(0.2, n), 22)[1]) for n in range(1, 22)]
+    assert held == [0] * 5 + [2] * 6 + [2] + [3] * 5 + [4] * 4
+    assert default_holdout(0.0, 3) == default_holdout(0.0, 30) == 0
 
 
 # The scripts
@@ -674,3 +700,26 @@ def test_the_limit_of_the_size_is_a_flag(tmp_path):
         path.unlink()
     finished = run_in_process("train_pc", *flags)
     assert finished.code == 0 and finished.err.startswith("warning: 4 files, for instance ")
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7])
+def test_few_training_images_with_the_demo_network(tmp_path, count):
+    """Its default holds images out where there are enough; thresholds and the standardized fusion need them."""
+    draw_category(tmp_path / "data/belt", count, 2, 2)
+    for script in ("train_ma_clu", "train_ma2patch", "train_pc"):
+        flags = [*small_flags(tmp_path, "test_fusion"), "--weights", "demo", "--image-size", 96, "--no-eval"]
+        finished = run_in_process(script, *flags)
+        said = finished.err.splitlines()
+        if count == 1 and script != "train_pc":
+            assert finished.code == 2 and "add images to train/good" in said[-1]
+            continue
+        assert finished.code == 0, finished.err
+        expected = "2 are held out" if count == 7 else "none are held out: no thresholds"
+        assert said[0].startswith(f"warning: belt: of only {count} training images {expected}")
+    if count > 1:
+        flags = [*small_flags(tmp_path, "test_fusion"), "--no-images"]
+        assert run_in_process("test_fusion", *flags).code == 0
+        settings = json.loads((tmp_path / "result/belt/fusion/config.json").read_text())["settings"]
+        assert settings["fusion"] == ("standardized" if count == 7 else "paper")
+        finished = run_in_process("test_fusion", *flags, "--false-alarm-rate", 0.3)
+        assert finished.code == (0 if count == 7 else 2)

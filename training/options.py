@@ -24,11 +24,16 @@ LAMBDA_OBJ = "ma_clu"  # the branch whose score --lambda-obj weighs
 share = number(float, 0, 1, above=True)
 side = number(int, 1, MAX_SIDE)  # of a square input in pixels
 
+
+class Default(float):
+    """A number that nobody gave, and that may give way to another."""
+
+
 # Defaults for the bundled network and the small data sets that it is for.
 DEMO_DEFAULTS = {
     "backbone": DEMO_NETWORK,
     "image_size": 400,
-    "holdout_ratio": 0.2,
+    "holdout_ratio": Default(0.2),
 }
 IMAGENET_DEFAULTS = {"backbone": IMAGENET_NETWORKS[-1]}
 

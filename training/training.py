@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from datasets.loading import ImageDataset, ImageLoader
-from datasets.mvtec import Category, Sample, split_training
+from datasets.mvtec import Category, Sample, default_holdout, split_training
 from datasets.region import RegionOfInterest
 from evaluation.evaluate import evaluate, print_average, print_metrics
 from evaluation.result_files import average_path
@@ -21,8 +21,9 @@ from models.branches.calibration import calibrate
 from models.fusion.checkpoints import checkpoint_path
 from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone
 from training.categories import opened_categories
-from training.options import data_settings, record, run_settings
+from training.options import Default, data_settings, record, run_settings
 from training.settings import RunSettings, SplitSettings
+from utils.command_line import warn
 from utils.distributed import is_main_process
 from utils.errors import InputError
 from utils.files import digest_of_lines
@@ -59,13 +60,14 @@ def train(args: argparse.Namespace, name: str, **settings: Any) -> None:
     results = None if args.no_eval else name
     metrics = {}
     with opened_categories(data, samples_of, run.workers, results, checkpoint_of) as categories:
-        for category in categories:  # raises before the network is built
-            split_training(category.train_samples(), split.train_ratio, split.holdout_ratio, split.seed)
+        by_default = isinstance(args.holdout_ratio, Default)
+        splits = {category.name: suited_split(split, category, by_default) for category in categories}
         with one_per_machine_first():
             backbone = build_backbone(spec, run.device, precision=run.precision)
         for category in categories:
             branch = branch_class(backbone, **settings)
             branch.roi, branch.bit_depth = roi, category.decoding.bit_depth
+            split = splits[category.name]
             fit_branch(run, category, split, branch)
             if is_main_process():
                 branch.save(checkpoint_of(category.name))
@@ -76,7 +78,9 @@ def train(args: argparse.Namespace, name: str, **settings: Any) -> None:
             loader = make_loader(run, dataset, f"{name} test", branch.device)
             folder = data.results_dir / category.name / name
             config = {
-                "settings": record(args, category=category.name, **dataclasses.asdict(run)),
+                "settings": record(
+                    args, category=category.name, holdout_ratio=split.holdout_ratio, **dataclasses.asdict(run)
+                ),
                 "left_out": category.left_out,
                 "backbone": branch.backbone.spec.to_dict(),
             }
@@ -90,6 +94,21 @@ def train(args: argparse.Namespace, name: str, **settings: Any) -> None:
 def split_settings(args: argparse.Namespace) -> SplitSettings:
     """Which images are fitted on, from the flags."""
     return SplitSettings(args.train_ratio, args.holdout_ratio, args.seed)
+
+
+def suited_split(split: SplitSettings, category: Category, by_default: bool) -> SplitSettings:
+    """The split for a category; a holdout ratio that is only a default gives way where images are few, and says so.
+
+    Raises InputError where nothing is left to fit on, or too little is held out.
+    """
+    samples = category.train_samples()
+    ratio = default_holdout(split.holdout_ratio, len(samples)) if by_default else split.holdout_ratio
+    suited = dataclasses.replace(split, holdout_ratio=ratio)
+    _, held = split_training(samples, suited.train_ratio, suited.holdout_ratio, suited.seed)
+    if ratio != split.holdout_ratio:
+        meaning = "" if held else ": no thresholds, and the fusion is the paper's. More images would allow both"
+        warn(f"{category.name}: of only {len(samples)} training images {len(held) or 'none'} are held out{meaning}")
+    return suited
 
 
 def fit_branch(run: RunSettings, category: Category, split: SplitSettings, branch: Branch) -> Branch:
