@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -44,7 +43,7 @@ def ensure_coalad(data_root: str | os.PathLike) -> Path:
         return target
     download = target.with_name(f".{CATEGORY}.download")
     download.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(download / "lock"):
+    with _turn(download / "lock"):
         if not os.path.lexists(target):
             _download(download, target)
             _unpack(download, target)
@@ -52,20 +51,16 @@ def ensure_coalad(data_root: str | os.PathLike) -> Path:
     return target
 
 
-@contextlib.contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
+def _turn(path: Path) -> contextlib.AbstractContextManager:
+    """The lock at `path`, once no other run holds it."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         print("Another run is downloading CoalAD: waiting for it.", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def _by_hand(target: Path) -> str:
@@ -203,21 +198,12 @@ def _extract_member(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path)
 
 def _refusal(member: tarfile.TarInfo, path: PurePosixPath) -> str | None:
     """Why a member must not be unpacked."""
-    if member.issym() or member.islnk():
-        return "is a link"
-    if member.issparse():
-        return "is a sparse file"
-    if not (member.isreg() or member.isdir()):
-        return "is neither a file nor a folder"
-    if member.size < 0:
-        return "has a negative size"
-    if path.is_absolute() or ".." in path.parts:
-        return "would leave the folder"
+    if not (member.isreg() or member.isdir()) or member.issparse() or member.size < 0:
+        return "is neither a plain file nor a folder"
+    if path.is_absolute() or ".." in path.parts or path.parts[:1] not in ((), (CATEGORY,), (f"._{CATEGORY}",)):
+        return f"lies outside of {CATEGORY}/"
     if len(path.parts) > MAX_DEPTH or any(len(os.fsencode(part)) > 255 for part in path.parts):
         return "has too long a name"
-    # On Windows a backslash or a colon would make it another path.
-    if any(char in "\\:" or ord(char) < 32 for char in member.name):
+    if any(char in "\\:" or ord(char) < 32 for char in member.name):  # a path of its own on Windows
         return "has a name that is not portable"
-    if path.parts and path.parts[0] not in (CATEGORY, f"._{CATEGORY}"):
-        return f"lies outside of {CATEGORY}/"
     return None

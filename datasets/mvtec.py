@@ -22,10 +22,11 @@ import numpy as np
 
 from datasets import DOWNLOADS
 from datasets.images import EXTENSIONS, PLAIN, Decoding, Note, Picture, find_files, read_mask, read_picture
+from utils.command_line import warn_once
 from utils.errors import InputError
 
 MIN_HELD = 2  # images held out that a mean and a spread need
-FEW = 6  # images, of which two are too many to hold out unless somebody asks for it
+FEW = 5  # images, of which two are too many to hold out unless somebody asks for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +69,8 @@ class Category:
 
     def train_samples(self) -> list[Sample]:
         """Normal training images in sorted path order; raises InputError if there are none."""
-        folder = self.folder / "train" / "good"
-        samples = [self._sample(path) for path in find_files(folder)] if folder.is_dir() else []
-        return self._kept(samples, f"{folder} has no")
+        samples = [self._sample("train", place) for place in self._places("train", ["good"])]
+        return self._kept(samples, f"{self.folder / 'train' / 'good'} has no")
 
     def test_samples(self) -> list[Sample]:
         """Test images in sorted path order; every folder except `good` is a defect.
@@ -81,12 +81,10 @@ class Category:
         test, truth = self.folder / "test", self.folder / "ground_truth"
         if not test.is_dir():
             raise InputError(f"no folder {test}; add test images, or pass --no-eval when training")
-        places = [path.relative_to(test) for path in find_files(test)]
+        places = self._places("test")
         masks = _Masks(truth, places)
-        samples = [
-            self._sample(test / place, place.parts[0] != "good", masks.of(place)) for place in places if place.parts[1:]
-        ]
-        samples = self._kept(samples, f"{test} has in its folders no")
+        samples = [self._sample("test", place, place.parts[0] != "good", masks.of(place)) for place in places]
+        samples = self._kept(samples, f"the folders in {test} have no")
         seen: dict[str, Sample] = {}
         for sample in samples:
             other = seen.setdefault(os.path.splitext(sample.name)[0], sample)
@@ -95,9 +93,20 @@ class Category:
         _check_masks(samples, truth)
         return samples
 
-    def _sample(self, path: Path, anomalous: bool = False, masks: tuple[Path, ...] = ()) -> Sample:
-        name = path.relative_to(self.folder).as_posix()
-        return Sample(path, name, int(anomalous), masks if anomalous else (), self.decoding)
+    def _places(self, part: str, kinds: Sequence[str] | None = None) -> list[Path]:
+        """The images in the folders of `part`, or in those of these names; says what lies elsewhere in `part`."""
+        folder = self.folder / part
+        places = [path.relative_to(folder) for path in find_files(folder)] if folder.is_dir() else []
+        taken = [place for place in places if place.parts[1:] and (kinds is None or place.parts[0] in kinds)]
+        if passed_over := sorted(set(places).difference(taken)):
+            where = " and ".join(f"{part}/{kind}" for kind in kinds or ["<defect>", "good"])
+            example = f"{len(passed_over)} images, for instance {folder / passed_over[0]}"
+            warn_once(folder, f"{example}, lie outside of {where} and are passed over")
+        return taken
+
+    def _sample(self, part: str, place: Path, anomalous: bool = False, masks: tuple[Path, ...] = ()) -> Sample:
+        path = self.folder / part / place
+        return Sample(path, f"{part}/{place.as_posix()}", int(anomalous), masks if anomalous else (), self.decoding)
 
     def _kept(self, samples: Sequence[Sample], none: str) -> list[Sample]:
         """Those not left out, sorted by name; raises an InputError that begins with `none` if there are none."""

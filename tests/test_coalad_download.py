@@ -56,10 +56,6 @@ print(json.dumps(end))
 """
 
 
-def jpeg_like(rng: random.Random, size: int = 40_000) -> bytes:
-    return rng.randbytes(size)
-
-
 def make_tar(files: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -74,9 +70,11 @@ def make_tar(files: dict[str, bytes]) -> bytes:
 def content() -> dict[str, bytes]:
     """What both archives hold together: path under the data folder -> bytes."""
     rng = random.Random(22)
-    files = {f"coal_ad/train/good/{i:03}.jpg": jpeg_like(rng) for i in range(8)}
-    files |= {f"coal_ad/test/{defect}/{i:03}.jpg": jpeg_like(rng) for defect in ("good", "wood") for i in range(2)}
-    return files | {f"coal_ad/ground_truth/wood/{i:03}_mask.png": jpeg_like(rng) for i in range(2)}
+    files = {f"coal_ad/train/good/{i:03}.jpg": rng.randbytes(40_000) for i in range(8)}
+    files |= {
+        f"coal_ad/test/{defect}/{i:03}.jpg": rng.randbytes(40_000) for defect in ("good", "wood") for i in range(2)
+    }
+    return files | {f"coal_ad/ground_truth/wood/{i:03}_mask.png": rng.randbytes(40_000) for i in range(2)}
 
 
 @pytest.fixture
@@ -246,13 +244,7 @@ def test_where_coalad_cannot_be_had_the_message_says_how_to_get_it(tmp_path, ser
         endpoint = "http://127.0.0.1:1"
     kind, message = call(tmp_path / "data", endpoint)
     assert kind == "InputError"
-    for part in (
-        "https://www.modelscope.cn/datasets/lyfjwp/CoalAD",
-        "Baidu",
-        "1234",
-        "train/good",
-        "_mask.png",
-    ):
+    for part in ("https://www.modelscope.cn/datasets/lyfjwp/CoalAD", "Baidu", "1234", "train/good", "_mask.png"):
         assert part in message
     assert not (tmp_path / "data/coal_ad").exists()
 
@@ -324,15 +316,7 @@ def sparse_header() -> bytes:
     return bytes(header)
 
 
-def pax_sparse() -> tuple[tarfile.TarInfo, bytes]:
-    headers = {
-        "GNU.sparse.size": str(1 << 40),
-        "GNU.sparse.map": "0,0",
-        "GNU.sparse.name": "coal_ad/train/good/s",
-    }
-    return member("coal_ad/train/good/sparse.jpg", pax_headers=headers)
-
-
+PAX_SPARSE = {"GNU.sparse.size": str(1 << 40), "GNU.sparse.map": "0,0", "GNU.sparse.name": "coal_ad/train/good/s"}
 HOSTILE = {
     "absolute": [member("/tmp/coal_ad_evil", b"x")],
     "absolute inside": [member("/coal_ad/train/good/evil.jpg", b"x")],
@@ -364,34 +348,30 @@ HOSTILE = {
     "file as folder": [member("coal_ad/train/good/t", b"a"), member("coal_ad/train/good/t/u", b"b")],
     "folder as file": [member("coal_ad/train/good/t/u", b"a"), member("coal_ad/train/good/t", b"b")],
     "file in both archives": [member("coal_ad/test/good/000.jpg", b"a")],
-    "sparse by pax": [pax_sparse()],
-    "nested headers": [],
-    "sparse": [],
-    "size that lies": [],
-    "negative size": [],
+    "sparse by pax": [member("coal_ad/train/good/sparse.jpg", pax_headers=PAX_SPARSE)],
+}
+RAW = {  # headers that no writer makes
+    "nested headers": member("x" * 200)[0].tobuf(tarfile.GNU_FORMAT)[:1024] * 3000,
+    "sparse": sparse_header(),
+    "size that lies": member("coal_ad/train/good/lie.jpg", size=1 << 40)[0].tobuf(tarfile.GNU_FORMAT),
+    "negative size": member("coal_ad/train/good/lie.jpg", size=-512)[0].tobuf(tarfile.GNU_FORMAT),
 }
 
 
-def hostile_tar(kind: str, good: bytes) -> bytes:
-    """The members of the good archive followed by the hostile ones."""
+def followed(good: bytes, members=(), raw: bytes = b"") -> bytes:
+    """The members of the good archive followed by others."""
     body = good.rstrip(b"\0")
-    body += bytes(-len(body) % tarfile.BLOCKSIZE)
-    if kind == "nested headers":
-        body += member("x" * 200)[0].tobuf(tarfile.GNU_FORMAT)[:1024] * 3000
-    elif kind == "sparse":
-        body += sparse_header()
-    elif kind in ("size that lies", "negative size"):
-        size = 1 << 40 if kind == "size that lies" else -512
-        body += member("coal_ad/train/good/lie.jpg", size=size)[0].tobuf(tarfile.GNU_FORMAT)
-    for info, data in HOSTILE[kind]:
+    body += bytes(-len(body) % tarfile.BLOCKSIZE) + raw
+    for info, data in members:
         body += info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
     return body + bytes(2 * tarfile.BLOCKSIZE)
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("kind", [*HOSTILE, *RAW])
 def test_hostile_archives_are_refused(tmp_path, download, kind):
     data = tmp_path / "in/data"
-    download["coal_ad_train.tar"] = hostile_tar(kind, download["coal_ad_train.tar"])
+    good = download["coal_ad_train.tar"]
+    download["coal_ad_train.tar"] = followed(good, HOSTILE.get(kind, ()), RAW.get(kind, b""))
     before = set(tmp_path.parent.rglob("*"))
     with pytest.raises(InputError, match=r"coal_ad_t(rain|est).tar is (refused|damaged)") as refusal:
         coalad.ensure_coalad(data)
@@ -399,9 +379,8 @@ def test_hostile_archives_are_refused(tmp_path, download, kind):
     # Nothing but the hidden download folder, and the archive at fault is not kept.
     assert [path.name for path in data.iterdir()] == [".coal_ad.download"]
     assert not list(data.rglob("*.jpg"))
-    assert {path for path in set(tmp_path.parent.rglob("*")) - before if data not in path.parents} <= {
-        data, data.parent
-    }  # fmt: skip
+    new = set(tmp_path.parent.rglob("*")) - before
+    assert {path for path in new if data not in path.parents} <= {data, data.parent}
     assert not Path("/tmp/coal_ad_evil").exists()
     faulty = "coal_ad_test.tar" if kind == "file in both archives" else "coal_ad_train.tar"
     assert not (data / ".coal_ad.download" / faulty).exists()
@@ -409,11 +388,8 @@ def test_hostile_archives_are_refused(tmp_path, download, kind):
 
 def test_the_archive_before_the_hostile_members_is_accepted(tmp_path, download, content):
     """The refusals above are caused by the hostile members, not by the way the test builds the archive."""
-    HOSTILE["harmless"] = [member("./", type=tarfile.DIRTYPE), member("coal_ad/._train", b"x")]
-    try:
-        download["coal_ad_train.tar"] = hostile_tar("harmless", download["coal_ad_train.tar"])
-    finally:
-        del HOSTILE["harmless"]
+    harmless = [member("./", type=tarfile.DIRTYPE), member("coal_ad/._train", b"x")]
+    download["coal_ad_train.tar"] = followed(download["coal_ad_train.tar"], harmless)
     coalad.ensure_coalad(tmp_path)
     assert tree(tmp_path) == content
 

@@ -129,7 +129,7 @@ class GaussianFit:
         if self.moments.count < 2:
             raise InputError(
                 f"{self.moments.count} training image(s): a covariance needs at least two; "
-                "add images to train/good or raise --train-ratio"
+                "add images to train/good, or raise --train-ratio if it is below 1"
             )
         covariance = self.moments.covariance()
         channels = len(covariance)
