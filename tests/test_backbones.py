@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from machine import PATIENCE
 from safetensors.torch import save_file
 from torch import nn
 
@@ -412,7 +413,9 @@ for kind in ("tokens", "maps"):
 print([name for name in ("timm", "torchvision") if name in sys.modules])
 """
     root = Path(__file__).parents[1]
-    finished = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert finished.stdout == "[]\n", finished.stderr
 
 

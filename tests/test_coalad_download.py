@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from machine import PATIENCE, require
 
 from datasets import coalad
 from utils.errors import InputError
@@ -158,7 +159,7 @@ def serving(server: ModelScope):
 
 @pytest.fixture
 def server(archives):
-    pytest.importorskip("modelscope")
+    require("modelscope.hub.snapshot_download")
     with serving(ModelScope(archives)) as server:
         yield server
 
@@ -172,7 +173,9 @@ def call(data_root: Path, endpoint: str, *arguments: str) -> tuple[str, str]:
         "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "0", "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",
     }  # fmt: skip
     command = [sys.executable, "-c", CALL, str(data_root), *arguments]
-    run = subprocess.run(command, env=environment, cwd=data_root.parent, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        command, env=environment, cwd=data_root.parent, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert run.returncode == 0, run.stderr
     assert "Traceback" not in run.stderr
     kind, message = json.loads(run.stdout.splitlines()[-1])
@@ -250,7 +253,7 @@ def test_where_coalad_cannot_be_had_the_message_says_how_to_get_it(tmp_path, ser
 
 
 def test_tls_certificates_are_verified(tmp_path, archives):
-    pytest.importorskip("modelscope")
+    require("modelscope.hub.snapshot_download")
     if not shutil.which("openssl"):
         pytest.skip("makes its certificate with openssl")
     certificate = tmp_path / "certificate.pem"

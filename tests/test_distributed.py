@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from machine import PATIENCE
 from PIL import Image
 from tiny import draw_category, run_in_process, small_flags
 
@@ -38,7 +39,7 @@ def torchrun(script: str, *arguments) -> subprocess.CompletedProcess:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 

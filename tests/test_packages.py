@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from machine import PATIENCE
 
 from utils.errors import InputError
 from utils.packages import REQUIREMENTS, check_packages, installed_version
@@ -55,7 +56,7 @@ def test_a_script_says_so_in_one_line_before_anything_else(tmp_path, script):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert finished.returncode == 2 and not finished.stdout
     assert finished.stderr.startswith("error: timm 0.9.16 is installed, but this program needs timm>=1.")

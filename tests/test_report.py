@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from machine import PATIENCE
 from matplotlib.figure import Figure
 from tiny import run_in_process, small_flags
 
@@ -443,7 +444,7 @@ def probe(page: Page, script: str, width: int = 1280, dark: bool = False) -> Any
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr"]
     flags += ["--virtual-time-budget=20000", f"--blink-settings=preferredColorScheme={int(not dark)}", "--dump-dom"]
     command = [browser, *flags, page.path.with_name("probe.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=PATIENCE)
     assert "CONSOLE" not in done.stderr
     return json.loads(html.unescape(re.search(r'<html data-value="([^"]*)"', done.stdout)[1]))
 

@@ -1,0 +1,28 @@
+"""What a test asks of the machine it runs on: time enough, and packages that may be missing."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+
+PATIENCE = 600  # seconds after which something is taken to hang; on a busy machine a process may need minutes
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    """Wait for something that another thread or process does."""
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.002)
+
+
+def require(module: str) -> ModuleType:
+    """Import a module, or skip the test; a broken installation counts as none."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a broken one may raise anything
+        pytest.skip(f"{module} cannot be imported: {error}")
