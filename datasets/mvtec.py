@@ -25,8 +25,8 @@ from datasets.images import EXTENSIONS, PLAIN, Decoding, Note, Picture, find_fil
 from utils.command_line import warn_once
 from utils.errors import InputError
 
-MIN_HELD = 2  # images held out that a mean and a spread need
-FEW = 5  # images, of which two are too many to hold out unless somebody asks for it
+MIN_HELD = 2  # held-out images: a mean and a spread need two
+FEW = 5  # with fewer images, holding out two would cost too much unless it is asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Category:
         return samples
 
     def _places(self, part: str, kinds: Sequence[str] | None = None) -> list[Path]:
-        """The images in the folders of `part`, or in those of these names; says what lies elsewhere in `part`."""
+        """Paths of the images in the folders (`kinds`, or all) of `part`; warns of images elsewhere in `part`."""
         folder = self.folder / part
         places = [path.relative_to(folder) for path in find_files(folder)] if folder.is_dir() else []
         taken = [place for place in places if place.parts[1:] and (kinds is None or place.parts[0] in kinds)]
@@ -192,9 +192,9 @@ def open_category(root: Path, name: str, decoding: Decoding = PLAIN) -> Category
 
 
 def default_holdout(ratio: float, count: int) -> float:
-    """The share of `count` images to hold out where `ratio` is a default that nobody asked for.
+    """The share of `count` images to hold out if `ratio` is only a default.
 
-    It is never an error: statistics need two images, and where that would be a large part of them, none is held out.
+    It never raises: statistics need two held-out images; if those would be a large part of all, none is held out.
     """
     if round(ratio * count) >= MIN_HELD:
         return ratio

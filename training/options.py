@@ -26,7 +26,7 @@ side = number(int, 1, MAX_SIDE)  # of a square input in pixels
 
 
 class Default(float):
-    """A number that nobody gave, and that may give way to another."""
+    """A default, which may give way to another value; a number from the command line may not."""
 
 
 # Defaults for the bundled network and the small data sets that it is for.

@@ -97,9 +97,9 @@ def split_settings(args: argparse.Namespace) -> SplitSettings:
 
 
 def suited_split(split: SplitSettings, category: Category, by_default: bool) -> SplitSettings:
-    """The split for a category; a holdout ratio that is only a default gives way where images are few, and says so.
+    """The split for a category; with few images a holdout ratio that is only a default is changed, with a message.
 
-    Raises InputError where nothing is left to fit on, or too little is held out.
+    Raises InputError if no image is left to fit on, or too few are held out.
     """
     samples = category.train_samples()
     ratio = default_holdout(split.holdout_ratio, len(samples)) if by_default else split.holdout_ratio
