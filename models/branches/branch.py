@@ -25,6 +25,7 @@ from utils.timing import Stopwatch
 
 AS_PUBLISHED = "as_published"
 STATISTICS = ("score_mean", "score_std", "top_mean", "top_std", "map_mean", "map_std")  # of a calibration
+PROFILES = ("border_added", "border_factor")  # of a calibration, by distance to the border
 
 
 class Part(NamedTuple):
@@ -231,6 +232,9 @@ def _like(default: Any, value: Any) -> Any:
 
 def _check_statistics(calibration: dict[str, float]) -> None:
     """Raises KeyError or ValueError that names the first statistic that is missing or impossible."""
-    for name in STATISTICS:
-        if not math.isfinite(calibration[name]) or (name.endswith("_std") and calibration[name] <= 0):
+    profiles = [name for name in PROFILES if name in calibration]  # earlier versions had none
+    for name in (*STATISTICS, *profiles):
+        values = calibration[name] if name in profiles else [calibration[name]]
+        positive = name.endswith(("_std", "_factor"))
+        if not all(math.isfinite(value) and (value > 0 or not positive) for value in values):
             raise ValueError(name)

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from models.branches.border import coarse
 from models.branches.branch import Branch, Part
+from models.branches.calibration import map_statistics
 from models.branches.postprocess import mean_of_top
 from models.fusion.rule import FusionRule
 from utils.errors import InputError
@@ -16,11 +18,11 @@ from utils.errors import InputError
 class Standardized(FusionRule):
     """Everything in standard deviations of held-out normal images.
 
-    For each branch the score, the map, and the mean of the map's highest hundredth (its top) are standardised. M is
-    the mean of the maps and t that of the tops, weighted by the branches' `map_weight` (PatchCore 8, the others 1). s
-    combines t and the scores as Fisher combines tests: √(-2 Σ log p), where p is the chance that a normal image has a
-    higher value, under a normal distribution. A normal image scores about 3; a very strange one scores the root of its
-    summed squared deviations.
+    For each branch the score, the map, and the mean of the map's highest hundredth (its top) are standardised; the map
+    without what the frame's border does to it (models/branches/border.py). M is the mean of the maps and t that of the
+    tops, weighted by the branches' `map_weight` (PatchCore 8, the others 1). s combines t and the scores as Fisher
+    combines tests: √(-2 Σ log p), where p is the chance that a normal image has a higher value, under a normal
+    distribution. A normal image scores about 3; a very strange one scores the root of its summed squared deviations.
     """
 
     name = "standardized"
@@ -28,6 +30,8 @@ class Standardized(FusionRule):
     def __init__(self, branches: Sequence[Branch]) -> None:
         super().__init__(branches)
         self.statistics = {branch.name: branch.calibration for branch in branches}
+        self.image_sizes = {branch.name: branch.image_size for branch in branches}
+        self._fields: dict[tuple, tuple[Tensor, Tensor]] = {}
         total = sum(branch.map_weight for branch in branches)
         self.map_weights = {branch.name: branch.map_weight / total for branch in branches}
         missing = [name for name, statistics in self.statistics.items() if statistics is None]
@@ -42,9 +46,19 @@ class Standardized(FusionRule):
         for name, part in parts.items():
             weight = self.map_weights[name]
             scores.append(self._standardize(part.scores.double(), name, "score"))
-            tops = tops + weight * self._standardize(mean_of_top(part.maps).double(), name, "top")
-            fused = fused + weight * self._standardize(part.maps, name, "map")
+            mean, deviation = self._map_statistics(name, part.maps)
+            maps = (part.maps - mean) / deviation
+            tops = tops + weight * self._standardize(mean_of_top(coarse(maps)).double(), name, "top")
+            fused = fused + weight * maps
         return (-2 * torch.special.log_ndtr(-torch.stack([*scores, tops])).sum(0)).sqrt(), fused
+
+    def _map_statistics(self, name: str, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [S, S] of the branch's maps [B, S, S], on their device."""
+        key = name, maps.shape[-1], maps.device
+        if key not in self._fields:
+            fields = map_statistics(self.statistics[name], self.image_sizes[name], maps.shape[-1])
+            self._fields[key] = tuple(field.to(maps.device) for field in fields)
+        return self._fields[key]
 
     def _standardize(self, values: Tensor, name: str, statistic: str) -> Tensor:
         statistics = self.statistics[name]
