@@ -84,48 +84,31 @@ def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture
     cannot be read, is too large, or holds floats, whose range is unknown.
     """
     with _opened(path) as image:
-        size, notes = image.size, Note(0)
-        if not _is_within(image.size, decoding):
-            _reduce(image, path, decoding)
-            notes |= Note.REDUCED
+        size, notes = image.size, _limit(image, path, decoding)
         if image.mode == "F":
             raise UnreadableError(f"{path} holds floating-point values; convert it to 8 or 16 bits")
         image, dim = _to_8_bits(image, path, decoding.bit_depth)
-        if dim:
-            notes |= Note.DIM
         turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode in ("P", "PA") and "transparency" in image.info:
             image = image.convert("RGBA")
         image = image if image.mode == "RGB" else image.convert("RGB")
-        if Note.REDUCED not in notes:
-            return Picture(image, image.size, notes)
-        return Picture(image, size[::-1] if turned else size, notes)
+        return Picture(image, size[::-1] if turned else size, notes | Note.DIM if dim else notes)
 
 
-def _is_within(size: tuple[int, int], decoding: Decoding) -> bool:
-    return size[0] * size[1] <= decoding.max_megapixels * 1e6
-
-
-def _too_large(path: str | os.PathLike, size: tuple[int, int], decoding: Decoding) -> UnreadableError:
-    width, height = size
-    return UnreadableError(
-        f"{path} is {width}x{height}, which is {width * height / 1e6:.1f} megapixels, and the limit is "
-        f"{decoding.max_megapixels:g}; raise it with --max-megapixels"
-    )
-
-
-def _reduce(image: Image.Image, path: str | os.PathLike, decoding: Decoding) -> None:
-    """Have the image decoded at a scale within the limit; raises UnreadableError if that is impossible.
+def _limit(image: Image.Image, path: str | os.PathLike, decoding: Decoding, reducible: bool = True) -> Note:
+    """Have an image above the limit decoded at a reduced scale; raises UnreadableError if that is impossible.
 
     A progressive JPEG takes the memory of its full size at any scale.
     """
-    width, height = image.size
-    for scale in (2, 4, 8):
-        small = width // scale, height // scale
-        if _is_within(small, decoding) and not image.info.get("progressive") and image.draft(None, small):
-            return
-    raise _too_large(path, image.size, decoding)
+    (width, height), limit = image.size, decoding.max_megapixels
+    if width * height <= limit * 1e6:
+        return Note(0)
+    for scale in (2, 4, 8) if reducible and not image.info.get("progressive") else ():
+        if width * height <= limit * 1e6 * scale**2 and image.draft(None, (width // scale, height // scale)):
+            return Note.REDUCED
+    size = f"{width}x{height}, which is {width * height / 1e6:.1f} megapixels"
+    raise UnreadableError(f"{path} is {size}, and the limit is {limit:g}; raise it with --max-megapixels")
 
 
 def _to_8_bits(image: Image.Image, path: str | os.PathLike, bit_depth: int) -> tuple[Image.Image, bool]:
@@ -137,8 +120,6 @@ def _to_8_bits(image: Image.Image, path: str | os.PathLike, bit_depth: int) -> t
         return image, False
     if deep_color and bit_depth == 16:  # Pillow has dropped the low byte
         return image, max(high for _, high in image.convert("RGB").getextrema()) < 32
-    if grey:
-        ImageOps.exif_transpose(image, in_place=True)
     values = np.asarray(image) if grey else _read_deep_color(path)
     top, low, high = 2**bit_depth - 1, int(values.min()), int(values.max())
     if low < 0 or high > top:
@@ -146,8 +127,7 @@ def _to_8_bits(image: Image.Image, path: str | os.PathLike, bit_depth: int) -> t
         raise UnreadableError(f"{path} holds values from {low} to {high}, and {bit_depth} bits end at {top}; {remedy}")
     levels = ((np.arange(top + 1) * 255 + top // 2) // top).astype(np.uint8)
     small = Image.fromarray(levels[values])
-    if deep_color:
-        small.info["exif"] = image.info.get("exif", b"")
+    small.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
     return small, high < (top + 1) // 8
 
 
@@ -174,8 +154,7 @@ def read_mask(
     marked, notes = None, Note(0)
     for path in paths:
         with _opened(path) as mask:
-            if not _is_within(mask.size, decoding):
-                raise _too_large(path, mask.size, decoding)
+            _limit(mask, path, decoding, reducible=False)
             mask.load()
             ImageOps.exif_transpose(mask, in_place=True)
             size = size or mask.size

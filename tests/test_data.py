@@ -71,6 +71,8 @@ IMAGES = [  # name, image, how it is saved, what is read
     ("pages.tif", RGB, {"save_all": True, "append_images": [Image.fromarray(255 - RED_RAMP)]}, RED_RAMP),
     *((f"turned_{key}.png", RGB, {"exif": turned(key)}, turn(RED_RAMP)) for key, turn in TURNS.items()),
     *((f"turned_{key}.tif", RGB, {"exif": turned(key)}, turn(RED_RAMP)) for key, turn in TURNS.items()),
+    ("deep_turned.png", Image.fromarray(DEEP), {"exif": turned(6)}, np.rot90(grey((DEEP / 257).round()), -1)),
+    ("deep_turned.tif", Image.fromarray(DEEP), {"tiffinfo": turned(6)}, np.rot90(grey((DEEP / 257).round()), -1)),
 ]
 
 
