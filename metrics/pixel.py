@@ -234,16 +234,16 @@ class _Buffer:
     """A vector that grows in place, so that a large test set is never held twice."""
 
     def __init__(self, dtype: type) -> None:
-        self._array = np.empty(0, dtype)
-        self.size = 0
+        self._bytes, self._dtype = bytearray(), np.dtype(dtype)
+
+    @property
+    def size(self) -> int:
+        return len(self._bytes) // self._dtype.itemsize
 
     def append(self, values: np.ndarray) -> None:
-        end = self.size + values.size
-        if end > self._array.size:
-            self._array.resize(max(end, self._array.size * 5 // 4), refcheck=False)
-        self._array[self.size : end] = values
-        self.size = end
+        """Add elements; raises BufferError while a view from `values` is in use."""
+        self._bytes += np.ascontiguousarray(values, self._dtype).data.cast("B")
 
     def values(self) -> np.ndarray:
-        """The elements, as a view that the next `append` makes invalid."""
-        return self._array[: self.size]
+        """The elements, as a view."""
+        return np.frombuffer(self._bytes, self._dtype)
