@@ -36,5 +36,5 @@ def list_all_unreadable(
         remedy = "" if skipped else ", or leave out what cannot be read with --skip-unreadable"
         if len(broken) < 2:
             raise InputError(f"{error}{remedy}") from None
-        message = f"{len(broken)} images, listed above, cannot be read; repair or remove them{remedy}"
+        message = f"{len(broken)} images, listed above, cannot be read; do what is said of each{remedy}"
         raise InputError(message, broken) from None

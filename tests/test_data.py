@@ -666,7 +666,8 @@ def test_the_limit_of_the_size_is_a_flag(tmp_path):
     belt = draw_category(tmp_path / "data/belt", 4, 1, 1)
     flags = [*small_flags(tmp_path, "train_pc"), "--train-ratio", 1, "--no-eval", "--max-megapixels", 0.004]
     finished = run_in_process("train_pc", *flags)
-    assert finished.code == 2 and "72x56" in finished.err and "raise it with --max-megapixels" in finished.err
+    assert finished.code == 2 and "72x56" in finished.err and finished.err.count("raise it with --max-megapixels") == 4
+    assert "repair" not in finished.err
     for path in (belt / "train/good").iterdir():
         Image.open(path).save(path.with_suffix(".jpg"))
         path.unlink()
@@ -674,7 +675,7 @@ def test_the_limit_of_the_size_is_a_flag(tmp_path):
     assert finished.code == 0 and finished.err.startswith("warning: 4 files, for instance ")
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 7])
+@pytest.mark.parametrize("count", [1, 2, 7])
 def test_few_training_images_with_the_demo_network(tmp_path, count):
     """Its default holds images out where there are enough; thresholds and the standardized fusion need them."""
     draw_category(tmp_path / "data/belt", count, 2, 2)
