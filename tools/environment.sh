@@ -28,7 +28,7 @@ prepare_environment() {
   local python file stamp
   if ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
-    echo "Making .venv with $("$python" --version); the packages take some minutes and, on Linux, about 7 GB"
+    echo "Making .venv with $("$python" --version); the packages take some minutes and, on Linux, about 8 GB"
     "$python" -m venv --clear .venv
   fi
   for file in "$@"; do
