@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.fusion import draw_category
-from benchmarks.measure import Row
-from benchmarks.settings import SEED, Settings
+from benchmarks.bench import SEED, Bench, Row
 from datasets.loading import ImageDataset, ImageLoader
 from datasets.mvtec import Category, Sample
 from models.branches.patchcore import PatchCore
@@ -20,11 +18,11 @@ from models.networks.backbones import BackboneSpec, build_backbone
 from utils.processes import answer, run_module
 
 
-def patchcore(settings: Settings, images: int) -> Iterator[Row]:
+def patchcore(bench: Bench, images: int) -> Iterator[Row]:
     """Tested on `images` of the category's test images, or drawn ones."""
-    folder = settings.category or draw_category(settings, images)
+    folder = bench.category or bench.drawn_category(f"drawn_{images}", 64 if bench.quick else 400, images)
     category = Category(folder.parent, folder.name)
-    network, size = settings.network(PatchCore)
+    network, size = bench.network(PatchCore)
     job = {
         "model": "patchcore",
         "settings": {"backbone": network, "coreset_sampling_ratio": 0.01, "num_neighbors": 3},
@@ -33,27 +31,21 @@ def patchcore(settings: Settings, images: int) -> Iterator[Row]:
         "seed": SEED,
         "train": [str(sample.path) for sample in category.train_samples()[:40]],
         "test": [str(sample.path) for sample in category.test_samples()[:images]],
-        "batch_size": settings.batch_size,
+        "batch_size": bench.batch_size,
         "workers": 1,
-        "device": settings.device,
+        "device": bench.device,
     }
     threads = torch.get_num_threads()
     ours = run_module("benchmarks.patchcore", job, threads=threads)
-    row = Row("PatchCore, fit and test", images, "test images", ours.result["fit"] + ours.result["test"])
-    row.against, row.details = "anomalib's PatchCore", {"ours": ours._asdict()}
-    if settings.anomalib_python is None:
-        row.against += ": not run, give --anomalib-python"
-    else:
+    took, theirs, remark = ours.result["fit"] + ours.result["test"], None, "anomalib: not run, give --anomalib-python"
+    if bench.anomalib_python:
         with tempfile.TemporaryDirectory() as out:
-            theirs = run_module("tools.anomalib_baseline", {**job, "out": out}, settings.anomalib_python, threads)
-        row.reference = theirs.result["fit"] + theirs.result["test"]
-        row.agreement = (
-            f"banks of {ours.result['bank']} and {theirs.result['bank']} entries; memory grew by "
-            f"{ours.memory['grown']:.0f} MB and {theirs.memory['grown']:.0f} MB"
-        )
-        row.details |= {"cpu_seconds": ours.result["cpu"], "reference_cpu_seconds": theirs.result["cpu"]}
-        row.details["anomalib"] = theirs._asdict()
-    yield row
+            found = run_module("tools.anomalib_baseline", {**job, "out": out}, bench.anomalib_python, threads)
+        theirs = found.result["fit"] + found.result["test"]
+        remark = f"anomalib; banks of {ours.result['bank']} and {found.result['bank']} entries; "
+        remark += f"memory grew by {ours.memory['grown']:.0f} MB against {found.memory['grown']:.0f} MB; "
+        remark += f"processor time {ours.result['cpu']:.1f} s against {found.result['cpu']:.1f} s"
+    yield Row("PatchCore, fit and test", f"{images} test images", took, theirs, remark)
 
 
 def fit_and_test(job: dict[str, Any]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The published fusion test as a whole process: one image at a time, then lists of floats and threshold rescans.
 
-python benchmarks/plain_fusion.py MODELS CATEGORY OUT.json      # untrained checkpoints, a folder in MVTec layout
+python benchmarks/plain_fusion.py MODELS CATEGORY OUT.json      # the folder of checkpoints, one in MVTec layout
 """
 
 from __future__ import annotations
@@ -18,20 +18,11 @@ from sklearn.metrics import roc_auc_score
 from benchmarks import reference, reference_metrics
 from datasets.loading import to_tensor
 from datasets.mvtec import Category
-from utils.checkpoint import load_checkpoint
 
 
 def main(models: Path, folder: Path, out: Path) -> None:
-    nets, states, sizes = {}, {}, {}
-    for name in ("ma_clu", "ma2patch", "pc"):
-        states[name], metadata = load_checkpoint(models / f"{name}.safetensors")
-        spec = metadata["backbone"]
-        sizes[name] = spec["image_size"]
-        if spec["kind"] == "tokens":
-            nets[name] = reference.untrained_vit(spec["name"], sizes[name], spec["seed"])
-        else:
-            nets[name] = reference.untrained_resnet(spec["name"], spec["seed"])
-    loop, size = reference.PublishedLoop(nets, states, sizes), max(sizes.values())
+    loop = reference.PublishedLoop.load(models)
+    size = max(loop.sizes.values())
     scores, labels, maps, masks = [], [], [], []
     for item in Category(folder.parent, folder.name).test_samples():
         image = to_tensor(Image.open(item.path).convert("RGB"), size, "bicubic")[None]

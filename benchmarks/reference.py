@@ -6,6 +6,8 @@ fitted statistics are handed in, so that both programs must give the same number
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import timm
@@ -16,24 +18,24 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from models.networks import libraries
-from models.networks.weights import random_state_dict
+from models.networks.spec import BackboneSpec
+from models.networks.weights import state_dict_of
+from utils.checkpoint import load_checkpoint
 
 BRANCHES = {"ma_clu", "ma2patch", "pc"}
 LAMBDA_OBJECT, LAMBDA_MAP, COAL = 0.01, 1.0, 1.14
 
 
-def untrained_vit(name: str, image_size: int, seed: int) -> nn.Module:
-    """timm's ViT with the seeded values that `--weights random` stands for."""
-    net = timm.create_model(name, num_classes=0, img_size=image_size)
-    libraries.load_weights(net, name, random_state_dict(lambda: libraries.full_network(name), seed), "random")
-    return net.eval()
-
-
-def untrained_resnet(name: str, seed: int) -> nn.Module:
-    """torchvision's whole network (timm's where that has none), with the classifier that nobody needs."""
-    known = name in torchvision.models.list_models()
-    net = torchvision.models.get_model(name, weights=None) if known else timm.create_model(name)
-    net.load_state_dict(random_state_dict(lambda: libraries.full_network(name), seed), strict=False)
+def whole_network(spec: BackboneSpec) -> nn.Module:
+    """The network of `spec` in float32: a ViT of timm, or a CNN with all its layers, of torchvision if it has that."""
+    state = state_dict_of(spec, lambda: libraries.full_network(spec.name), "--weights")
+    if spec.kind == "tokens":
+        net = timm.create_model(spec.name, num_classes=0, img_size=spec.image_size)
+        libraries.load_weights(net, spec.name, state, spec.source)
+        return net.eval()
+    known = spec.name in torchvision.models.list_models()
+    net = torchvision.models.get_model(spec.name, weights=None) if known else timm.create_model(spec.name)
+    net.load_state_dict(state, strict=False)
     return net.eval()
 
 
@@ -132,6 +134,17 @@ class PublishedLoop:
             name: {key: value.double().cpu().numpy() for key, value in state.items()} for name, state in states.items()
         }
         self.bank = states["pc"]["bank"]
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu") -> PublishedLoop:
+        """The three branches of the checkpoints in `folder`."""
+        nets, states, sizes = {}, {}, {}
+        for name in sorted(BRANCHES):
+            states[name], metadata = load_checkpoint(folder / f"{name}.safetensors")
+            spec = BackboneSpec.from_dict(metadata["backbone"])
+            nets[name], sizes[name] = whole_network(spec).to(device), spec.image_size
+        states["pc"]["bank"] = states["pc"]["bank"].to(device)
+        return cls(nets, states, sizes)
 
     def __call__(self, image: Tensor) -> dict[str, tuple[float, np.ndarray]]:
         inputs = {name: self._resized(image, size) for name, size in self.sizes.items()}

@@ -472,7 +472,8 @@ def test_converted_branches_compute_with_the_files_numbers(tmp_path, small_netwo
     }
     states["ma_clu"]["centers"] = torch.from_numpy(files.centers)
     states["pc"] = {"bank": files.patchcore["memory_bank"]}
-    vit, resnet = reference.untrained_vit("test_vit", 160, 22), reference.untrained_resnet("test_resnet", 22)
+    vit = reference.whole_network(BackboneSpec("tokens", "test_vit", 160, weights="random"))
+    resnet = reference.whole_network(BackboneSpec("maps", "test_resnet", 160, weights="random"))
     nets = {"ma_clu": vit, "ma2patch": vit, "pc": resnet}
     loop = reference.PublishedLoop(nets, states, dict.fromkeys(nets, 160))
     for image in torch.randn(3, 1, 3, 160, 160, generator=torch.Generator().manual_seed(1)):
