@@ -6,21 +6,18 @@ dropped and counted, so that the result is never late.
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import itertools
-import os
 import re
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 import cv2
-import numpy as np
 
-from datasets.images import EXTENSIONS, PLAIN, Decoding, Picture, find_files, read_picture
+from datasets.camera import Camera
+from datasets.connection import CAMERA_SCHEMES
+from datasets.frames import Frame
+from datasets.images import EXTENSIONS, PLAIN, Decoding, find_files, read_picture
 from datasets.notes import Notes
 from utils.command_line import warn
 from utils.errors import InputError
@@ -28,28 +25,7 @@ from utils.redact import redact
 
 VIDEO_EXTENSIONS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts"}
 KNOWN = EXTENSIONS | VIDEO_EXTENSIONS
-CAMERA_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "rtp", "srt")
-ANSWER_SECONDS = 10.0  # a camera that gives no frame for so long counts as absent
 DEFAULT_FPS = 25.0  # of a video without a frame rate
-
-# What OpenCV and FFmpeg print by themselves may hold a camera's address.
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-(cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2).setLogLevel(0)  # silent; OpenCV 4.13 moved it
-
-
-@dataclasses.dataclass(frozen=True)
-class Frame:
-    """One picture and where it comes from."""
-
-    source: str  # path, or a camera's address without its password
-    number: int  # from 0, in the folder, the video, or of all that the camera sent
-    time: float | str  # a video: seconds from its start; a camera: UTC; an image: ""
-    image: Picture | np.ndarray  # RGB, uint8 [H, W, 3] if an array
-
-    @property
-    def pixels(self) -> np.ndarray:
-        """RGB, uint8 [h, w, 3], perhaps at a reduced scale."""
-        return np.asarray(self.image.image if isinstance(self.image, Picture) else self.image)
 
 
 class Images:
@@ -113,106 +89,13 @@ class Video:
             warn(f"{self.name} announces {expected:.0f} frames, {number} could be read")
 
 
-class Camera:
-    """A camera's number, or the address of a stream, read by a thread that keeps only the newest frame."""
-
-    fps = None
-
-    def __init__(self, address: str) -> None:
-        self.paths: list[Path] = []
-        self.address = address
-        self.name = f"camera {address}" if address.isdigit() else redact(address)
-        self.dropped = 0
-        self.problems: list[str] = []
-        self._every = 1
-        self._news = threading.Condition()
-        self._newest: Frame | None = None
-        self._ended = self._stopping = False
-        self._taking = False  # frames before the first call are not counted as dropped
-        self._thread = threading.Thread(target=self._read, daemon=True)
-
-    def open(self, every: int) -> None:
-        """Start reading; raises InputError unless a frame comes within ANSWER_SECONDS."""
-        self._every = every
-        self._thread.start()
-        with self._news:
-            self._wait(ANSWER_SECONDS)
-            answered = self._newest is not None
-        if not answered:
-            self.close()
-            raise InputError(
-                f"{self.name} gives no picture; check that it is on, its address, user and password, and that no "
-                "other program holds it"
-            )
-
-    def frames(self, every: int, _: Decoding = PLAIN) -> Iterator[Frame]:
-        """Always the newest frame, until the stream ends or sends nothing for ANSWER_SECONDS."""
-        if self._thread.ident is None:
-            self.open(every)
-        while True:
-            with self._news:
-                self._taking = True
-                self._wait(ANSWER_SECONDS)
-                frame, self._newest = self._newest, None
-            if frame is None:
-                return
-            yield frame
-
-    def close(self) -> None:
-        """Release the camera. If Python ended while the thread is inside OpenCV, the process would abort."""
-        self._stopping = True
-        if self._thread.ident is not None:
-            self._thread.join(timeout=ANSWER_SECONDS)
-
-    def _wait(self, seconds: float) -> None:
-        """Wait for a frame or the end, in short steps: Windows delivers no Ctrl-C during a wait."""
-        end = time.monotonic() + seconds
-        while self._newest is None and not self._ended and (left := end - time.monotonic()) > 0:
-            self._news.wait(min(left, 0.5))
-
-    def _read(self) -> None:
-        capture = None
-        try:
-            capture = _open_capture(self.address)
-            for number in itertools.count():
-                if self._stopping or not capture.grab():
-                    break
-                if number % self._every == 0:
-                    ok, image = capture.retrieve()
-                    if not ok:
-                        break
-                    self._publish(number, cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
-        except cv2.error:
-            pass  # OpenCV cannot decode a picture: the stream ends here with a message
-        finally:
-            with self._news:
-                self._ended = True
-                self._news.notify_all()
-            if capture is not None:
-                capture.release()
-
-    def _publish(self, number: int, image: np.ndarray) -> None:
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        with self._news:
-            if self._taking and self._newest is not None:
-                self.dropped += 1
-            self._newest = Frame(self.name, number, now, image)
-            self._news.notify_all()
-
-
-def _open_capture(address: str) -> cv2.VideoCapture:
-    if address.isdigit():
-        return cv2.VideoCapture(int(address))
-    limit = int(ANSWER_SECONDS * 800)  # milliseconds: gives up before the main thread stops waiting
-    limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, limit, cv2.CAP_PROP_READ_TIMEOUT_MSEC, limit]
-    return cv2.VideoCapture(address, cv2.CAP_FFMPEG, limits)
-
-
 Source = Images | Video | Camera
 
 
-def find_sources(arguments: Sequence[str]) -> list[Source]:
+def find_sources(arguments: Sequence[str], freeze: float | None = None, give_up: float | None = None) -> list[Source]:
     """The sources that the arguments of a command line name, in order; images of one folder form one source.
+
+    `freeze` and `give_up` are a camera's, see `Camera`.
 
     Raises InputError for a path that does not exist, an unknown kind of file, and a camera beside other sources.
     """
@@ -222,7 +105,7 @@ def find_sources(arguments: Sequence[str]) -> list[Source]:
             f"a camera ({redact(cameras[0])}) never ends and must be the only SOURCE; start predict.py once for each"
         )
     if cameras:
-        return [Camera(cameras[0])]
+        return [Camera(cameras[0], freeze, give_up)]
     paths = [path for text in arguments for path in _files(text)]
     sources: list[Source] = []
     for folder, group in itertools.groupby(paths, lambda path: None if _is_video(path) else path.parent):

@@ -24,6 +24,8 @@ class PredictionSettings:
     min_area: int  # pixels that a region needs to count
     overlays: str | None  # "anomalous", "all" or "none"; None: no pictures at all
     json_lines: bool
+    freeze: float | None  # seconds with nothing new after which a camera's connection is broken; None: the default
+    give_up: float | None  # seconds without a picture after which a camera's run ends; None: never
 
 
 def add_prediction_flags(parser: Parser) -> None:
@@ -48,6 +50,19 @@ def add_prediction_flags(parser: Parser) -> None:
     group.add_argument("--pixel-threshold", type=number(float, float("-inf")), help="of the map (default: usad.json's)")
     group.add_argument(
         "--min-area", type=number(int, 0), default=0, help="pixels that a region needs to count (default: 0)"
+    )
+    group = parser.add_argument_group("camera")
+    group.add_argument(
+        "--freeze",
+        type=number(float, 0, above=True),
+        metavar="SECONDS",
+        help="connect again when the picture has been the same, or none has come, for so long (default: 10)",
+    )
+    group.add_argument(
+        "--give-up",
+        type=number(float, 0),
+        metavar="SECONDS",
+        help="end with exit code 1 after so long without a picture",
     )
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -74,4 +89,6 @@ def prediction_settings(parser: Parser, args: argparse.Namespace) -> PredictionS
         args.min_area,
         None if args.no_images else args.overlays or "anomalous",
         args.json_lines,
+        args.freeze,
+        args.give_up,
     )

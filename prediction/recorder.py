@@ -7,15 +7,19 @@ import itertools
 import json
 import os
 import re
+import time
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
 import cv2
 import numpy as np
 
-from datasets.sources import Frame, Images, Source, Video
+from datasets.frames import Frame
+from datasets.sources import Images, Source, Video
 from models.fusion.prediction import Model, Prediction
+from prediction.latency import Latency
 from reporting.gallery import Entry, Gallery, Pictures
 from reporting.report import Threshold, write_report
 from utils.csv_cells import safe_cell
@@ -23,7 +27,7 @@ from utils.errors import InputError
 from utils.files import atomic_write, check_writable
 
 SCRIPT = "predict.py"  # the mark by which a later run knows its own folder
-COLUMNS = ("source", "frame", "time", "score", "anomalous", "area", "boxes")
+COLUMNS = ("source", "frame", "time", "score", "anomalous", "area", "boxes", "status")
 TABLE, REPORT, OVERLAYS, VIDEOS = "predictions.csv", "report.html", "overlays", "videos"
 CONTOUR, BOX, QUIET = (0, 0, 255), (0, 220, 255), (80, 200, 80)  # BGR
 NAME_BYTES = 120  # of a source's name within a file name; file systems take 143 to 255
@@ -52,23 +56,25 @@ class Table:
 
     def __init__(self, path: Path, json_lines: TextIO | None = None) -> None:
         self.rows = self.alarms = 0
+        self.statuses: Counter[str] = Counter()
         self._file = open(path, "w", encoding="utf-8", newline="")  # noqa: SIM115 (closed by close)
         self._writer = csv.writer(self._file, lineterminator="\n")
         self._writer.writerow(COLUMNS)
         self._json_lines = json_lines
 
-    def add(self, frame: Frame, prediction: Prediction, alarm: bool | None) -> None:
-        """Write the row of one frame; without a threshold, what needs it stays empty."""
-        boxes = prediction.boxes
+    def add(self, frame: Frame, prediction: Prediction | None, alarm: bool | None) -> None:
+        """Write the row of one frame; without a threshold or a prediction, what needs it stays empty."""
+        score, area, boxes = (prediction.score, prediction.area, prediction.boxes) if prediction else (None,) * 3
         self._writer.writerow(
             (
                 safe_cell(frame.source),
                 frame.number,
                 frame.time,
-                repr(prediction.score),
+                "" if score is None else repr(score),
                 "" if alarm is None else int(alarm),
-                "" if prediction.area is None else prediction.area,
+                "" if area is None else area,
                 "" if boxes is None else json.dumps(boxes),
+                frame.status,
             )
         )
         try:
@@ -77,9 +83,10 @@ class Table:
             error.filename = self._file.name
             raise
         self.rows += 1
+        self.statuses[frame.status] += 1
         self.alarms += bool(alarm)
         if self._json_lines is not None:
-            values = (frame.source, frame.number, frame.time, prediction.score, alarm, prediction.area, boxes)
+            values = (frame.source, frame.number, frame.time, score, alarm, area, boxes, frame.status)
             print(json.dumps(dict(zip(COLUMNS, values, strict=True))), file=self._json_lines, flush=True)
 
     def close(self) -> None:
@@ -185,6 +192,7 @@ class Recorder:
         self.overlays = overlays
         self.table = Table(folder / TABLE, json_lines)
         self.gallery = Gallery()
+        self.latency = Latency()
         self._alarm = Alarm(smooth)
         self._video: VideoFile | None = None
         self._names: set[str] = set()
@@ -204,12 +212,16 @@ class Recorder:
         self._source, self._every = source, every
         self._alarm = Alarm(self.smooth)
 
-    def add(self, frame: Frame, prediction: Prediction) -> None:
-        """Write the row of one frame and, if asked for, its pictures."""
+    def add(self, frame: Frame, prediction: Prediction | None) -> None:
+        """Write the row of one frame and, if asked for, its pictures; None for a frame without a picture."""
+        if prediction is None:
+            self.table.add(frame, None, None)
+            return
         alarm = None if prediction.anomalous is None else self._alarm.update(prediction.anomalous)
         if self.overlays:
             self._add_pictures(frame, prediction, alarm)
         self.table.add(frame, prediction, alarm)
+        self.latency.add(time.perf_counter() - frame.read)
 
     def _add_pictures(self, frame: Frame, prediction: Prediction, alarm: bool | None) -> None:
         wanted = self.overlays == "all" or (self.overlays == "anomalous" and bool(alarm))
@@ -256,6 +268,8 @@ class Recorder:
             source = point.source if point else "--threshold or --pixel-threshold"
             threshold = Threshold(self.model.threshold, self.model.pixel_threshold, source, on_test_set=False)
         facts = {key: str(config[key]) for key in ("frames", "anomalous", "dropped") if config.get(key) is not None}
+        if config["latency_ms"]:
+            facts["latency"] = self.latency.words()
         write_report(self.folder / REPORT, "Predictions", self.gallery, threshold=threshold, config=config, facts=facts)
 
 

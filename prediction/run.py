@@ -11,8 +11,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from datasets.camera import Camera, CameraLost
+from datasets.frames import Frame
 from datasets.images import Decoding
-from datasets.sources import Camera, Frame, Source, find_sources
+from datasets.sources import Source, find_sources
 from models.fusion.prediction import Model
 from prediction.options import PredictionSettings
 from prediction.recorder import SCRIPT, Recorder, check_output, clear_output
@@ -23,7 +25,7 @@ from utils.locks import folder_lock
 from utils.machine import environment
 from utils.ownership import PROGRAM
 from utils.redact import redact
-from utils.signals import stoppable
+from utils.signals import Terminated, stoppable
 
 
 def predict(
@@ -34,11 +36,13 @@ def predict(
     `load` gives the model; it is called once the sources are known to exist. `batch_size` None leaves the number of
     frames at a time to the model; `flags` go into config.json.
     """
-    sources = find_sources(settings.sources)
+    sources = find_sources(settings.sources, settings.freeze, settings.give_up)
     check_output(settings.out, sources)
     camera = next((source for source in sources if isinstance(source, Camera)), None)
     if camera and batch_size:
         raise InputError("--batch-size has no effect with a camera, whose frames go one by one; leave it out")
+    if camera is None and (settings.freeze, settings.give_up) != (None, None):
+        raise InputError("--freeze and --give-up have an effect with a camera only; leave them out")
     with folder_lock(settings.out):
         if camera is None:
             return look(settings, load(), sources, batch_size, flags)
@@ -52,7 +56,7 @@ def predict(
 def look(
     settings: PredictionSettings, model: Model, sources: list[Source], batch_size: int | None, flags: dict[str, Any]
 ) -> None:
-    """Run the model over the sources and write the results."""
+    """Run the model over the sources and write the results; a signal is the normal end of a camera."""
     take_thresholds(model, settings)
     flags = {**flags, "sources": [redact(source) for source in settings.sources]}
     config = {"program": PROGRAM, "script": SCRIPT, "finished": False, "settings": flags}
@@ -60,22 +64,26 @@ def look(
     clear_output(settings.out)
     start = time.perf_counter()
     json_lines = sys.stdout if settings.json_lines else None
+    end: BaseException | None = None
     with Recorder(settings.out, model, settings.smooth, settings.overlays, json_lines) as recorder:
         try:
             for source in sources:
                 recorder.start(source, settings.every)
                 look_at(source, settings, model, batch_size or model.batch_size, recorder)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated, CameraLost) as error:
             if not isinstance(sources[0], Camera):
                 raise
+            end = error
         except BrokenPipeError:  # the reader of the JSON lines has ended; at its exit Python would complain again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise
     config |= {
-        "finished": True,
-        "frames": recorder.table.rows,
+        "finished": not isinstance(end, CameraLost),
+        "frames": recorder.latency.frames,
         "anomalous": None if model.threshold is None else recorder.table.alarms,
         "dropped": sum(source.dropped for source in sources),
+        "statuses": dict(recorder.table.statuses),
+        "latency_ms": recorder.latency.figures(),
         "unreadable": [problem for source in sources for problem in source.problems],
         "operating_point": point_in_force(model),
         **environment(model.device),
@@ -84,7 +92,9 @@ def look(
     write_json(settings.out / "config.json", config)
     if settings.overlays:
         recorder.write_report(config)
-    summarize(settings, config)
+    summarize(settings, config, recorder.latency.words())
+    if isinstance(end, Terminated | CameraLost):
+        raise end
 
 
 def take_thresholds(model: Model, settings: PredictionSettings) -> None:
@@ -120,26 +130,29 @@ def look_at(source: Source, settings: PredictionSettings, model: Model, batch_si
     with tqdm(desc=source.name, unit="frame", leave=False, disable=settings.json_lines or None) as progress:
         decoding = Decoding(settings.max_megapixels, model.bit_depth)
         for frames in stoppable(batches(source.frames(settings.every, decoding), batch_size)):
-            predictions = model([frame.image for frame in frames], batch_size)
-            for frame, prediction in zip(frames, predictions, strict=True):
-                recorder.add(frame, prediction)
-            progress.update(len(frames))
+            images = [frame.image for frame in frames if frame.image is not None]
+            predictions = iter(model(images, batch_size) if images else ())
+            for frame in frames:
+                recorder.add(frame, None if frame.image is None else next(predictions))
+            progress.update(len(images))
 
 
-def batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
-    """Lists of `size` frames, the last one shorter."""
+def batches(frames: Iterable[Frame | None], size: int) -> Iterator[list[Frame]]:
+    """Lists of `size` frames, the last one shorter; where a source gives None for want of frames, shorter ones."""
     frames = iter(frames)
     while batch := list(itertools.islice(frames, size)):
-        yield batch
+        yield [frame for frame in batch if frame is not None]
 
 
-def summarize(settings: PredictionSettings, config: dict[str, Any]) -> None:
+def summarize(settings: PredictionSettings, config: dict[str, Any], latency: str) -> None:
     """Print the last line; raises InputError if some files could not be read."""
     line = f"{config['frames']} frames"
     if config["anomalous"] is not None:
         line += f", {config['anomalous']} anomalous"
     if config["dropped"]:
         line += f", {config['dropped']} dropped because they came faster than they could be looked at"
+    if latency:
+        line += f", {latency} from frame to row"
     print(f"{line}; results in {settings.out}", file=sys.stderr if settings.json_lines else sys.stdout, flush=True)
     problems = config["unreadable"]
     for problem in problems:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
-import http.server
 import json
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -21,9 +19,10 @@ import torch
 from machine import PATIENCE, wait_until
 from PIL import Image
 from scipy import ndimage
+from stub_camera import StubCamera, jpeg
 
 import predict
-from datasets import sources
+from datasets import connection
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD, to_tensor
 from datasets.sources import Camera, Images, Video, find_sources
 from models import USAD, Part
@@ -536,7 +535,7 @@ class FakeCapture:
 def test_slow_model_drops_and_counts(tmp_path, call, stand_in_model, monkeypatch):
     allowed = [1]
     capture = FakeCapture(150, ready=lambda: capture.sent < allowed[0])
-    monkeypatch.setattr(sources, "_open_capture", lambda _: capture)
+    monkeypatch.setattr(connection, "_open_capture", lambda _: capture)
 
     def look():
         """Four frames arrive meanwhile."""
@@ -544,10 +543,10 @@ def test_slow_model_drops_and_counts(tmp_path, call, stand_in_model, monkeypatch
         wait_until(lambda: capture.sent >= min(allowed[0], capture.count + 1))
 
     stand_in_model(look)
-    code, stdout, _ = call("0", "--out", tmp_path / "out", "--no-images", *THRESHOLDS)
-    numbers = [int(row["frame"]) for row in rows(tmp_path / "out")]
+    code, stdout, _ = call("0", "--out", tmp_path / "out", "--no-images", "--give-up", "0", *THRESHOLDS)
+    numbers = [int(row["frame"]) for row in rows(tmp_path / "out") if row["status"] == "ok"]
     dropped = json.loads((tmp_path / "out" / "config.json").read_text())["dropped"]
-    assert code == 0 and f"{dropped} dropped" in stdout and capture.released
+    assert code == 1 and f"{dropped} dropped" in stdout and capture.released
     assert numbers == sorted(set(numbers)) and numbers[-1] == 149
     assert numbers[-1] - numbers[0] + 1 == len(numbers) + dropped  # each frame has a row or is counted
     assert dropped > 2 * len(numbers)
@@ -556,14 +555,16 @@ def test_slow_model_drops_and_counts(tmp_path, call, stand_in_model, monkeypatch
 def test_fast_model_drops_nothing(tmp_path, call, stand_in_model, monkeypatch):
     looked_at = []
     capture = FakeCapture(20, ready=lambda: capture.sent <= 2 * len(looked_at))  # the next once the last is done
-    monkeypatch.setattr(sources, "_open_capture", lambda _: capture)
+    monkeypatch.setattr(connection, "_open_capture", lambda _: capture)
     stand_in_model(lambda: looked_at.append(1))
-    code, *_ = call("0", "--out", tmp_path / "out", "--no-images", "--every", "2", *THRESHOLDS)
-    assert code == 0 and [int(row["frame"]) for row in rows(tmp_path / "out")] == list(range(0, 20, 2))
+    flags = ("--out", tmp_path / "out", "--no-images", "--give-up", "0", *THRESHOLDS)
+    assert call("0", "--every", "2", *flags)[0] == 1
+    *looked, lost = rows(tmp_path / "out")
+    assert [int(row["frame"]) for row in looked] == list(range(0, 20, 2)) and lost["status"] == "lost"
 
 
 def test_interrupt_is_a_cameras_normal_end(tmp_path, call, stand_in_model, monkeypatch):
-    monkeypatch.setattr(sources, "_open_capture", lambda _: FakeCapture(10**6))
+    monkeypatch.setattr(connection, "_open_capture", lambda _: FakeCapture(10**6))
     stand_in_model(interrupt_at(5))
     code, stdout, _ = call("0", "--out", tmp_path / "out", *THRESHOLDS)
     assert code == 0 and stdout.startswith("4 frames") and len(rows(tmp_path / "out")) == 4
@@ -574,7 +575,7 @@ def test_interrupt_is_a_cameras_normal_end(tmp_path, call, stand_in_model, monke
 @pytest.mark.usefixtures("stand_in_model")
 @pytest.mark.parametrize("scheme", ["rtsp", "http"])
 def test_camera_that_does_not_answer(tmp_path, call, monkeypatch, scheme):
-    monkeypatch.setattr(sources, "ANSWER_SECONDS", 1.5)
+    monkeypatch.setattr(connection, "ANSWER_SECONDS", 1.5)
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection, never says a word
         address = f"{scheme}://admin:{SECRET}@127.0.0.1:{server.getsockname()[1]}/live?token={SECRET}"
         start = time.perf_counter()
@@ -599,49 +600,27 @@ def test_camera_that_refuses_in_a_process_of_its_own(tmp_path):
     assert done.stderr.startswith("error: rtsp://***@127.0.0.1") and len(done.stderr.splitlines()) == 1
 
 
-class MotionJpeg(http.server.BaseHTTPRequestHandler):
-    """A network camera that sends pictures to whoever knows the password, until 60 were looked at."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        if "Authorization" not in self.headers:
-            self.send_response(401)
-            self.send_header("WWW-Authenticate", 'Basic realm="camera"')
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
-        self.end_headers()
-        rng = np.random.default_rng(20)
-        while self.server.looked_at < 60:
-            data = cv2.imencode(".jpg", frame(rng, self.server.looked_at > 10)[..., ::-1])[1].tobytes()
-            head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
-            self.wfile.write(head.encode() + data + b"\r\n")
-            time.sleep(0.01)
-        self.close_connection = True
-
-    def log_message(self, *_):
-        pass
-
-
 def test_network_camera_and_its_password(tmp_path, call, stand_in_model):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), MotionJpeg)
-    server.looked_at = 0
+    looked_at = []
 
     def look():
-        server.looked_at += 1
+        """Red after 10 pictures; after 60 the camera is gone."""
+        looked_at.append(1)
+        camera.mode = "red" if len(looked_at) > 10 else "ok"
+        if len(looked_at) == 60:
+            camera.down()
 
     stand_in_model(look)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://admin:Gr3nzwall@127.0.0.1:{server.server_port}/video?pass=Gr3nzwall"
-    code, stdout, stderr = call(address, "--out", tmp_path / "out", "--json-lines", *THRESHOLDS)
-    server.shutdown()
-    server.server_close()
-    assert code == 0, stderr
-    table = rows(tmp_path / "out")
-    assert len(table) > 5 and {row["anomalous"] for row in table} == {"0", "1"}
+    with StubCamera(0.01, password="Gr3nzwall") as camera:
+        rng = np.random.default_rng(20)
+        for mode, red in (("ok", False), ("red", True)):
+            camera.files[mode] = [jpeg(frame(rng, red, (48, 64), (9, 30, 9, 30))) for _ in range(9)]
+        address = camera.address.replace("//", "//admin:Gr3nzwall@") + "?pass=Gr3nzwall"
+        flags = ("--out", tmp_path / "out", "--json-lines", "--give-up", "0", *THRESHOLDS)
+        code, stdout, stderr = call(address, *flags)
+    assert code == 1 and stderr.splitlines()[-1].endswith("no picture for 0 s (--give-up)")
+    *table, lost = rows(tmp_path / "out")
+    assert len(table) >= 60 and {row["anomalous"] for row in table} == {"0", "1"} and lost["status"] == "lost"
     assert table[0]["source"].startswith("http://***@127.0.0.1") and table[0]["time"].endswith("+00:00")
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
     names = " ".join(str(path) for path in (tmp_path / "out").rglob("*"))
