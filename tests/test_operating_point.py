@@ -21,7 +21,7 @@ import train_ma_clu
 import train_pc
 from datasets.loading import ImageDataset
 from models import USAD
-from models.fusion.operating_point import OperatingPoint, exceedance, quantile, rank
+from models.fusion.operating_point import OperatingPoint, exceedance, images_to_promise, quantile, rank
 from utils.command_line import run
 from utils.errors import InputError
 
@@ -74,10 +74,23 @@ def test_expected_rate_and_interval_by_simulation():
 def test_too_few_images_are_said_so():
     values = np.random.default_rng(3).random(30)
     assert quantile(values, 0.01) > values.max()
-    expected, _ = exceedance(30, 0.01)
-    line = point(false_alarm_rate=0.01, images=30, expected_rate=expected).shortfall
-    assert "30 held-out images" in line and "99" in line and f"{1 / 31:.3g}" in line
-    assert exceedance(99, 0.01)[0] <= 0.01 + 1e-12 and point().shortfall is None
+    expected, interval = exceedance(30, 0.01)
+    line = point(false_alarm_rate=0.01, images=30, expected_rate=expected, interval=interval).shortfall
+    assert "30 held-out images" in line and "highest values" in line and f"{1 / 31:.3g}" in line
+    expected, interval = exceedance(99, 0.01)
+    assert expected <= 0.01 + 1e-12
+    line = point(false_alarm_rate=0.01, images=99, expected_rate=expected, interval=interval).shortfall
+    assert "99 held-out images" in line and "highest values" not in line
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.02, 0.05])
+def test_enough_images_keep_the_promise(rate):
+    count = images_to_promise(rate)
+    assert str(count) in point(false_alarm_rate=rate, images=20, interval=exceedance(20, rate)[1]).shortfall
+    assert point(false_alarm_rate=rate, images=count, interval=exceedance(count, rate)[1]).shortfall is None
+    rng = np.random.default_rng(9)
+    true = [1 - quantile(rng.random(count), rate) for _ in range(4000)]  # uniform: the true rate above t is 1 - t
+    assert np.mean([(rate / 2 <= value <= 1.5 * rate) for value in true]) > 0.94
 
 
 def test_float32_values_stay_below_their_threshold():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -46,14 +47,18 @@ class OperatingPoint:
 
     @property
     def shortfall(self) -> str | None:
-        """One line if there are too few images for the rate that was asked for, else None."""
-        if self.expected_rate <= self.false_alarm_rate:
+        """One line if there are too few images to promise half to 1.5 times the rate that was asked for, else None."""
+        rate = self.false_alarm_rate
+        if promises(self.images, rate):
             return None
-        needed = math.ceil(1 / self.false_alarm_rate) - 1
-        return (
-            f"{self.images} held-out images cannot show a false-alarm rate of {self.false_alarm_rate:g} (it takes "
-            f"{needed}): the thresholds are their highest values, whose expected rate is {self.expected_rate:.3g}"
+        low, high = self.interval
+        line = (
+            f"{self.images} held-out images promise a false-alarm rate between {low:.2g} and {high:.2g} (95 %); for "
+            f"{rate / 2:g} to {1.5 * rate:g} it takes {images_to_promise(rate)}"
         )
+        if self.expected_rate > rate:
+            line += f". The thresholds are their highest values, whose expected rate is {self.expected_rate:.3g}"
+        return line
 
     def on_test(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         """Recall and false alarms on test images: scores [N], labels [N]; None for a class without images."""
@@ -159,3 +164,14 @@ def exceedance(count: int, rate: float) -> tuple[float, tuple[float, float]]:
     tail = (1 - CONFIDENCE) / 2
     low, high = (float(betaincinv(count + 1 - k, k, p)) for p in (tail, 1 - tail))
     return (count + 1 - k) / (count + 1), (low, high)
+
+
+def promises(count: int, rate: float) -> bool:
+    """Whether the threshold of `count` values has a rate between half and 1.5 times `rate`, with 95 % probability."""
+    low, high = exceedance(count, rate)[1]
+    return rate / 2 <= low and high <= 1.5 * rate
+
+
+def images_to_promise(rate: float) -> int:
+    """The fewest held-out images that promise `rate`, of those numbers whose expected rate is `rate` itself."""
+    return next(count for above in itertools.count(1) if promises(count := math.ceil(above / rate) - 1, rate))
