@@ -11,11 +11,13 @@ from datasets.images import Picture
 
 OK = "ok"
 UNREADABLE = "unreadable"  # a picture or file that cannot be decoded
+DONE = "done"  # a video in a watched folder has ended
 LOST = "lost"  # a camera's connection broke
 SILENT = "silent"  # a camera sends no picture
 FROZEN = "frozen"  # a camera sends the same picture again and again
 RESIZED = "resized"  # a camera's pictures have another size
 GREY = "grey"  # a colour camera's pictures have no colour
+STATUSES = (OK, UNREADABLE, DONE, LOST, SILENT, FROZEN, RESIZED, GREY)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,7 +108,7 @@ def find_sources(arguments: Sequence[str], freeze: float | None = None, give_up:
         return [Camera(cameras[0], freeze, give_up)]
     paths = [path for text in arguments for path in _files(text)]
     sources: list[Source] = []
-    for folder, group in itertools.groupby(paths, lambda path: None if _is_video(path) else path.parent):
+    for folder, group in itertools.groupby(paths, lambda path: None if is_video(path) else path.parent):
         files = list(group)
         sources.extend(map(Video, files) if folder is None else [Images(files)])
     return sources
@@ -121,7 +121,8 @@ def _is_camera(text: str) -> bool:
     return bool(scheme) or (text.isascii() and text.isdigit() and not Path(text).exists())
 
 
-def _is_video(path: Path) -> bool:
+def is_video(path: Path) -> bool:
+    """By its name."""
     return path.suffix.lower() in VIDEO_EXTENSIONS
 
 

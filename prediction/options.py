@@ -26,6 +26,8 @@ class PredictionSettings:
     json_lines: bool
     freeze: float | None  # seconds with nothing new after which a camera's connection is broken; None: the default
     give_up: float | None  # seconds without a picture after which a camera's run ends; None: never
+    watch: bool  # the source is a folder that fills
+    webhook: str | None  # where alarms are sent
 
 
 def add_prediction_flags(parser: Parser) -> None:
@@ -51,18 +53,20 @@ def add_prediction_flags(parser: Parser) -> None:
     group.add_argument(
         "--min-area", type=number(int, 0), default=0, help="pixels that a region needs to count (default: 0)"
     )
-    group = parser.add_argument_group("camera")
+    group = parser.add_argument_group("on the line")
+    group.add_argument("--watch", action="store_true", help="look at each file of a folder that fills, until Ctrl-C")
+    group.add_argument("--webhook", metavar="URL", help="POST the row as JSON whenever the alarm turns on")
     group.add_argument(
         "--freeze",
         type=number(float, 0, above=True),
         metavar="SECONDS",
-        help="connect again when the picture has been the same, or none has come, for so long (default: 10)",
+        help="a camera: connect again when the picture has been the same, or none has come, for so long (default: 10)",
     )
     group.add_argument(
         "--give-up",
         type=number(float, 0),
         metavar="SECONDS",
-        help="end with exit code 1 after so long without a picture",
+        help="a camera: end with exit code 1 after so long without a picture",
     )
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -78,6 +82,8 @@ def prediction_settings(parser: Parser, args: argparse.Namespace) -> PredictionS
     """The settings made from those flags."""
     if args.no_images and args.overlays:
         parser.error("--overlays has no effect with --no-images; drop one of them")
+    if args.watch and args.every > 1:
+        parser.error("--every has no effect with --watch, which looks at every file; drop one of them")
     return PredictionSettings(
         tuple(args.sources),
         args.out,
@@ -91,4 +97,6 @@ def prediction_settings(parser: Parser, args: argparse.Namespace) -> PredictionS
         args.json_lines,
         args.freeze,
         args.give_up,
+        args.watch,
+        args.webhook,
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import os
 import re
 import time
 import unicodedata
-from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,17 +15,19 @@ import cv2
 import numpy as np
 
 from datasets.frames import Frame
-from datasets.sources import Images, Source, Video
+from datasets.images import Picture
+from datasets.incoming import Incoming
+from datasets.sources import Source, Video
 from models.fusion.prediction import Model, Prediction
 from prediction.latency import Latency
+from prediction.table import Table, values_of
+from prediction.webhook import Webhook
 from reporting.gallery import Entry, Gallery, Pictures
 from reporting.report import Threshold, write_report
-from utils.csv_cells import safe_cell
 from utils.errors import InputError
 from utils.files import atomic_write, check_writable
 
 SCRIPT = "predict.py"  # the mark by which a later run knows its own folder
-COLUMNS = ("source", "frame", "time", "score", "anomalous", "area", "boxes", "status")
 TABLE, REPORT, OVERLAYS, VIDEOS = "predictions.csv", "report.html", "overlays", "videos"
 CONTOUR, BOX, QUIET = (0, 0, 255), (0, 220, 255), (80, 200, 80)  # BGR
 NAME_BYTES = 120  # of a source's name within a file name; file systems take 143 to 255
@@ -49,48 +49,6 @@ class Alarm:
         if self._contrary == self.frames:
             self.on, self._contrary = anomalous, 0
         return self.on
-
-
-class Table:
-    """predictions.csv, and the same rows as JSON lines if asked for; each row is on the disk when `add` returns."""
-
-    def __init__(self, path: Path, json_lines: TextIO | None = None) -> None:
-        self.rows = self.alarms = 0
-        self.statuses: Counter[str] = Counter()
-        self._file = open(path, "w", encoding="utf-8", newline="")  # noqa: SIM115 (closed by close)
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        self._writer.writerow(COLUMNS)
-        self._json_lines = json_lines
-
-    def add(self, frame: Frame, prediction: Prediction | None, alarm: bool | None) -> None:
-        """Write the row of one frame; without a threshold or a prediction, what needs it stays empty."""
-        score, area, boxes = (prediction.score, prediction.area, prediction.boxes) if prediction else (None,) * 3
-        self._writer.writerow(
-            (
-                safe_cell(frame.source),
-                frame.number,
-                frame.time,
-                "" if score is None else repr(score),
-                "" if alarm is None else int(alarm),
-                "" if area is None else area,
-                "" if boxes is None else json.dumps(boxes),
-                frame.status,
-            )
-        )
-        try:
-            self._file.flush()
-        except OSError as error:
-            error.filename = self._file.name
-            raise
-        self.rows += 1
-        self.statuses[frame.status] += 1
-        self.alarms += bool(alarm)
-        if self._json_lines is not None:
-            values = (frame.source, frame.number, frame.time, score, alarm, area, boxes, frame.status)
-            print(json.dumps(dict(zip(COLUMNS, values, strict=True))), file=self._json_lines, flush=True)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def draw(image: np.ndarray, prediction: Prediction, alarm: bool | None, pixel_threshold: float | None) -> np.ndarray:
@@ -184,13 +142,21 @@ class Recorder:
     """Takes frames and their predictions, and writes all files; only the report's gallery stays in memory."""
 
     def __init__(
-        self, folder: Path, model: Model, smooth: int, overlays: str | None, json_lines: TextIO | None
+        self,
+        folder: Path,
+        model: Model,
+        smooth: int,
+        overlays: str | None,
+        json_lines: TextIO | None,
+        webhook: Webhook | None = None,
+        former_rows: int = 0,
     ) -> None:
         self.folder = folder
         self.model = model
         self.smooth = smooth
         self.overlays = overlays
-        self.table = Table(folder / TABLE, json_lines)
+        self.webhook = webhook
+        self.table = Table(folder / TABLE, json_lines, former_rows)
         self.gallery = Gallery()
         self.latency = Latency()
         self._alarm = Alarm(smooth)
@@ -203,10 +169,12 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         try:
             self.table.close()
-        finally:
             self._close_video()
+        finally:
+            if self.webhook:
+                self.webhook.close()
 
-    def start(self, source: Source, every: int) -> None:
+    def start(self, source: Source | Incoming, every: int) -> None:
         """Begin a source: the next frames are its."""
         self._close_video()
         self._source, self._every = source, every
@@ -215,12 +183,16 @@ class Recorder:
     def add(self, frame: Frame, prediction: Prediction | None) -> None:
         """Write the row of one frame and, if asked for, its pictures; None for a frame without a picture."""
         if prediction is None:
-            self.table.add(frame, None, None)
+            self.table.add(values_of(frame, None, None))
             return
+        was_on = self._alarm.on
         alarm = None if prediction.anomalous is None else self._alarm.update(prediction.anomalous)
         if self.overlays:
             self._add_pictures(frame, prediction, alarm)
-        self.table.add(frame, prediction, alarm)
+        values = values_of(frame, prediction, alarm)
+        self.table.add(values)
+        if self.webhook and alarm and not was_on:
+            self.webhook.send(values)
         self.latency.add(time.perf_counter() - frame.read)
 
     def _add_pictures(self, frame: Frame, prediction: Prediction, alarm: bool | None) -> None:
@@ -239,7 +211,7 @@ class Recorder:
         maps = {name: branch_map for name, (_, branch_map) in prediction.branches.items()}
         self.gallery.add(
             Entry(
-                name=frame.source if isinstance(self._source, Images) else f"{frame.source} #{frame.number}",
+                name=frame.source if isinstance(frame.image, Picture) else f"{frame.source} #{frame.number}",
                 scores={self.model.name: prediction.score, **scores},
                 group=self._source.name,
                 alarm=alarm,
@@ -273,7 +245,7 @@ class Recorder:
         write_report(self.folder / REPORT, "Predictions", self.gallery, threshold=threshold, config=config, facts=facts)
 
 
-def check_output(folder: Path, sources: list[Source]) -> None:
+def check_output(folder: Path, sources: list[Source] | list[Incoming]) -> None:
     """Raise InputError if `folder` holds files that predict.py did not write, or one of the sources."""
     check_writable(folder)
     for path in (path for source in sources for path in source.paths):
@@ -288,15 +260,17 @@ def check_output(folder: Path, sources: list[Source]) -> None:
             raise InputError(f"--out {folder} holds files that {SCRIPT} did not make; choose another folder")
 
 
+def goes_on(folder: Path) -> bool:
+    """Whether `folder` has the rows of an earlier run that watched a folder."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
+        return bool(settings.get("watch")) and (folder / TABLE).stat().st_size > 0
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def clear_output(folder: Path) -> None:
     """Remove what an earlier run left in `folder`."""
-    for pattern in (
-        REPORT,
-        TABLE,
-        f"{OVERLAYS}/*.jpg",
-        f"{VIDEOS}/*.mp4",
-        f"{VIDEOS}/*.avi",
-        "**/.*.partial.*",
-    ):
+    for pattern in (REPORT, TABLE, f"{OVERLAYS}/*.jpg", f"{VIDEOS}/*.mp4", f"{VIDEOS}/*.avi", "**/.*.partial.*"):
         for stale in folder.glob(pattern):
             stale.unlink()

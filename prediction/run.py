@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -14,10 +16,13 @@ from tqdm import tqdm
 from datasets.camera import Camera, CameraLost
 from datasets.frames import Frame
 from datasets.images import Decoding
+from datasets.incoming import Incoming
 from datasets.sources import Source, find_sources
 from models.fusion.prediction import Model
 from prediction.options import PredictionSettings
-from prediction.recorder import SCRIPT, Recorder, check_output, clear_output
+from prediction.recorder import SCRIPT, TABLE, Recorder, check_output, clear_output, goes_on
+from prediction.table import read_former
+from prediction.webhook import Webhook
 from utils.command_line import warn
 from utils.errors import InputError
 from utils.files import write_json
@@ -26,6 +31,8 @@ from utils.machine import environment
 from utils.ownership import PROGRAM
 from utils.redact import redact
 from utils.signals import Terminated, stoppable
+
+ENDLESS = (Camera, Incoming)  # sources that a signal ends
 
 
 def predict(
@@ -36,42 +43,65 @@ def predict(
     `load` gives the model; it is called once the sources are known to exist. `batch_size` None leaves the number of
     frames at a time to the model; `flags` go into config.json.
     """
-    sources = find_sources(settings.sources, settings.freeze, settings.give_up)
+    webhook = Webhook(settings.webhook) if settings.webhook else None
+    limits = settings.freeze, settings.give_up
+    sources = [watched(settings)] if settings.watch else find_sources(settings.sources, *limits)
     check_output(settings.out, sources)
-    camera = next((source for source in sources if isinstance(source, Camera)), None)
-    if camera and batch_size:
-        raise InputError("--batch-size has no effect with a camera, whose frames go one by one; leave it out")
-    if camera is None and (settings.freeze, settings.give_up) != (None, None):
+    if isinstance(sources[0], ENDLESS):
+        if batch_size:
+            raise InputError("--batch-size has no effect here: frames go one by one, as they come; leave it out")
+        batch_size = 1
+    camera = sources[0] if isinstance(sources[0], Camera) else None
+    if camera is None and limits != (None, None):
         raise InputError("--freeze and --give-up have an effect with a camera only; leave them out")
-    with folder_lock(settings.out):
-        if camera is None:
-            return look(settings, load(), sources, batch_size, flags)
-        try:
+    with folder_lock(settings.out), contextlib.closing(camera) if camera else contextlib.nullcontext():
+        if camera:
             camera.open(settings.every)
-            look(settings, load(), [camera], 1, flags)
-        finally:
-            camera.close()
+        look(settings, load(), sources, batch_size, flags, webhook)
+
+
+def watched(settings: PredictionSettings) -> Incoming:
+    """The folder to be watched."""
+    folder, out = Path(settings.sources[0]), settings.out.resolve()
+    if len(settings.sources) > 1 or not folder.is_dir():
+        raise InputError("--watch takes one SOURCE, a folder that exists")
+    if folder.resolve() in (out, *out.parents):
+        raise InputError(f"--out {settings.out} lies in the watched folder; choose another folder for the results")
+    return Incoming(folder)
 
 
 def look(
-    settings: PredictionSettings, model: Model, sources: list[Source], batch_size: int | None, flags: dict[str, Any]
+    settings: PredictionSettings,
+    model: Model,
+    sources: list[Source] | list[Incoming],
+    batch_size: int | None,
+    flags: dict[str, Any],
+    webhook: Webhook | None,
 ) -> None:
-    """Run the model over the sources and write the results; a signal is the normal end of a camera."""
+    """Run the model over the sources and write the results.
+
+    A signal is the normal end of a camera and of a watched folder, whose earlier results are kept.
+    """
     take_thresholds(model, settings)
-    flags = {**flags, "sources": [redact(source) for source in settings.sources]}
+    flags = {**flags, "sources": [redact(source) for source in settings.sources], "webhook": webhook and webhook.name}
+    former = read_former(settings.out / TABLE) if settings.watch and goes_on(settings.out) else None
     config = {"program": PROGRAM, "script": SCRIPT, "finished": False, "settings": flags}
     write_json(settings.out / "config.json", config)
-    clear_output(settings.out)
+    if former:
+        sources[0].skip(former.last)
+    else:
+        clear_output(settings.out)
     start = time.perf_counter()
     json_lines = sys.stdout if settings.json_lines else None
     end: BaseException | None = None
-    with Recorder(settings.out, model, settings.smooth, settings.overlays, json_lines) as recorder:
+    rows = former.rows if former else 0
+    with Recorder(settings.out, model, settings.smooth, settings.overlays, json_lines, webhook, rows) as recorder:
         try:
             for source in sources:
                 recorder.start(source, settings.every)
                 look_at(source, settings, model, batch_size or model.batch_size, recorder)
         except (KeyboardInterrupt, Terminated, CameraLost) as error:
-            if not isinstance(sources[0], Camera):
+            if not isinstance(sources[0], ENDLESS):
                 raise
             end = error
         except BrokenPipeError:  # the reader of the JSON lines has ended; at its exit Python would complain again
@@ -84,6 +114,7 @@ def look(
         "dropped": sum(source.dropped for source in sources),
         "statuses": dict(recorder.table.statuses),
         "latency_ms": recorder.latency.figures(),
+        "webhook": webhook and {"sent": webhook.sent, "given_up": webhook.given_up},
         "unreadable": [problem for source in sources for problem in source.problems],
         "operating_point": point_in_force(model),
         **environment(model.device),
@@ -109,8 +140,9 @@ def take_thresholds(model: Model, settings: PredictionSettings) -> None:
         raise InputError("--min-area has no effect without a threshold of the map; give --pixel-threshold too")
     model.min_area = settings.min_area
     if model.threshold is None:
-        if settings.smooth > 1:
-            raise InputError("--smooth has no effect without a threshold; give --threshold, or leave it out")
+        for flag, is_given in (("--smooth", settings.smooth > 1), ("--webhook", settings.webhook)):
+            if is_given:
+                raise InputError(f"{flag} has no effect without a threshold; give --threshold, or leave it out")
         warn(
             "the model has no operating point: scores only. Thresholds come from test_fusion.py --false-alarm-rate "
             "0.01 (checkpoints trained with --holdout-ratio), or from --threshold and --pixel-threshold"
@@ -125,7 +157,9 @@ def point_in_force(model: Model) -> dict[str, Any] | None:
     return None if model.threshold is model.pixel_threshold is None else given
 
 
-def look_at(source: Source, settings: PredictionSettings, model: Model, batch_size: int, recorder: Recorder) -> None:
+def look_at(
+    source: Source | Incoming, settings: PredictionSettings, model: Model, batch_size: int, recorder: Recorder
+) -> None:
     """All frames of one source, in order."""
     with tqdm(desc=source.name, unit="frame", leave=False, disable=settings.json_lines or None) as progress:
         decoding = Decoding(settings.max_megapixels, model.bit_depth)
@@ -151,6 +185,8 @@ def summarize(settings: PredictionSettings, config: dict[str, Any], latency: str
         line += f", {config['anomalous']} anomalous"
     if config["dropped"]:
         line += f", {config['dropped']} dropped because they came faster than they could be looked at"
+    if config["webhook"]:
+        line += f", {config['webhook']['sent']} alarms sent and {config['webhook']['given_up']} given up"
     if latency:
         line += f", {latency} from frame to row"
     print(f"{line}; results in {settings.out}", file=sys.stderr if settings.json_lines else sys.stdout, flush=True)

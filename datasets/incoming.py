@@ -1,0 +1,128 @@
+"""A folder that fills: each file once, when it is complete, for as long as the folder is watched.
+
+Files are looked at in the order of their modification times, of those that are complete. A file is known by its name
+and that time, so one that is replaced is looked at again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+
+from datasets.frames import DONE, UNREADABLE, Frame
+from datasets.images import PLAIN, Decoding, find_files, read_picture
+from datasets.notes import Notes
+from datasets.sources import KNOWN, Video, is_video
+from utils.command_line import warn
+from utils.csv_cells import safe_cell
+from utils.errors import InputError
+
+POLL = 0.5  # seconds between two looks into the folder
+SETTLED, VIDEO_SETTLED = 1.0, 10.0  # seconds without a change after which a file is complete
+PATIENCE = 10.0  # seconds without a change after which a file that cannot be read is broken
+
+
+class Incoming:
+    """A folder that is watched; its images and videos form one source."""
+
+    fps = None
+    dropped = 0
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.paths = [folder]
+        self.name = folder.as_posix()
+        self.problems: list[str] = []  # stays empty: each is told at once, and has a row
+        self._done: set[int] = set()  # hashes, for there may be millions
+        self._begun: dict[str, int] = {}  # by name of a video: the last frame that was looked at
+        self._files = 0
+        self._changed: dict[Path, tuple[tuple[int, int], float]] = {}  # size and time, and since when they are so
+        self._is_there = True
+
+    def skip(self, last: Mapping[str, tuple[str, str]]) -> None:
+        """Leave out what has rows: frame number and time of the last one by source, as texts of the table."""
+        for source, (number, moment) in last.items():
+            if "T" in moment:  # that of a file
+                self._done.add(hash((source, moment)))
+            else:
+                self._begun[source] = int(number)
+        self._files = len(last)
+
+    def frames(self, every: int, decoding: Decoding = PLAIN) -> Iterator[Frame | None]:
+        """The frames of all files, for ever; None when there is nothing new, so that a signal can take effect.
+
+        What cannot be read, and the end of a video, are frames without a picture.
+        """
+        notes = Notes()
+        while True:
+            for path, moment in self._complete():
+                yield from self._look(path, moment, decoding, notes)
+            notes.say()
+            yield None
+            time.sleep(POLL)
+
+    def _complete(self) -> list[tuple[Path, str]]:
+        """The complete files that were not looked at, with their modification times, in the order of these."""
+        now, changed, complete = time.monotonic(), {}, []
+        for path in self._files_there():
+            try:
+                stat = path.stat()
+            except OSError:
+                continue  # it has just been taken away
+            moment = datetime.fromtimestamp(stat.st_mtime, timezone.utc).isoformat(timespec="microseconds")
+            if self._key(path, moment) in self._done:
+                continue
+            state = stat.st_size, stat.st_mtime_ns
+            before, since = self._changed.get(path, (None, now))
+            changed[path] = state, since if state == before else now
+            if now - changed[path][1] >= (VIDEO_SETTLED if is_video(path) else SETTLED):
+                complete.append((stat.st_mtime_ns, path, moment))
+        self._changed = changed
+        return [(path, moment) for _, path, moment in sorted(complete)]
+
+    def _files_there(self) -> list[Path]:
+        """All files of the folder; none while it cannot be read, as a share that is not connected."""
+        try:
+            found = list(find_files(self.folder, KNOWN))
+        except OSError as error:
+            if self._is_there:
+                warn(f"{self.name} cannot be read ({error.strerror}); it is tried again")
+            self._is_there = False
+            return []
+        if not self._is_there:
+            warn(f"{self.name} can be read again")
+        self._is_there = True
+        return found
+
+    def _look(self, path: Path, moment: str, decoding: Decoding, notes: Notes) -> Iterator[Frame]:
+        """The frames of one file; none if it was taken away, or cannot be read yet."""
+        source, number = path.as_posix(), self._files
+        if is_video(path):
+            video, begun = Video(path), self._begun.pop(safe_cell(source), -1)
+            for frame in video.frames(1):
+                number = frame.number
+                if number > begun:
+                    yield frame
+            problem = next(iter(video.problems), None)
+            last = Frame(source, number, moment, None, UNREADABLE if problem else DONE)
+        else:
+            try:
+                picture, problem = read_picture(path, decoding), None
+                notes.add(picture.notes, path)
+                last = Frame(source, number, moment, picture)
+            except (InputError, OSError) as error:
+                problem = str(error)
+                last = Frame(source, number, moment, None, UNREADABLE)
+        if problem:
+            if not path.exists() or time.monotonic() - self._changed[path][1] < PATIENCE:
+                return
+            warn(problem)
+        yield last
+        self._files += 1
+        self._done.add(self._key(path, moment))
+
+    @staticmethod
+    def _key(path: Path, moment: str) -> int:
+        return hash((safe_cell(path.as_posix()), moment))

@@ -1,0 +1,93 @@
+"""predictions.csv: a row for each frame, and for what happened instead of one."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from datasets.frames import STATUSES, Frame
+from models.fusion.prediction import Prediction
+from utils.csv_cells import safe_cell
+from utils.errors import InputError
+from utils.files import atomic_write
+
+COLUMNS = ("source", "frame", "time", "score", "anomalous", "area", "boxes", "status")
+
+
+class Former(NamedTuple):
+    """The rows of an earlier run that goes on."""
+
+    rows: int
+    last: dict[str, tuple[str, str]]  # by source: frame number and time of its last row
+
+
+def values_of(frame: Frame, prediction: Prediction | None, alarm: bool | None) -> dict[str, Any]:
+    """The row of a frame as JSON values; None for what needs a prediction or a threshold that is not there."""
+    score, area, boxes = (prediction.score, prediction.area, prediction.boxes) if prediction else (None,) * 3
+    values = (frame.source, frame.number, frame.time, score, alarm, area, boxes, frame.status)
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+class Table:
+    """The file, and the same rows as JSON lines if asked for; each row is on the disk when `add` returns."""
+
+    def __init__(self, path: Path, json_lines: TextIO | None = None, former_rows: int = 0) -> None:
+        """`former_rows` are in the file, and stay there."""
+        self.rows = former_rows
+        self.alarms = 0
+        self.statuses: Counter[str] = Counter()
+        self._file = open(path, "a" if former_rows else "w", encoding="utf-8", newline="")  # noqa: SIM115 (closed by close)
+        self._writer = csv.writer(self._file, lineterminator="\n")
+        if not former_rows:
+            self._writer.writerow(COLUMNS)
+        self._json_lines = json_lines
+
+    def add(self, values: dict[str, Any]) -> None:
+        """Write one row."""
+        alarm, boxes = values["anomalous"], values["boxes"]
+        cells = {
+            "source": safe_cell(values["source"]),
+            "anomalous": None if alarm is None else int(alarm),
+            "boxes": None if boxes is None else json.dumps(boxes),
+        }
+        self._writer.writerow((values | cells).values())
+        try:
+            self._file.flush()
+        except OSError as error:
+            error.filename = self._file.name
+            raise
+        self.rows += 1
+        self.statuses[values["status"]] += 1
+        self.alarms += bool(alarm)
+        if self._json_lines is not None:
+            print(json.dumps(values), file=self._json_lines, flush=True)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_former(path: Path) -> Former:
+    """The rows that an earlier run left at `path`; what a kill left of a last row is cut off.
+
+    Raises InputError if the file has other columns.
+    """
+    last, rows = {}, 0
+    with (
+        atomic_write(path) as temporary,
+        open(path, encoding="utf-8", newline="") as old,
+        open(temporary, "w", encoding="utf-8", newline="") as new,
+    ):
+        writer = csv.writer(new, lineterminator="\n")
+        reader = csv.reader(line.replace("\0", "") for line in old)
+        if tuple(next(reader, ())) != COLUMNS:
+            raise InputError(f"{path} was written by another version; choose another --out")
+        writer.writerow(COLUMNS)
+        for row in reader:
+            if len(row) == len(COLUMNS) and row[-1] in STATUSES:
+                writer.writerow(row)
+                last[row[0]] = row[1], row[2]
+                rows += 1
+    return Former(rows, last)

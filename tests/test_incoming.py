@@ -1,0 +1,185 @@
+"""--watch: a folder that fills, over restarts."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from machine import wait_until
+from PIL import Image
+from stub_model import RedModel
+from test_predict import write_video
+
+from datasets import incoming
+from prediction.options import PredictionSettings
+from prediction.run import predict
+from utils.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def in_short(monkeypatch):
+    """Limits that a test can wait for."""
+    monkeypatch.setattr(incoming, "POLL", 0.01)
+    for name in ("SETTLED", "VIDEO_SETTLED"):
+        monkeypatch.setattr(incoming, name, 0.2)
+    monkeypatch.setattr(incoming, "PATIENCE", 0.5)
+
+
+SETTINGS = PredictionSettings((), Path(), 90, 1, 1, None, None, 0, None, False, None, None, True, None)
+
+
+class Ended(RedModel):
+    """Raises KeyboardInterrupt in place of the frame `at`, which has then been read and not looked at."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def look(self, picture):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return super().look(picture)
+
+
+def watch(folder, out, count, **changes):
+    """Watch `folder` until `count` frames were looked at and one more came; returns the table's rows."""
+    settings = dataclasses.replace(SETTINGS, sources=(str(folder),), out=out, **changes)
+    predict(settings, lambda: Ended(count), None, {"watch": True})
+    return rows(out)
+
+
+def rows(out):
+    with open(out / "predictions.csv", encoding="utf-8", newline="") as file:
+        return [(Path(row["source"]).name, row["frame"], row["status"]) for row in csv.DictReader(file)]
+
+
+def add(path, red=0, age=0.0):
+    """A new image, written `age` seconds ago."""
+    image = np.full((20, 30, 3), (red, 40, 40), np.uint8)
+    Image.fromarray(image).save(path)
+    os.utime(path, (time.time() - age,) * 2)
+
+
+def test_each_file_once_in_order_over_restarts(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name, age in (("c", 30), ("a", 20), ("b", 10), ("last", 0)):
+        add(folder / f"{name}.png", 250, age)
+    assert watch(folder, out, 3, overlays="anomalous") == [
+        (f"{name}.png", str(index), "ok") for index, name in enumerate("cab")
+    ]
+    config = json.loads((out / "config.json").read_text())
+    assert config["finished"] and config["statuses"] == {"ok": 3} and (out / "report.html").exists()
+    add(folder / "later.png", 0)
+    assert [name for name, *_ in watch(folder, out, 1, overlays="anomalous")] == ["c.png", "a.png", "b.png", "last.png"]
+    add(folder / "a.png", 0, age=-5)  # another picture of the same name
+    (folder / "b.png").unlink()
+    add(folder / "end.png", 0, age=-9)
+    assert [name for name, *_ in watch(folder, out, 2)][4:] == ["later.png", "a.png"]
+    assert sorted(path.name for path in (out / "overlays").iterdir()) == [
+        *("000001_c.jpg", "000002_a.jpg", "000003_b.jpg", "000004_last.jpg")
+    ]
+
+
+def test_what_a_kill_cut_off_is_looked_at_again(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for index in range(4):
+        add(folder / f"{index}.png", age=9 - index)
+    watch(folder, out, 3)
+    whole = (out / "predictions.csv").read_bytes()
+    for cut in (1, 2, 8, 30):
+        (out / "predictions.csv").write_bytes(whole[:-cut])
+        shutil.rmtree(out / "overlays", ignore_errors=True)
+        found = watch(folder, out, 1 if cut > 1 else 0)
+        assert found == [(f"{index}.png", str(index), "ok") for index in range(3)], cut
+    (out / "predictions.csv").write_text("other,columns\n1,2\n")
+    with pytest.raises(InputError, match="another version"):
+        watch(folder, out, 1)
+    assert (out / "predictions.csv").read_text() == "other,columns\n1,2\n"
+
+
+def test_a_file_that_grows_is_not_looked_at_before_it_is_complete(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    add(tmp_path / "whole.png", 250)
+    data = (tmp_path / "whole.png").read_bytes()
+
+    def fill():
+        with open(folder / "slow.png", "wb") as file:
+            for byte in range(0, len(data), 10):
+                file.write(data[byte : byte + 10])
+                file.flush()
+                time.sleep(0.05)
+            grown.append(len((out / "predictions.csv").read_text().splitlines()))
+        (folder / "broken.png").write_bytes(data[:-30])
+        (folder / "empty.png").touch()
+        wait_until(lambda: "empty" in (out / "predictions.csv").read_text())
+        add(folder / "z.png")
+
+    grown = []
+    thread = threading.Thread(target=fill)
+    thread.start()
+    found = watch(folder, out, 1)
+    thread.join()
+    assert grown[0] <= 1  # not even the header is written before the first row
+    assert found[0] == ("slow.png", "0", "ok")
+    assert sorted(found[1:]) == [("broken.png", "1", "unreadable"), ("empty.png", "2", "unreadable")]
+
+
+def test_a_video_goes_on_where_it_was_left(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    images = [np.full((24, 32, 3), 20 * index, np.uint8) for index in range(6)]
+    write_video(folder / "belt.avi", images)
+    first = watch(folder, out, 4)
+    assert first == [("belt.avi", str(index), "ok") for index in range(4)]
+    add(folder / "z.png")
+    found = watch(folder, out, 2)
+    assert found == [*[("belt.avi", str(index), "ok") for index in range(6)], ("belt.avi", "5", "done")]
+
+
+def test_a_folder_that_goes_and_comes_back(tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    add(folder / "a.png", age=9)
+
+    def move():
+        wait_until(lambda: (out / "predictions.csv").exists() and "a.png" in (out / "predictions.csv").read_text())
+        folder.rename(tmp_path / "away")
+        wait_until(lambda: "cannot be read" in said())
+        (tmp_path / "away").rename(folder)
+        add(folder / "b.png")
+
+    lines = []
+
+    def said():
+        lines.append(capsys.readouterr().err)
+        return "".join(lines)
+
+    thread = threading.Thread(target=move)
+    thread.start()
+    assert watch(folder, out, 1) == [("a.png", "0", "ok")]
+    thread.join()
+    assert "can be read again" in said()
+
+
+@pytest.mark.parametrize(
+    "sources, out", [(["in", "in"], "out"), (["in/a.png"], "out"), (["in"], "in/out"), (["0"], "o")]
+)
+def test_what_cannot_be_watched_is_refused(tmp_path, monkeypatch, sources, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    add(tmp_path / "in/a.png")
+    settings = dataclasses.replace(SETTINGS, sources=tuple(sources), out=Path(out))
+    with pytest.raises(InputError):
+        predict(settings, RedModel, None, {})
+    assert not (tmp_path / out).exists()

@@ -1,0 +1,169 @@
+"""--webhook: one POST for each alarm, whatever the server does, and no frame waits for it."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from machine import wait_until
+from PIL import Image
+from stub_model import RedModel
+
+from prediction import webhook
+from prediction.options import PredictionSettings
+from prediction.run import predict
+from prediction.webhook import Webhook, parse
+from utils.errors import InputError
+
+SECRET = "Gr3nzw@ll"
+
+
+class Server:
+    """Answers POSTs as `answers` say, one by one, then with 200; an answer is a code or a function of the handler."""
+
+    def __init__(self, *answers) -> None:
+        server, self.answers, self.got, self.bodies, self.headers = self, list(answers), [], [], []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                server.headers.append((self.path, dict(self.headers)))
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                answer = server.answers.pop(0) if server.answers else 200
+                if callable(answer):
+                    return answer(self)
+                if answer == 200:
+                    server.got.append(body["frame"])
+                    server.bodies.append(body)
+                self.send_response(answer)
+                self.send_header("Location", "/elsewhere")
+                self.end_headers()
+                return None
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.host = f"127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def in_short(monkeypatch):
+    """Limits that a test can wait for."""
+    monkeypatch.setattr(webhook, "SHORTEST_PAUSE", 0.05)
+    monkeypatch.setattr(webhook, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(webhook, "CLOSE_SECONDS", 2.0)
+
+
+def alarm(number: int) -> dict:
+    return {"source": "belt.mp4", "frame": number, "score": 2.5}
+
+
+def babble(handler) -> None:
+    handler.wfile.write(b"no HTTP\r\n\r\n")
+
+
+def hang(_) -> None:
+    time.sleep(1)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [[], [500, 503, 429], [babble, babble], [hang], [lambda handler: handler.connection.close()]],
+    ids=["well", "busy", "babbling", "slow", "broken off"],
+)
+def test_alarms_arrive_once_and_in_order(answers, capsys):
+    with Server(*answers) as server:
+        hook = Webhook(f"http://{server.host}/hook")
+        start = time.perf_counter()
+        for number in range(5):
+            hook.send(alarm(number))
+        assert time.perf_counter() - start < 0.1
+        wait_until(lambda: len(server.got) == 5)
+        hook.close()
+    assert server.got == list(range(5)) and (hook.sent, hook.given_up) == (5, 0)
+    assert len(capsys.readouterr().err.splitlines()) == (2 if answers else 0)
+
+
+@pytest.mark.parametrize("code", [302, 307, 400, 404])
+def test_a_refused_alarm_is_told_and_the_next_is_sent(code, capsys):
+    with Server(code) as server:
+        hook = Webhook(f"http://{server.host}/hook")
+        hook.send(alarm(1))
+        hook.send(alarm(2))
+        hook.close()
+    assert server.got == [2] and (hook.sent, hook.given_up) == (1, 1)
+    assert f"the alarm of belt.mp4 #1 is given up: the server answers {code}" in capsys.readouterr().err
+
+
+def test_a_server_that_is_down_costs_alarms_that_are_counted_and_no_time(monkeypatch, capsys):
+    monkeypatch.setattr(webhook, "MOST_WAITING", 10)
+    with Server() as server:
+        address = f"http://{server.host}/hook"
+    hook = Webhook(address)
+    hook.send(alarm(0))
+    wait_until(hook._waiting.empty)  # it is being tried
+    start = time.perf_counter()
+    for number in range(1, 16):
+        hook.send(alarm(number))
+    assert time.perf_counter() - start < 0.5
+    assert hook.given_up == 5
+    hook.close()
+    assert (hook.sent, hook.given_up) == (0, 16)
+    hook._thread.join(5)
+    told = capsys.readouterr().err
+    assert (told.count("alarms wait"), told.count("10 others wait")) == (1, 5)
+    assert "11 alarm(s) given up, for the run has ended" in told
+
+
+def test_the_password_is_sent_and_never_shown(capsys):
+    with Server(404) as server:
+        hook = Webhook(f"http://mine:Gr3nzw%40ll@{server.host}/{SECRET}?token={SECRET}")
+        hook.send(alarm(1))
+        hook.close()
+    ((path, headers),) = server.headers
+    assert path == f"/{SECRET}?token={SECRET}" and headers["Content-Type"] == "application/json"
+    assert base64.b64decode(headers["Authorization"].split()[1]).decode() == f"mine:{SECRET}"
+    told = capsys.readouterr().err
+    assert hook.name in told and not any(text in told + hook.name for text in ("Gr3nzw", "mine"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["file:///etc/passwd", "ftp://host/x", "host/x", "http://", "http://host:x/", "http://host/a b", "http://煤/"],
+)
+def test_other_addresses_are_refused(url):
+    with pytest.raises(InputError, match="--webhook"):
+        parse(url)
+
+
+def test_each_change_to_an_alarm_is_sent_with_its_row(tmp_path, capsys):
+    for index, red in enumerate([0, 1, 1, 0, 0, 1, 0, 1, 1, 1]):
+        image = np.full((12, 16, 3), (250 * red, 30, 30), np.uint8)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "in" / f"{index}.png")
+    with Server(503) as server:
+        sources, address = (str(tmp_path / "in"),), f"http://{server.host}/hook?key={SECRET}"
+        settings = PredictionSettings(
+            sources, tmp_path / "out", 90, 1, 2, None, None, 0, None, True, None, None, False, address
+        )
+        predict(settings, RedModel, None, {"webhook": address})
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert server.bodies == [lines[2], lines[8]]  # of 10 frames, with two in a row for an alarm
+    text = (tmp_path / "out/config.json").read_text()
+    config = json.loads(text)
+    assert config["webhook"] == {"sent": 2, "given_up": 0} and SECRET not in text
+    assert config["settings"]["webhook"] == f"http://{server.host}"
