@@ -43,7 +43,7 @@ def predict(
     `load` gives the model; it is called once the sources are known to exist. `batch_size` None leaves the number of
     frames at a time to the model; `flags` go into config.json.
     """
-    webhook = Webhook(settings.webhook) if settings.webhook else None
+    webhook = None if settings.webhook is None else Webhook(settings.webhook)
     limits = settings.freeze, settings.give_up
     sources = [watched(settings)] if settings.watch else find_sources(settings.sources, *limits)
     check_output(settings.out, sources)
@@ -140,7 +140,7 @@ def take_thresholds(model: Model, settings: PredictionSettings) -> None:
         raise InputError("--min-area has no effect without a threshold of the map; give --pixel-threshold too")
     model.min_area = settings.min_area
     if model.threshold is None:
-        for flag, is_given in (("--smooth", settings.smooth > 1), ("--webhook", settings.webhook)):
+        for flag, is_given in (("--smooth", settings.smooth > 1), ("--webhook", settings.webhook is not None)):
             if is_given:
                 raise InputError(f"{flag} has no effect without a threshold; give --threshold, or leave it out")
         warn(

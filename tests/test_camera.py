@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hardness import camera as campaign
 from machine import wait_until
 from stub_camera import COLOR, StubCamera
 
@@ -182,3 +184,11 @@ def test_a_mono_camera_of_16_bits_is_no_colour_camera_turned_grey(monkeypatch):
     frames = list(itertools.islice(filter(None, camera.frames(1, Decoding(bit_depth=12))), 3))
     camera.close()
     assert {frame.status for frame in frames} == {OK} and max(frame.image.max() for frame in frames) > 200
+
+
+def test_the_campaign_in_short(tmp_path):
+    """All of it, with 100,000 frames and every fault, is tests/hardness/run.py."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("memory is read from /proc")
+    measured = campaign.watch(tmp_path / "out", 600, ("freeze",), give_up=None)
+    assert measured.wrong == [] and measured.frames >= 600 and measured.megabytes[1] > 0

@@ -1,8 +1,9 @@
-"""The long part of the hardness checks: kills, signals, hostile files, a long run. A table at the end.
+"""The long part of the hardness checks: kills, signals, hostile files, long runs. A table at the end.
 
 python tests/hardness/run.py                                          # everything; hours on two cores
 python tests/hardness/run.py --kills 7 --signals 7 --cases 900 --frames 1000
-python tests/hardness/run.py --kills 0 --signals 0 --frames 0 --cases 20000 --findings found
+python tests/hardness/run.py --kills 0 --signals 0 --frames 0 --pictures 0 --cases 20000 --findings found
+python tests/hardness/run.py --kills 0 --signals 0 --frames 0 --cases 0                 # the camera
 
 Exit code 1 if anything was lost, crashed, hung, or went where it should not. Linux.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch starts; forked processes must not inherit threads
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from hardness import fuzzing, interruption, long_run  # noqa: E402
+from hardness import camera, fuzzing, interruption, long_run  # noqa: E402
 from tiny import SMALL_NETWORKS, draw_category, run_in_process, small_flags  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--signals", type=count, default=70, help="SIGINTs and SIGTERMs (default: 70)")
     parser.add_argument("--cases", type=count, default=20_000, help="hostile files of all kinds (default: 20000)")
     parser.add_argument("--frames", type=count, default=10_000, help="frames of the long run (default: 10000)")
+    parser.add_argument("--pictures", type=count, default=100_000, help="of a camera with faults (default: 100000)")
     parser.add_argument("--seed", type=count, default=0, help="default: 0")
     parser.add_argument("--findings", type=Path, help="folder for hostile files that went wrong")
     args = parser.parse_args()
@@ -77,6 +79,10 @@ def work(args, folder: Path, tally: Tally) -> None:
         words, wrong = long_run.verdict(long_run.measure(folder, models, args.frames))
         print(words)
         tally.add(f"{args.frames} frames through predict.py", wrong)
+    if args.pictures:
+        measured = camera.watch(folder / "watched", args.pictures)
+        print(camera.words(measured))
+        tally.add(f"{args.pictures} pictures of a camera", measured.wrong)
 
 
 def disturb(args, folder: Path, tally: Tally) -> None:
