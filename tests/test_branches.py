@@ -300,15 +300,20 @@ def highest_hundredth(maps: np.ndarray) -> np.ndarray:
 
 def normal_field(statistics, image_size: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """What a map is standardised by at each of its pixels: mean and deviation [size, size]."""
-    side = image_size // 4
-    mean, deviation = np.full((side, side), statistics["map_mean"]), np.full((side, side), statistics["map_std"])
-    for row, column in np.ndindex(side, side):
-        for place in (row, column):
-            distance = min(place, side - 1 - place)
-            if distance < len(statistics["border_added"]):
-                mean[row, column] += statistics["border_added"][distance]
-                deviation[row, column] *= statistics["border_factor"][distance]
+    shift, scale = statistics["border_shift"], statistics["border_scale"]
+    mean, deviation = np.empty((2, image_size, image_size))
+    for row, column in np.ndindex(image_size, image_size):
+        distance = min(row, image_size - 1 - row, column, image_size - 1 - column)
+        mean[row, column] = statistics["map_mean"] + statistics["map_std"] * between_steps([*shift, 0.0], distance)
+        deviation[row, column] = statistics["map_std"] * between_steps([*scale, 1.0], distance)
     return stretched(mean, size), stretched(deviation, size)
+
+
+def between_steps(values: list[float], distance: int) -> float:
+    """The value at a pixel, on the straight line through those in the middles of the nearest two steps of 4 pixels."""
+    place = min((distance - 1.5) / 4, len(values) - 1)
+    first = max(0, min(math.floor(place), len(values) - 2))
+    return values[first] + (place - first) * (values[first + 1] - values[first])
 
 
 def test_statistics_on_held_out_images(usad):
@@ -317,11 +322,13 @@ def test_statistics_on_held_out_images(usad):
     statistics = calibrate(branch, FittingImages(images, 4))
     scores, maps, *_ = branch.predict(images)
     maps = coarse(maps)
-    mean, deviation = normal_field(statistics, branch.image_size, maps.shape[-1])
+    mean, deviation = coarse(normal_field(statistics, branch.image_size, branch.image_size))
     tops = highest_hundredth((maps - mean) / deviation)
-    expected = [scores.mean(), scores.std(), tops.mean(), tops.std(ddof=1), maps.mean(), maps.std()]
+    reach = len(statistics["border_shift"])
+    interior = maps[:, reach:-reach, reach:-reach]
+    expected = [scores.mean(), scores.std(), tops.mean(), tops.std(ddof=1), interior.mean(), interior.std()]
     found = [statistics[f"{part}_{figure}"] for part in ("score", "top", "map") for figure in ("mean", "std")]
-    assert statistics["images"] == 6 and len(statistics["border_added"]) > 2
+    assert statistics["images"] == 6 and reach > 2
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 

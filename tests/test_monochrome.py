@@ -113,7 +113,7 @@ def trained(scene: str, network: str, covariance: str) -> tuple[USAD, float]:
     fitted, held_out = ([frame(scene, seed) for seed in range(*seeds)] for seeds in ((0, count), (300, 312)))
     for branch in branches:
         branch.fit(batches(fitted))
-        branch.calibration = calibrate(branch, batches(held_out))
+        branch.calibration = calibrate(branch, batches(held_out), batches(fitted[:20]))
     usad = USAD(branches, fusion="standardized")
     return usad, float(usad.predict(tensors(held_out)).maps.max())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from evaluation.evaluate import evaluate, print_average, print_metrics
 from evaluation.result_files import average_path
 from models.branches import BRANCHES
 from models.branches.branch import Branch
-from models.branches.calibration import calibrate
+from models.branches.calibration import BORDER_IMAGES, calibrate
 from models.fusion.checkpoints import checkpoint_path
 from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone
 from training.categories import opened_categories
@@ -121,8 +121,11 @@ def fit_branch(run: RunSettings, category: Category, split: SplitSettings, branc
     if not is_main_process():
         branch.load_state(learned)
     if held:
-        dataset = ImageDataset(held, branch.image_size, "bicubic", branch.roi)
-        branch.calibration = calibrate(branch, make_loader(run, dataset, f"{branch.name} held out", branch.device))
+        branch.calibration = calibrate(
+            branch,
+            test_loader(run, held, branch, "held out"),
+            test_loader(run, evenly_spaced(fitted, BORDER_IMAGES - len(held)), branch, "border"),
+        )
     branch.training = {
         "category": category.name,
         "images": len(fitted),
@@ -133,6 +136,12 @@ def fit_branch(run: RunSettings, category: Category, split: SplitSettings, branc
         "seed": split.seed,
     }
     return branch
+
+
+def evenly_spaced(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """At most `count` of the samples, from the first to the last; none if `count` is not positive."""
+    count = min(count, len(samples))
+    return [samples[index * len(samples) // count] for index in range(count)]
 
 
 def held_out_samples(category: Category, branches: Sequence[Branch]) -> list[Sample]:
@@ -168,6 +177,16 @@ def fitted_digest(samples: Sequence[Sample], held: Sequence[Sample]) -> str:
     """A digest of the names of the training images without those held out."""
     held_names = {sample.name for sample in held}
     return digest_of_lines(sample.name for sample in samples if sample.name not in held_names)
+
+
+def test_loader(
+    run: RunSettings, samples: Sequence[Sample], branch: Branch, description: str
+) -> Iterable[dict[str, Any]]:
+    """Batches of the images as a test sees them."""
+    if not samples:
+        return ()
+    dataset = ImageDataset(samples, branch.image_size, "bicubic", branch.roi)
+    return make_loader(run, dataset, f"{branch.name} {description}", branch.device)
 
 
 def make_loader(run: RunSettings, dataset: ImageDataset, description: str, device: torch.device | str) -> ImageLoader:

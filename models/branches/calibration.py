@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.branches.border import BorderEffect, across, coarse
+from models.branches.border import STEP, border_effect, by_distance, coarse, interior
 from models.branches.branch import Branch, pixels_inside
 from models.branches.postprocess import mean_of_top, resize_maps
 from utils.errors import InputError
@@ -18,37 +18,38 @@ from utils.gather import all_rows
 
 Statistics = dict[str, "float | list[float]"]
 LEAST = 1e-12  # standard deviation
+BORDER_IMAGES = 32  # on which the border's effect is measured: the held-out ones, and fitted ones where those are few
 
 
-def calibrate(branch: Branch, loader: Iterable[dict[str, Any]]) -> Statistics:
+def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterable[dict[str, Any]] = ()) -> Statistics:
     """Mean and standard deviation of the branch's scores, its maps' values, and the tops of its standardised maps.
 
-    `border_added` and `border_factor` are the effect of the border (models/branches/border.py), of which standardised
-    maps are free. Maps are taken in squares of 4 x 4 pixels. The loader gives at least two images.
+    The maps' are those of the interior, in squares of 4 x 4 pixels. `border_shift` and `border_scale` are the effect of
+    the border (models/branches/border.py), in standard deviations, of which standardised maps are free; it is measured
+    on the images of `fitted`, too. `held_out` gives at least two images.
     """
-    scores, maps = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, *[branch.image_size // 4] * 2)]
-    border = BorderEffect(branch)
-    for batch in loader:
-        images = batch["image"].to(branch.device, non_blocking=True)
-        part = branch.predict(images)
-        scores.append(part.scores.double().cpu())
-        maps.append(coarse(part.maps).cpu())
-        border.update(images, batch["index"])
-    scores, maps = all_rows(torch.cat(scores)), all_rows(torch.cat(maps))
-    values = maps.double()
+    scores, maps = predictions(branch, held_out)
+    _, more = predictions(branch, fitted)
+    inside = torch.ones(maps.shape[1:], dtype=torch.bool)
     if branch.roi is not None:
-        values = values[:, pixels_inside(branch.roi, maps.shape[-1], maps.device)]
-    added, factor = border.result()
+        inside = pixels_inside(branch.roi, len(inside), inside.device)
+    mean, deviation = interior_moments(maps, inside)
+    groups = [(maps - mean) / deviation]
+    if len(more):
+        own_mean, own_deviation = interior_moments(more, inside)
+        groups.append((more - own_mean) / own_deviation)
+    shift, scale = border_effect(groups, inside)
     statistics = {
         "images": len(scores),
         "score_mean": float(scores.mean()),
         "score_std": max(float(scores.std()), LEAST),
-        "map_mean": float(values.mean()),
-        "map_std": max(float(values.std(correction=0)), LEAST),
-        "border_added": added,
-        "border_factor": factor,
+        "map_mean": mean,
+        "map_std": deviation,
+        "border_shift": shift,
+        "border_scale": scale,
     }
-    mean, deviation = map_statistics(statistics, branch.image_size, maps.shape[-1])
+    fields = map_statistics(statistics, branch.image_size, branch.image_size)
+    mean, deviation = coarse(torch.stack(fields))
     tops = mean_of_top((maps - mean) / deviation).double()
     statistics |= {"top_mean": float(tops.mean()), "top_std": max(float(tops.std()), LEAST)}
     if not all(math.isfinite(value) for entry in statistics.values() for value in np.atleast_1d(entry)):
@@ -56,10 +57,26 @@ def calibrate(branch: Branch, loader: Iterable[dict[str, Any]]) -> Statistics:
     return statistics
 
 
+def predictions(branch: Branch, loader: Iterable[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Scores [n] and coarse maps [n, S // 4, S // 4] (float64) of all processes' images."""
+    scores, maps = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, *[branch.image_size // STEP] * 2)]
+    for batch in loader:
+        part = branch.predict(batch["image"].to(branch.device, non_blocking=True))
+        scores.append(part.scores.double().cpu())
+        maps.append(coarse(part.maps).cpu())
+    return all_rows(torch.cat(scores)), all_rows(torch.cat(maps)).double()
+
+
+def interior_moments(maps: Tensor, inside: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of the values of maps [n, s, s] that are `inside` [s, s] and far from the border."""
+    chosen = inside & interior(len(inside))
+    values = maps[:, chosen if chosen.any() else inside]
+    return float(values.mean()), max(float(values.std(correction=0)), LEAST)
+
+
 def map_statistics(statistics: Statistics, image_size: int, size: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [size, size] of a normal map's values at each place, from those of `image_size`."""
-    added, factor = (statistics.get(f"border_{name}", []) for name in ("added", "factor"))  # of old checkpoints: none
-    added, factor = across(added, 0.0, image_size), across(factor, 1.0, image_size)
-    mean = statistics["map_mean"] + added[:, None] + added
-    deviation = statistics["map_std"] * factor[:, None] * factor
+    shift, scale = (statistics.get(f"border_{name}", []) for name in ("shift", "scale"))  # of old checkpoints: none
+    mean = statistics["map_mean"] + statistics["map_std"] * by_distance(shift, 0.0, image_size)
+    deviation = statistics["map_std"] * by_distance(scale, 1.0, image_size)
     return tuple(resize_maps(torch.stack([mean, deviation]), size))
