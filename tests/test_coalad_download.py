@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
 import tarfile
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -24,37 +29,6 @@ from machine import PATIENCE, require
 
 from datasets import coalad
 from utils.errors import InputError
-
-ROOT = Path(__file__).resolve().parents[1]
-
-# Runs ensure_coalad in a process whose sockets reach nothing but 127.0.0.1, and prints how it ended.
-CALL = """
-import json, socket, sys
-from pathlib import Path
-
-def only_local(function):
-    def checked(self, address):
-        assert address[0] == "127.0.0.1", address
-        return function(self, address)
-    return checked
-
-def no_lookup(host, *args, **kwargs):
-    assert host == "127.0.0.1", host
-    return lookup(host, *args, **kwargs)
-
-lookup, socket.getaddrinfo = socket.getaddrinfo, no_lookup
-socket.socket.connect = only_local(socket.socket.connect)
-if len(sys.argv) > 2:
-    import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
-
-from datasets.coalad import ensure_coalad
-try:
-    end = ["done", str(ensure_coalad(Path(sys.argv[1])))]
-except Exception as error:
-    end = [type(error).__name__, str(error)]
-print(json.dumps(end))
-"""
 
 
 def make_tar(files: dict[str, bytes]) -> bytes:
@@ -164,22 +138,56 @@ def server(archives):
         yield server
 
 
-def call(data_root: Path, endpoint: str, *arguments: str) -> tuple[str, str]:
-    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+def only_local(function):
+    def checked(self, address):
+        assert address[0] == "127.0.0.1", address
+        return function(self, address)
+
+    return checked
+
+
+def no_lookup(function):
+    def checked(host, *arguments, **options):
+        assert host == "127.0.0.1", host
+        return function(host, *arguments, **options)
+
+    return checked
+
+
+def ensure_locally(data_root: Path, environment: dict[str, str], largest_file: int | None) -> tuple[str, str, str]:
+    """How ensure_coalad ends, and what it prints, where no socket reaches anything but 127.0.0.1."""
+    os.environ |= environment
+    for name in [name for name in os.environ if "proxy" in name.lower()]:
+        del os.environ[name]
+    socket.socket.connect = only_local(socket.socket.connect)
+    socket.getaddrinfo = no_lookup(socket.getaddrinfo)
+    if largest_file:
+        resource = importlib.import_module("resource")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            end = "done", str(coalad.ensure_coalad(data_root))
+        except Exception as error:
+            end = type(error).__name__, str(error)
+    return *end, printed.getvalue()
+
+
+def call(data_root: Path, endpoint: str, largest_file: int | None = None) -> tuple[str, str]:
+    """ensure_coalad in a process of its own; those of this module share one import of ModelScope's client."""
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context.set_forkserver_preload(["modelscope.hub.snapshot_download"])
     home = data_root.parent / "home"
     home.mkdir(exist_ok=True)
-    environment |= {
-        "HOME": str(home), "PYTHONPATH": str(ROOT), "MODELSCOPE_ENDPOINT": endpoint,
+    environment = {
+        "HOME": str(home), "MODELSCOPE_ENDPOINT": endpoint,
         "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "0", "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-c", CALL, str(data_root), *arguments]
-    run = subprocess.run(
-        command, env=environment, cwd=data_root.parent, capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert run.returncode == 0, run.stderr
-    assert "Traceback" not in run.stderr
-    kind, message = json.loads(run.stdout.splitlines()[-1])
-    assert "\n" not in message
+    with (
+        mock.patch.dict(os.environ, environment),  # the client reads some as it is imported
+        ProcessPoolExecutor(1, context) as pool,
+    ):
+        kind, message, printed = pool.submit(ensure_locally, data_root, environment, largest_file).result(PATIENCE)
+    assert "Traceback" not in printed and "\n" not in message
     return kind, message
 
 
@@ -274,7 +282,7 @@ def test_tls_certificates_are_verified(tmp_path, archives):
 
 
 def test_a_disk_error_while_downloading_is_no_network_error(tmp_path, server):
-    kind, message = call(tmp_path / "data", address(server), "100000")  # no file may grow beyond that
+    kind, message = call(tmp_path / "data", address(server), 100_000)  # no file may grow beyond that
     assert kind == "OSError" and f"[Errno {errno.EFBIG}]" in message
     assert not (tmp_path / "data/coal_ad").exists()
 
