@@ -36,14 +36,16 @@ def draw(plot: Callable[..., None], x_title: str, y_title: str, **options: Any) 
 
     content = io.BytesIO()
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 3.4), layout="constrained")
+        figure = Figure(figsize=(4.2, 3.4))
         axes = figure.add_subplot(xlabel=x_title, ylabel=y_title)
         plot(axes, **options)
         axes.tick_params(which="both", length=0, labelcolor=SOFT)
         axes.grid(color=FAINT)
         axes.set_axisbelow(True)
         axes.spines[:].set_color(FAINT)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        lines = -(-len(axes.get_legend_handles_labels()[1]) // 2)
+        figure.subplots_adjust(left=0.15, right=0.95, top=0.97, bottom=0.15 + 0.055 * lines)  # no search for a layout
+        figure.legend(loc="lower center", ncols=2, frameon=False)
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
     return content.getvalue()
 

@@ -419,8 +419,12 @@ print([name for name in ("timm", "torchvision") if name in sys.modules])
     assert finished.stdout == "[]\n", finished.stderr
 
 
-def test_an_empty_backbone_takes_no_memory():
-    assert all(parameter.is_meta for parameter in empty_backbone(spec("maps", "wide_resnet50_2", 238)).parameters())
+def test_an_empty_backbone_takes_no_memory_and_is_nobody_elses():
+    first, second = (empty_backbone(spec("maps", "wide_resnet50_2", 238)) for _ in range(2))
+    assert all(parameter.is_meta for parameter in first.parameters())
+    first.net.net.conv1 = torch.nn.Identity()
+    third = empty_backbone(spec("maps", "wide_resnet50_2", 238))
+    assert type(second.net.net.conv1) is type(third.net.net.conv1) is torch.nn.Conv2d
     assert [libraries.patch_side(name) for name in ("test_vit", "resnet18", "mobilenet_v2")] == [16, None, None]
 
 

@@ -26,6 +26,7 @@ PROBE = 512, 384, 768  # rows, inputs and outputs of the layer that is timed, a 
 TURNS = 9
 MARGIN = 1.5
 FEW_TOKENS = 128  # with fewer, a head's products are too small to be worth a call each
+_called: dict[tuple, list[str]] = {}  # paths of layers, by network
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value
 
 
@@ -92,12 +93,14 @@ def use_onednn(backbone: nn.Module, image: Tensor) -> None:
     A ReLU is not: oneDNN's turns NaN into 0, and a broken network would look sound. `image` [1, 3, S, S], on the meta
     device, is an input of the backbone.
     """
-    called = _called_layers(backbone, image)
+    network = type(backbone), backbone.spec.name, backbone.spec.image_size
+    if network not in _called:
+        _called[network] = _called_layers(backbone, image)
     for module in gelu_mlps(backbone):
         if module.act.approximate == "none":
             module.act = nn.Identity()
             module.fc1 = OneDNNLinear(module.fc1, "gelu")
-    for path in called:
+    for path in _called[network]:
         module = backbone.get_submodule(path)
         if type(module) is nn.Linear:
             backbone.set_submodule(path, OneDNNLinear(module))
