@@ -126,7 +126,7 @@ class Bench:
         Multiplications and additions count apart.
         """
         name, size = self.network(branch)
-        net = libraries.cnn(name, (8, 16)) if branch.backbone_kind == "maps" else libraries.vit(name, size)
+        net = libraries.cnn(name, (8, 16), size) if branch.backbone_kind == "maps" else libraries.vit(name, size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net.to_empty(device="meta").eval()(torch.empty(1, 3, size, size, device="meta"))
         return counter.get_total_flops() / 1e9

@@ -17,7 +17,7 @@ from experiments.cells import Cell, Row, Section, Table, Unavailable
 from experiments.fusions import Bench, Fusion
 from models import BRANCHES, USAD
 from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths
-from utils.machine import processor
+from utils.machine import environment
 from utils.processes import ProcessFailed, answer, run_module
 from utils.timing import Stopwatch
 
@@ -44,9 +44,7 @@ def speed(bench: Bench, fusion: Fusion, folder: Path) -> Table:
             "folder": str(folder.absolute()),
             "device": run.device,
             "precision": run.precision,
-            "weights": {
-                key: value and str(Path(value).absolute()) for key, value in bench.measurements.weights.items()
-            },
+            "weights": {key: file and str(Path(file).absolute()) for key, file in bench.measurements.weights.items()},
             "batch_size": run.batch_size,
             "fusion": fusion.settings,
             "images": [str(sample.path.absolute()) for sample in samples],
@@ -83,14 +81,12 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     decoding = Decoding(**job.get("decoding", {}))
     samples = [Sample(Path(path), path, decoding=decoding) for path in job["images"]]
     dataset = ImageDataset(samples, model.image_size, "bicubic")
-    for batch in ImageLoader(
-        ImageDataset(samples[: job["batch_size"]], model.image_size, "bicubic"), len(samples), 0, ""
-    ):
-        model.predict_parts(batch["image"].to(model.device))
+    loader = ImageLoader(dataset, job["batch_size"], 0, "")
+    model.predict_parts(next(iter(loader))["image"].to(model.device))
     for watch in model.stopwatches().values():
         watch.seconds.clear()
     loading, start = Stopwatch(), time.perf_counter()
-    for batch in timed(ImageLoader(dataset, job["batch_size"], 0, ""), loading):
+    for batch in timed(loader, loading):
         for part in model.predict_parts(batch["image"].to(model.device)).values():
             part.scores.cpu(), part.maps.cpu()
     total, stages = time.perf_counter() - start, stage_seconds(model)
@@ -104,11 +100,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine(device: str) -> str:
-    """What timings depend on: processor, threads, GPU and version of PyTorch, for people."""
-    words = [processor(), f"threads: {torch.get_num_threads()}"]
-    if torch.device(device).type == "cuda":
-        words.append(torch.cuda.get_device_name(device))
-    return ", ".join([*words, f"PyTorch {torch.__version__}"])
+    """What timings depend on, for people."""
+    return f"{environment(device)['device']}, threads: {torch.get_num_threads()}, PyTorch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -438,11 +438,7 @@ def small_networks(monkeypatch):
         "pc": ("maps", "test_resnet", 96),
     }
     monkeypatch.setattr("models.published.conversion.NETWORKS", networks)
-    widths = []
-    for kind, name, size in networks.values():
-        backbone = empty_backbone(BackboneSpec(kind, name, size))
-        widths.append(backbone.dim if kind == "tokens" else sum(channels for channels, *_ in backbone.shapes))
-    return tuple(widths)
+    return tuple(empty_backbone(BackboneSpec(*network)).dim for network in networks.values())
 
 
 def convert(source: Path, models: Path) -> str:

@@ -31,12 +31,12 @@ FLAGS = {
 }
 
 
-def torchrun(script: str, *arguments) -> subprocess.CompletedProcess:
+def torchrun(path: Path, *arguments) -> subprocess.CompletedProcess:
     """Run a script in two processes on the CPU."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     return subprocess.run(
-        [sys.executable, *launcher, ROOT / f"{script}.py", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, *launcher, path, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -59,14 +59,15 @@ def roots(tmp_path_factory) -> tuple[Path, Path]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for script in FLAGS:
-            finished = run_in_process(script, *flags_of(one, script))
-            assert finished.code == 0, finished.err
-            both = torchrun(script, *flags_of(two, script))
-            assert both.returncode == 0, both.stderr
-            assert both.stdout == finished.out.replace(str(one), str(two))  # the second process says nothing
+        finished = [run_in_process(script, *flags_of(one, script)) for script in FLAGS]
     finally:
         torch.set_num_threads(threads)
+    assert not any(run.code for run in finished), finished
+    commands = [list(map(str, [ROOT / f"{script}.py", *flags_of(two, script)])) for script in FLAGS]
+    both = torchrun(ROOT / "tests" / "in_turn.py", json.dumps(commands))
+    assert both.returncode == 0, both.stderr
+    printed = "".join(run.out for run in finished)
+    assert both.stdout == printed.replace(str(one), str(two))  # the second process says nothing
     return one, two
 
 
@@ -136,7 +137,7 @@ def test_an_unreadable_file_of_the_second_process_ends_both_with_one_line(tmp_pa
     spoilt = draw_category(tmp_path / "data" / "belt") / "train" / "good" / "007.png"  # the last one
     spoilt.write_bytes(spoilt.read_bytes()[:100])
     flags = [*small_flags(tmp_path, "train_pc"), "--train-ratio", 1, "--batch-size", 2, "--no-eval"]
-    finished = torchrun("train_pc", *flags)
+    finished = torchrun(ROOT / "train_pc.py", *flags)
     errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
     assert finished.returncode not in (0, -9) and len(errors) == 1 and "007.png" in errors[0]
     assert not finished.stdout and not (tmp_path / "models").exists()

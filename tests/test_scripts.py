@@ -225,7 +225,8 @@ def test_several_categories_and_their_average(workplace):
     for script in SMALL_NETWORKS:
         finished = run_in_process(script, *small_flags(workplace, script, "all"), "--no-images")
         assert finished.code == 0 and "average of 3 categories" in finished.out
-    finished = run_in_process("test_fusion", *small_flags(workplace, "test_fusion", "belt", "second", "third"))
+    flags = small_flags(workplace, "test_fusion", "belt", "second", "third")
+    finished = run_in_process("test_fusion", *flags, "--no-images")
     assert finished.code == 0 and "average of 3 categories" in finished.out
     for part in (*BRANCH_OF.values(), "fusion"):
         average = json.loads((workplace / "result" / f"average_{part}.json").read_text(encoding="utf-8"))
@@ -322,23 +323,22 @@ def test_file_names_that_are_not_text(tmp_path):
 
 
 @pytest.mark.parametrize("script", [*BRANCH_OF, "test_fusion"])
-def test_as_a_process(workplace, tmp_path, script):
-    """With a terminal's environment, workers, and defaults below the current folder."""
+def test_defaults_below_the_current_folder(workplace, tmp_path, monkeypatch, script):
+    """With workers; a process of its own, in a terminal's environment, shows that one script is none of pytest's."""
     flags = ["--category", "belt", "--device", "cpu", "--batch-size", "3", "--workers", "1", "--no-images"]
     shutil.copytree(workplace / "models", tmp_path / "trained_models")
     shutil.copytree(workplace / "models", tmp_path / "saved_models")
     shutil.copytree(workplace / "data", tmp_path / "data")
     if script in BRANCH_OF:
         flags += ["--weights", "random", "--holdout-ratio", "0.25", *map(str, SMALL_NETWORKS[script])]
-    run = subprocess.run(
-        [sys.executable, ROOT / f"{script}.py", *flags],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    assert run.returncode == 0, run.stderr
-    assert "Traceback" not in run.stderr and len(run.stderr.splitlines()) <= 1  # a warning at most
+    if script == "train_pc":
+        run = as_a_process(script, flags, tmp_path)
+        code, err = run.returncode, run.stderr
+    else:
+        monkeypatch.chdir(tmp_path)
+        code, _, err = run_in_process(script, *flags)
+    assert code == 0, err
+    assert "Traceback" not in err and len(err.splitlines()) <= 1  # a warning at most
     part = BRANCH_OF.get(script, "fusion")
     assert set(figures_of(tmp_path / "result" / "belt" / part)) >= set(FIGURES)
     if script in BRANCH_OF:
@@ -348,12 +348,17 @@ def test_as_a_process(workplace, tmp_path, script):
         assert {key: value.shape for key, value in first.items()} == {key: value.shape for key, value in second.items()}
 
 
+def as_a_process(script: str, flags: list[str], folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / f"{script}.py", *flags]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     "script", [*BRANCH_OF, "test_fusion", "reproduce_tables", "convert_published", "make_demo_data"]
 )
-def test_help(script):
-    finished = run_in_process(script, "--help")
-    assert finished.code == 0 and "--category" in finished.out and finished.err == ""
+def test_help_from_anywhere(tmp_path, script):
+    run = as_a_process(script, ["--help"], tmp_path)
+    assert run.returncode == 0 and "--category" in run.stdout and run.stderr == ""
 
 
 def test_nothing_unpickles():

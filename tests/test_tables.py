@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from machine import wait_until
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tiny import SMALL_NETWORKS, run_in_process, small_flags
@@ -284,16 +285,11 @@ def kept(root: Path) -> dict[str, int]:
 
 def test_goes_on_after_a_kill(trained, ablated, tmp_path):
     root = shutil.copytree(trained, tmp_path / "root")
-    command = [
-        sys.executable,
-        ROOT / "reproduce_tables.py",
-        *small_flags(root, "reproduce_tables"),
-        "--tables",
-        "ablation",
-    ]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(root.glob("result/belt/tables/cells/[!.]*.json"))) < 3 and process.poll() is None:
-        pass
+    flags = map(str, [*small_flags(root, "reproduce_tables"), "--tables", "ablation"])
+    command = [sys.executable, ROOT / "reproduce_tables.py", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cells = root / "result/belt/tables/cells"
+    wait_until(lambda: len(list(cells.glob("[!.]*.json"))) >= 3 or process.poll() is not None)
     process.kill()
     process.wait()
     before = kept(root)

@@ -17,7 +17,7 @@ HELD = ("--holdout-ratio", 0.25, "--train-ratio", 1)
 
 
 def fusion(root, *flags):
-    return run_in_process("test_fusion", *small_flags(root, "test_fusion"), *flags)
+    return run_in_process("test_fusion", *small_flags(root, "test_fusion"), "--no-images", *flags)
 
 
 def break_some(belt, train: int, good: int, masks: int) -> set[str]:

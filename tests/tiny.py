@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,7 +27,10 @@ class Finished(NamedTuple):
 
 
 def run_in_process(script: str, *arguments) -> Finished:
-    """Run a script's command line in this process, which saves the seconds that importing torch takes."""
+    """Run a script's command line in this process, which saves the seconds that importing torch takes.
+
+    Packages are not looked up each time; tests/test_packages.py has them looked up.
+    """
     out, err = io.StringIO(), io.StringIO()
     argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [f"{script}.py", *map(str, arguments)]
@@ -34,6 +38,7 @@ def run_in_process(script: str, *arguments) -> Finished:
         with (
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
+            mock.patch("utils.command_line.check_packages"),
             pytest.raises(SystemExit) as end,
         ):
             run(importlib.import_module(script).main)

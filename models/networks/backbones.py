@@ -155,7 +155,7 @@ class CNNTokens(TokenBackbone):
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
-        ((self.dim, *grid),) = net.shapes(spec.image_size)
+        ((self.dim, *grid),) = net.shapes
         self.grid = tuple(grid)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,10 +228,9 @@ class CNNMaps(MapBackbone):
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
-        self.shapes = net.shapes(spec.image_size)
-        self.grid = self.shapes[0][1:]
-        self.widths = [channels for channels, *_ in self.shapes]
-        if min(self.shapes[-1][1:]) < SMALLEST_MAP:
+        self.grid = net.shapes[0][1:]
+        self.widths = [channels for channels, *_ in net.shapes]
+        if min(net.shapes[-1][1:]) < SMALLEST_MAP:
             raise InputError(
                 f"--image-size {spec.image_size} is too small for {spec.name}: its coarser map must have "
                 f"{SMALLEST_MAP} x {SMALLEST_MAP} places or more; take at least {16 * SMALLEST_MAP}"
@@ -292,8 +291,8 @@ def _library_backbone(spec: BackboneSpec) -> ViTTokens | CNNTokens | CNNMaps:
             libraries.check_divisible(spec.name, spec.position_size, "--position-size")
         return ViTTokens(libraries.vit(spec.name, spec.image_size), spec)
     if spec.kind == "tokens":
-        return CNNTokens(libraries.cnn(spec.name, None), spec)
-    return CNNMaps(libraries.cnn(spec.name, (8, 16)), spec)
+        return CNNTokens(libraries.cnn(spec.name, None, spec.image_size), spec)
+    return CNNMaps(libraries.cnn(spec.name, (8, 16), spec.image_size), spec)
 
 
 def _demo_backbone(spec: BackboneSpec) -> DemoTokens | DemoMaps:

@@ -125,8 +125,11 @@ def check_divisible(name: str, size: int, flag: str) -> None:
 class FeatureMaps(nn.Module):
     """Images [B, 3, S, S] -> feature maps [B, C, h, w] of `net`, which is cut after the last of them.
 
-    `stages` are the maps' numbers among those of a timm network; None for an extractor, which knows its own.
+    `stages` are the maps' numbers among those of a timm network; None for an extractor, which knows its own. `shapes`
+    are the maps' (C, h, w).
     """
+
+    shapes: list[tuple[int, int, int]]
 
     def __init__(self, net: nn.Module, stages: Sequence[int] | None) -> None:
         super().__init__()
@@ -137,14 +140,6 @@ class FeatureMaps(nn.Module):
         if self.stages is None:
             return list(self.net(images).values())
         return self.net.forward_intermediates(images, indices=self.stages, intermediates_only=True)
-
-    @torch.no_grad()
-    def shapes(self, image_size: int) -> list[tuple[int, int, int]]:
-        """(channels, height, width) of the maps. Raises InputError where the network does not take such images."""
-        try:
-            return [tuple(found.shape[1:]) for found in self.eval()(_blank(self, image_size))]
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise InputError(f"--image-size {image_size} does not suit this network ({reason(error)})") from None
 
     def drop_unused(self, image_size: int) -> FeatureMaps:
         """Take out the parts that no map depends on: what pruning leaves of a head differs between timm's releases."""
@@ -164,11 +159,21 @@ def _blank(net: nn.Module, image_size: int) -> Tensor:
 
 
 @_copied
-def cnn(name: str, strides: tuple[int, ...] | None) -> FeatureMaps:
+def cnn(name: str, strides: tuple[int, ...] | None, image_size: int) -> FeatureMaps:
     """Network for maps of the given strides, or with None for the last one of stride 16 or less; weights not loaded.
 
-    Raises InputError where the network has no such maps.
+    Raises InputError where the network has no such maps, or does not take images of this size.
     """
+    maps = _feature_maps(name, strides).eval()
+    try:
+        with torch.no_grad():
+            maps.shapes = [tuple(found.shape[1:]) for found in maps(_blank(maps, image_size))]
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(f"--image-size {image_size} does not suit this network ({reason(error)})") from None
+    return maps
+
+
+def _feature_maps(name: str, strides: tuple[int, ...] | None) -> FeatureMaps:
     net = outline(name).eval()
     size = timm.data.resolve_model_data_config(net)["input_size"][-1] if timm.is_model(name) else 512
     try:
