@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from datasets.connection import Connection, Shot, leave, utc_now
-from datasets.frames import FROZEN, GREY, OK, RESIZED, UNREADABLE, Frame
+from datasets.frames import FROZEN, GREY, LOST, OK, RESIZED, SILENT, UNREADABLE, Frame
 from datasets.images import PLAIN, Decoding
 from utils.command_line import warn
 from utils.errors import InputError
@@ -22,6 +22,7 @@ from utils.redact import redact
 
 FREEZE_SECONDS = 10.0
 SHORTEST_PAUSE, LONGEST_PAUSE, GROWTH = 0.5, 30.0, 1.5  # seconds between attempts to connect
+STEADY = 1.0  # seconds of pictures after which pauses begin anew with the shortest
 MOST_HUNG = 4  # threads inside OpenCV that never came back; no more are started
 
 
@@ -111,11 +112,11 @@ class Camera:
     def _reconnect(self, status: str, why: str, shot: Shot | None) -> Frame | None:
         """Connect again; returns what is told of it, which is nothing if it only goes on."""
         is_new = self._down is None or status in (RESIZED, GREY)
-        if self._down is None and self._good - self._up_since > self._pause:
+        if self._down is None and self._good - self._up_since > STEADY:
             self._pause = SHORTEST_PAUSE
         self._down = self._down or status
         # A frozen camera is listened to for longer each time, so that its return is seen at once.
-        self._connect(SHORTEST_PAUSE if status == FROZEN else self._pause)
+        self._connect(self._pause if status in (LOST, SILENT) else SHORTEST_PAUSE)
         self._pause = min(self._pause * GROWTH, LONGEST_PAUSE)
         if not is_new:
             return None

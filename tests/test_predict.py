@@ -28,11 +28,13 @@ from datasets.sources import Camera, Images, Video, find_sources
 from models import USAD, Part
 from models.fusion.prediction import regions
 from prediction import recorder
+from prediction.latency import Latency
 from prediction.recorder import Alarm
 from utils.command_line import run
 from utils.csv_cells import safe_cell
 from utils.errors import InputError
 from utils.redact import redact
+from utils.signals import Terminated
 
 ROOT = Path(predict.__file__).parent
 SECRET = "Gr3n:zw@ll"
@@ -220,6 +222,17 @@ def test_alarm_against_its_definition():
             assert alarm.update(raw[index]) == on
 
 
+def test_latency_against_numpy():
+    rng = np.random.default_rng(30)
+    seconds = rng.lognormal(-4, 1.5, 5000)
+    latency = Latency()
+    for value in seconds:
+        latency.add(value)
+    expected = 1000 * np.quantile(seconds, [0.5, 0.99], method="inverted_cdf")
+    assert latency.frames == 5000 and list(latency.figures().values()) == pytest.approx(expected, rel=0.01)
+    assert Latency().figures() is None
+
+
 # Where frames come from
 
 
@@ -295,8 +308,10 @@ def test_video_in_rows_and_frames_out(tmp_path, call):
     annotated, fps = video_frames(next((out / "videos").glob("belt.*")))
     assert len(annotated) == 12 and fps == 10 and annotated[0].shape == (120, 300, 3)
     assert len(list((out / "overlays").glob("*.jpg"))) == 5
-    assert json.loads((out / "config.json").read_text())["finished"]
-    assert (out / "report.html").stat().st_size > 1000
+    config = json.loads((out / "config.json").read_text())
+    assert config["finished"] and config["statuses"] == {"ok": 12}
+    assert 0 < config["latency_ms"]["p50"] <= config["latency_ms"]["p99"] and ", p99 " in stdout
+    assert "latency" in (out / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("stand_in_model")
@@ -486,13 +501,13 @@ def test_interrupted_run_keeps_its_rows(tmp_path, call, stand_in_model):
     assert not json.loads((tmp_path / "out" / "config.json").read_text())["finished"]
 
 
-def interrupt_at(batch):
-    """A function that raises KeyboardInterrupt in its call number `batch`."""
+def interrupt_at(batch, error=KeyboardInterrupt):
+    """A function that raises `error` in its call number `batch`."""
     calls = iter(range(1, 10**6))
 
     def before():
         if next(calls) == batch:
-            raise KeyboardInterrupt
+            raise error
 
     return before
 
@@ -563,11 +578,12 @@ def test_fast_model_drops_nothing(tmp_path, call, stand_in_model, monkeypatch):
     assert [int(row["frame"]) for row in looked] == list(range(0, 20, 2)) and lost["status"] == "lost"
 
 
-def test_interrupt_is_a_cameras_normal_end(tmp_path, call, stand_in_model, monkeypatch):
+@pytest.mark.parametrize("signal, expected", [(KeyboardInterrupt, 0), (Terminated, 143)])
+def test_a_signal_is_a_cameras_normal_end(tmp_path, call, stand_in_model, monkeypatch, signal, expected):
     monkeypatch.setattr(connection, "_open_capture", lambda _: FakeCapture(10**6))
-    stand_in_model(interrupt_at(5))
+    stand_in_model(interrupt_at(5, signal))
     code, stdout, _ = call("0", "--out", tmp_path / "out", *THRESHOLDS)
-    assert code == 0 and stdout.startswith("4 frames") and len(rows(tmp_path / "out")) == 4
+    assert code == expected and stdout.startswith("4 frames") and len(rows(tmp_path / "out")) == 4
     assert json.loads((tmp_path / "out" / "config.json").read_text())["finished"]
     assert (tmp_path / "out" / "report.html").exists()
 
