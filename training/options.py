@@ -83,7 +83,11 @@ def add_models_flag(parser: Parser) -> None:
 def add_fusion_flags(parser: Parser) -> None:
     """How the branches are fused."""
     group = parser.add_argument_group("fusion")
-    group.add_argument("--fusion", choices=tuple(RULES), help="default: paper; with the demo network standardized")
+    group.add_argument(
+        "--fusion",
+        choices=tuple(RULES),
+        help="default: paper; standardized for --weights demo or imagenet with held-out images",
+    )
     group.add_argument("--lambda-obj", type=number(float, 0), help="factor of MACLU's score (default: 0.01)")
     group.add_argument("--lambda-map", type=number(float, 0), help="factor of the fused map's maximum (default: 1)")
 
@@ -112,7 +116,7 @@ def _default_fusion(folders: Iterable[Path]) -> str:
 
     names = {default_fusion(folder) for folder in folders}
     if len(names) > 1:
-        raise InputError("some of the categories' checkpoints are of the demo network, some are not; give --fusion")
+        raise InputError("the categories' checkpoints call for different fusions; give --fusion")
     return names.pop()
 
 

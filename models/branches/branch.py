@@ -69,6 +69,7 @@ class Branch(abc.ABC):
     name: ClassVar[str]
     score_weight: ClassVar[float] = 1.0  # factor of this branch's score in the paper's fused score
     map_weight: ClassVar[float] = 1.0  # of this branch's map in the standardized fusion
+    own_evidence: ClassVar[bool] = True  # the score says what no map and no other score says; else that fusion omits it
     backbone_kind: ClassVar[str] = "tokens"  # or "maps"
 
     def __init__(self, backbone: nn.Module | None = None, image_size: int | None = None) -> None:

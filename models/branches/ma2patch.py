@@ -27,6 +27,7 @@ class MA2Patch(Branch):
 
     name = "ma2patch"
     score_weight = 0.0
+    own_evidence = False  # on a CNN the score is MACLU's own number
 
     def __init__(self, backbone: nn.Module, covariance: str = "empirical") -> None:
         super().__init__(backbone)

@@ -38,14 +38,16 @@ def checkpoint_digests(folder: Path) -> dict[str, str]:
 
 
 def default_fusion(folder: Path) -> str:
-    """The fusion for the checkpoints in `folder`: standardized if all are of the demo network, else the paper's.
+    """The fusion for the checkpoints in `folder`: standardized if all have held-out statistics and `--weights` demo or
+    imagenet, else the paper's.
 
     Raises InputError if one is missing or damaged.
     """
     everything = map(read_metadata, checkpoint_paths(folder).values())
-    return "standardized" if all(map(_of_demo_network, everything)) else "paper"
+    return "standardized" if all(map(_standardizes, everything)) else "paper"
 
 
-def _of_demo_network(metadata: dict[str, Any]) -> bool:
+def _standardizes(metadata: dict[str, Any]) -> bool:
     network = metadata.get("backbone")
-    return isinstance(network, dict) and network.get("weights") == "demo" and metadata.get("calibration") is not None
+    small = isinstance(network, dict) and network.get("weights") in ("demo", "imagenet")
+    return small and metadata.get("calibration") is not None

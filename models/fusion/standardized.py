@@ -20,9 +20,11 @@ class Standardized(FusionRule):
 
     For each branch the score, the map, and the mean of the map's highest hundredth (its top) are standardised; the map
     without what the frame's border does to it (models/branches/border.py). M is the mean of the maps and t that of the
-    tops, weighted by the branches' `map_weight` (PatchCore 8, the others 1). s combines t and the scores as Fisher
-    combines tests: √(-2 Σ log p), where p is the chance that a normal image has a higher value, under a normal
-    distribution. A normal image scores about 3; a very strange one scores the root of its summed squared deviations.
+    tops, weighted by the branches' `map_weight` (PatchCore 16, the others 1). s combines t and the scores that are
+    `own_evidence` (MACLU's): √(2 log Σ 1/p), where p is the chance that a normal image has a higher value, under a
+    normal distribution. Up to a constant, the sum is the inverse of the harmonic mean p-value (Wilson, PNAS 2019): the
+    strongest finding decides, where Fisher's product would let a weak branch dilute it. It holds for findings that
+    depend on each other. A normal image scores about 2, a very strange one its largest deviation.
     """
 
     name = "standardized"
@@ -32,6 +34,7 @@ class Standardized(FusionRule):
         self.statistics = {branch.name: branch.calibration for branch in branches}
         self.image_sizes = {branch.name: branch.image_size for branch in branches}
         self._fields: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self.with_score = {branch.name for branch in branches if branch.own_evidence}
         total = sum(branch.map_weight for branch in branches)
         self.map_weights = {branch.name: branch.map_weight / total for branch in branches}
         missing = [name for name, statistics in self.statistics.items() if statistics is None]
@@ -45,12 +48,13 @@ class Standardized(FusionRule):
         scores, tops, fused = [], 0.0, 0.0
         for name, part in parts.items():
             weight = self.map_weights[name]
-            scores.append(self._standardize(part.scores.double(), name, "score"))
+            if name in self.with_score:
+                scores.append(self._standardize(part.scores.double(), name, "score"))
             mean, deviation = self._map_statistics(name, part.maps)
             maps = (part.maps - mean) / deviation
             tops = tops + weight * self._standardize(mean_of_top(coarse(maps)).double(), name, "top")
             fused = fused + weight * maps
-        return (-2 * torch.special.log_ndtr(-torch.stack([*scores, tops])).sum(0)).sqrt(), fused
+        return (2 * (-torch.special.log_ndtr(-torch.stack([*scores, tops]))).logsumexp(0)).sqrt(), fused
 
     def _map_statistics(self, name: str, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [S, S] of the branch's maps [B, S, S], on their device."""
