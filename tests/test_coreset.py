@@ -67,6 +67,14 @@ def test_equals_the_plain_greedy(case, head, rng, monkeypatch):
     assert chosen.tolist() == plain_greedy(features, size)
 
 
+def test_points_chosen_before(rng):
+    features = rng.normal(size=(1000, 8)).astype(np.float32)
+    order = plain_greedy(features, 100)
+    arranged = [*order[:60], *sorted(set(range(1000)) - set(order[:60]))]
+    chosen = greedy_k_center(torch.from_numpy(features[arranged]), 100, progress=False, chosen=60)
+    assert [arranged[place] for place in chosen] == order
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     arrays(np.float32, st.tuples(st.integers(1, 40), st.integers(1, 4)), elements=st.integers(-3, 3).map(float)),

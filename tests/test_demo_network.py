@@ -124,14 +124,16 @@ def test_tokens_against_numpy():
 def test_an_averaged_bank_against_a_loop():
     patches, entries = torch.randn(300, 5), torch.randn(20, 5)
     entries[7] += 100  # nearest to none
+    weights = torch.rand(300, dtype=torch.float64)
     sums, counts = np.zeros((20, 5)), np.zeros(20)
-    for patch in patches.numpy():
+    for patch, weight in zip(patches.numpy(), weights.numpy(), strict=True):
         nearest = np.argmin(((entries.numpy() - patch) ** 2).sum(1))
-        sums[nearest] += patch
-        counts[nearest] += 1
-    expected = (sums / np.maximum(counts, 1)[:, None])[counts > 0]
+        sums[nearest] += weight * patch
+        counts[nearest] += weight
     assert counts[7] == 0
-    np.testing.assert_allclose(means_around(NearestNeighbors(entries), patches), expected, atol=1e-6)
+    expected = (sums[counts > 0] / counts[counts > 0, None]), counts[counts > 0]
+    for ours, theirs in zip(means_around(NearestNeighbors(entries), patches, weights), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 def test_whitening_gives_each_map_the_same_share():

@@ -123,6 +123,8 @@ def test_a_fourth_branch_from_training_to_tables(workplace, fourth):
     finished = run_in_process("training.__main__", "brightness", *flags, "--power", 1.5)
     assert finished.code == 0, finished.err
     assert (workplace / "models/belt/brightness.safetensors").is_file()
+    update = run_in_process("training.__main__", "brightness", *flags, "--update")
+    assert update.code == 2 and "'brightness' cannot take in new frames" in update.err
     assert figures(workplace, "brightness")["image_auroc"] is not None
     four = fuse(workplace)
     assert set(four["branches"]) == {"ma_clu", "ma2patch", "pc", "brightness"}

@@ -305,9 +305,10 @@ def test_without_held_out_images(root, models, tmp_path, capsys):
     assert not (models / "belt/usad.json").exists()
 
 
-def test_training_images_that_changed_are_noticed(root, models, tmp_path, capsys):
+def test_held_out_images_that_are_gone_are_noticed(root, models, tmp_path, capsys):
     data = shutil.copytree(root / "data", tmp_path / "data")
-    (data / "belt/train/good/005.png").rename(data / "belt/train/good/zzz.png")
+    held = random.Random("holdout 22").sample(range(2 * HELD), HELD)[0]
+    (data / f"belt/train/good/{held:03d}.png").rename(data / "belt/train/good/zzz.png")
     flags = (
         "--models-dir",
         models,

@@ -15,6 +15,7 @@ from models.branches import BRANCHES, COVARIANCES, weights_flag
 from models.fusion import RULES
 from models.networks import DEMO_NETWORK, IMAGENET_NETWORKS, MAX_SIDE
 from training.settings import DataSettings, RunSettings
+from training.update_flags import add_update_flags, without_defaults
 from utils import distributed
 from utils.command_line import Parser, add_size_flag, category_name, number
 from utils.errors import InputError
@@ -66,7 +67,7 @@ def data_settings(args: argparse.Namespace) -> DataSettings:
     from datasets.mvtec import find_categories
 
     names = find_categories(args.data_root, args.category)
-    decoding = Decoding(args.max_megapixels, getattr(args, "bit_depth", 16))
+    decoding = Decoding(args.max_megapixels, getattr(args, "bit_depth", None) or 16)
     return DataSettings(args.data_root, tuple(names), args.results_dir, args.skip_unreadable, decoding)
 
 
@@ -264,16 +265,22 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
     add_run_flags(parser)
     add_output_flags(parser)
     parser.add_argument("--no-eval", action="store_true", help="stop after the checkpoint is written")
+    add_update_flags(parser)
     return parser
 
 
 def parse_training(parser: Parser, **demo_defaults: Any) -> argparse.Namespace:
-    """The flags as given; `--weights` demo and imagenet bring defaults for the others, which are printed."""
+    """The flags as given; `--weights` demo and imagenet bring defaults for the others, which are printed.
+
+    With `--update` or `--rollback` the checkpoint decides instead: a setting that was not given is None.
+    """
     args = parser.parse_args()
+    if args.update or args.rollback:
+        args = without_defaults(parser, args)
     if args.no_eval and (args.save_maps or args.no_images):
         raise InputError("--save-maps and --no-images have no effect with --no-eval; drop one of them")
     defaults = {"demo": DEMO_DEFAULTS | demo_defaults, "imagenet": IMAGENET_DEFAULTS}.get(args.weights)
-    if defaults is None:
+    if args.update or defaults is None:
         return args
     parser.set_defaults(**defaults)
     args = parser.parse_args()

@@ -53,7 +53,7 @@ def test_category(
     with one_per_machine_first():
         usad = USAD.load(checkpoints, run.device, run.precision, weights_by_branch(args), **options)
     category.decoding = dataclasses.replace(category.decoding, bit_depth=usad.bit_depth)
-    if len({branch.training.get("files_digest") for branch in usad.branches} - {None}) > 1:
+    if len({branch.frames for branch in usad.branches if branch.frames.known}) > 1:
         warn(f"the branches of {category.name} were trained on different lists of files")
     if args.false_alarm_rate:
         usad.set_operating_point(find_thresholds(usad, category, run, checkpoints, args.false_alarm_rate))

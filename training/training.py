@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,77 +19,142 @@ from evaluation.result_files import average_path
 from models.branches import BRANCHES
 from models.branches.branch import Branch
 from models.branches.calibration import BORDER_IMAGES, calibrate
+from models.branches.frames import TrainingFrames, mark
 from models.fusion.checkpoints import checkpoint_path
 from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone
 from training.categories import opened_categories
 from training.options import Default, data_settings, record, run_settings
 from training.settings import RunSettings, SplitSettings
+from training.update import Present, portion, present_checkpoint, replace, roll_back, settings_in
 from utils.command_line import warn
 from utils.distributed import is_main_process
 from utils.errors import InputError
-from utils.files import digest_of_lines
 from utils.gather import from_first, one_per_machine_first, require_same
 
 
 def train(args: argparse.Namespace, name: str, **settings: Any) -> None:
-    """Fit the branch of that name on each category, write its checkpoint and, unless --no-eval, its results.
+    """Fit or update the branch of that name on each category, write its checkpoint and, unless --no-eval, its results.
 
-    `args` are the flags of `training_parser`, `settings` the branch's own.
+    With --rollback only put the former checkpoints back. `args` are the flags of `training_parser`, `settings` the
+    branch's own.
     """
-    branch_class, run, split = BRANCHES[name], run_settings(args), split_settings(args)
-    spec = BackboneSpec(
-        branch_class.backbone_kind,
-        args.backbone,
-        args.image_size,
-        position_size=getattr(args, "position_size", None),
-        seed=args.seed,
-        normalize_contrast=args.normalize_contrast,
-    ).with_weights(args.weights)
-    empty_backbone(spec)  # finds sizes that do not suit the network before anything is downloaded
-    if spec.weights == "file" and not Path(spec.file).is_file():
-        raise InputError(f"--weights {spec.file}: no such file")
-    data = data_settings(args)
-    roi = args.roi and RegionOfInterest.read(args.roi, data.decoding)
-    average = average_path(data.results_dir, name)
-
-    def samples_of(category: Category) -> list[Sample]:
-        return category.train_samples() + ([] if args.no_eval else category.test_samples())
+    run, data = None if args.rollback else run_settings(args), data_settings(args)
 
     def checkpoint_of(category: str) -> Path:
         return checkpoint_path(args.models_dir / category, name)
 
+    if args.rollback:
+        if is_main_process():
+            roll_back(map(checkpoint_of, data.categories))
+        return
+    average = average_path(data.results_dir, name)
     results = None if args.no_eval else name
+    roi = args.roi and RegionOfInterest.read(args.roi, data.decoding)
+    if args.update:
+        if BRANCHES[name].update is Branch.update:
+            raise InputError(f"--update: branch '{name}' cannot take in new frames; train it again on all")
+        present = {category: present_checkpoint(checkpoint_of(category), args, roi) for category in data.categories}
+        learned = partial(updated_branches, args, BRANCHES[name], run, present, checkpoint_of)
+    else:
+        present = {}
+        learned = partial(fitted_branches, args, BRANCHES[name], run, network_spec(args, name), settings, roi)
+
+    def samples_of(category: Category) -> list[Sample]:
+        samples = category.train_samples()
+        if category.name in present:
+            samples = present[category.name].frames.not_fitted(samples)
+        return samples + ([] if args.no_eval else category.test_samples())
+
     metrics = {}
     with opened_categories(data, samples_of, run.workers, results, checkpoint_of) as categories:
-        by_default = isinstance(args.holdout_ratio, Default)
-        splits = {category.name: suited_split(split, category, by_default) for category in categories}
-        with one_per_machine_first():
-            backbone = build_backbone(spec, run.device, precision=run.precision)
-        for category in categories:
-            branch = branch_class(backbone, **settings)
-            branch.roi, branch.bit_depth = roi, category.decoding.bit_depth
-            split = splits[category.name]
-            fit_branch(run, category, split, branch)
+        for category, branch in learned(categories):
+            path = checkpoint_of(category.name)
             if is_main_process():
-                branch.save(checkpoint_of(category.name))
-            print(f"{category.name}: wrote {checkpoint_of(category.name)}", flush=True)
+                (replace if args.update else Branch.save)(branch, path)
+            print(f"{category.name}: wrote {path}", flush=True)
             if args.no_eval:
                 continue
-            dataset = ImageDataset(category.test_samples(), branch.image_size, "bicubic", roi)
+            dataset = ImageDataset(category.test_samples(), branch.image_size, "bicubic", branch.roi)
             loader = make_loader(run, dataset, f"{name} test", branch.device)
             folder = data.results_dir / category.name / name
+            in_force = {key: value for key, value in settings_in(branch.metadata()).items() if key in vars(args)}
             config = {
-                "settings": record(
-                    args, category=category.name, holdout_ratio=split.holdout_ratio, **dataclasses.asdict(run)
-                ),
+                "settings": record(args, **in_force | dataclasses.asdict(run)),
                 "left_out": category.left_out,
                 "backbone": branch.backbone.spec.to_dict(),
+                "roi_share": branch.roi and branch.roi.share,
             }
             metrics[category.name] = evaluate(branch, loader, folder, config, not args.no_images, args.save_maps)
             if is_main_process():
                 print_metrics(name, metrics[category.name])
                 print(f"{category.name}: results in {folder}", flush=True)
     print_average(name, average, metrics)
+
+
+def network_spec(args: argparse.Namespace, name: str) -> BackboneSpec:
+    """The network from the flags. Raises InputError, before anything is downloaded, if it cannot be had."""
+    spec = BackboneSpec(
+        BRANCHES[name].backbone_kind,
+        args.backbone,
+        args.image_size,
+        position_size=getattr(args, "position_size", None),
+        seed=args.seed,
+        normalize_contrast=args.normalize_contrast,
+    ).with_weights(args.weights)
+    empty_backbone(spec)
+    if spec.weights == "file" and not Path(spec.file).is_file():
+        raise InputError(f"--weights {spec.file}: no such file")
+    return spec
+
+
+def fitted_branches(
+    args: argparse.Namespace,
+    branch_class: type[Branch],
+    run: RunSettings,
+    spec: BackboneSpec,
+    settings: dict[str, Any],
+    roi: RegionOfInterest | None,
+    categories: Sequence[Category],
+) -> Iterator[tuple[Category, Branch]]:
+    """A new branch for each category, all with one network."""
+    by_default = isinstance(args.holdout_ratio, Default)
+    splits = [suited_split(split_settings(args), category, by_default) for category in categories]
+    with one_per_machine_first():
+        backbone = build_backbone(spec, run.device, precision=run.precision)
+    for category, split in zip(categories, splits, strict=True):
+        branch = branch_class(backbone, **settings)
+        branch.roi, branch.bit_depth = roi, category.decoding.bit_depth
+        yield category, fit_branch(run, category, split, branch)
+
+
+def updated_branches(
+    args: argparse.Namespace,
+    branch_class: type[Branch],
+    run: RunSettings,
+    present: dict[str, Present],
+    checkpoint_of: Callable[[str], Path],
+    categories: Sequence[Category],
+) -> Iterator[tuple[Category, Branch]]:
+    """The branch of each category that has new frames, which it has taken in."""
+    for category in categories:
+        before = present[category.name]
+        category.decoding = dataclasses.replace(category.decoding, bit_depth=before.bit_depth)
+        new = portion(category, before)
+        if new is None:
+            print(f"{category.name}: no new frames in {category.folder / 'train' / 'good'}; nothing is changed")
+            continue
+        path = checkpoint_of(category.name)
+        with one_per_machine_first():
+            branch = branch_class.load(path, args.weights, run.device, run.precision, flag="--weights")
+        learn(run, branch, branch.update, new.fitted, new.held_out)
+        branch.frames = new.frames
+        branch.backbone.spec = dataclasses.replace(branch.backbone.spec, precision=before.precision)
+        branch.training |= {
+            "images": before.images + len(new.fitted),
+            "left_out": sorted({*before.left_out, *left_out_of(category)}),
+        }
+        print(f"{category.name}: took in {len(new.fitted)} new frames; {len(new.held_out)} are held out", flush=True)
+        yield category, branch
 
 
 def split_settings(args: argparse.Namespace) -> SplitSettings:
@@ -115,22 +181,12 @@ def fit_branch(run: RunSettings, category: Category, split: SplitSettings, branc
     """Fit on the training share, then take statistics on the held-out images, if there are any."""
     samples = category.train_samples()
     fitted, held = split_training(samples, split.train_ratio, split.holdout_ratio, split.seed)
-    dataset = ImageDataset(fitted, branch.image_size, "bilinear", branch.roi)
-    branch.fit(make_loader(run, dataset, f"{branch.name} fit", branch.device))
-    learned = from_first(branch.state)
-    if not is_main_process():
-        branch.load_state(learned)
-    if held:
-        branch.calibration = calibrate(
-            branch,
-            test_loader(run, held, branch, "held out"),
-            test_loader(run, evenly_spaced(fitted, BORDER_IMAGES - len(held)), branch, "border"),
-        )
+    learn(run, branch, branch.fit, fitted, held)
+    branch.frames = TrainingFrames.named((sample.name for sample in samples), (sample.name for sample in held))
     branch.training = {
         "category": category.name,
         "images": len(fitted),
-        "left_out": sorted(name for name in category.left_out if name.startswith("train/")),
-        "files_digest": fitted_digest(samples, held),
+        "left_out": left_out_of(category),
         "train_ratio": split.train_ratio,
         "holdout_ratio": split.holdout_ratio,
         "seed": split.seed,
@@ -144,39 +200,57 @@ def evenly_spaced(samples: Sequence[Sample], count: int) -> list[Sample]:
     return [samples[index * len(samples) // count] for index in range(count)]
 
 
+def learn(
+    run: RunSettings,
+    branch: Branch,
+    fit: Callable[[ImageLoader], None],
+    fitted: Sequence[Sample],
+    held: Sequence[Sample],
+) -> None:
+    """Let `fit`, a method of the branch, see the images, then take statistics on the held-out ones; either if any."""
+    if fitted:
+        dataset = ImageDataset(fitted, branch.image_size, "bilinear", branch.roi)
+        fit(make_loader(run, dataset, f"{branch.name} fit", branch.device))
+        learned = from_first(branch.state)
+        if not is_main_process():
+            branch.load_state(learned)
+    if held:
+        branch.calibration = calibrate(
+            branch,
+            test_loader(run, held, branch, "held out"),
+            test_loader(run, evenly_spaced(fitted, BORDER_IMAGES - len(held)), branch, "border"),
+        )
+
+
+def left_out_of(category: Category) -> list[str]:
+    """The training images that could not be read."""
+    return sorted(name for name in category.left_out if name.startswith("train/"))
+
+
 def held_out_samples(category: Category, branches: Sequence[Branch]) -> list[Sample]:
     """The normal training images that no branch was fitted on.
 
-    Raises InputError if no images were held out, or the files are no longer those of the training.
+    Raises InputError if no images were held out, or one of them is gone.
     """
-    keys = ("category", "holdout_ratio", "seed", "files_digest")
-    trainings = {tuple(branch.training.get(key) for key in keys) for branch in branches}
-    if not all(ratio for _, ratio, *_ in trainings):
+    held = {branch.frames.held_out for branch in branches}
+    if not all(held):
         raise InputError(
-            f"the checkpoints of {category.name} have no held-out normal images; train the three branches "
+            f"the checkpoints of {category.name} name no held-out normal images; train the three branches "
             "with --holdout-ratio, for instance 0.2"
         )
-    if len(trainings) > 1:
+    if len(held) > 1:
         raise InputError(
             f"the branches of {category.name} did not hold out the same images; train the three with the "
-            "same --holdout-ratio and --seed"
+            "same --holdout-ratio and --seed, or --update the others, too"
         )
-    ((name, ratio, seed, digest),) = trainings
-    left_out = {unread for branch in branches for unread in branch.training.get("left_out", ())}
-    samples = [sample for sample in category.train_samples() if sample.name not in left_out]
-    _, held = split_training(samples, 1.0, ratio, seed)
-    if name != category.name or digest != fitted_digest(samples, held):
+    samples = [sample for sample in category.train_samples() if mark(sample.name) in branches[0].frames.held_out]
+    other = {branch.training.get("category") for branch in branches} != {category.name}
+    if other or len(samples) < len(branches[0].frames.held_out):
         raise InputError(
-            f"{category.folder} does not hold the training images that the checkpoints were fitted on, so "
-            "that the held-out ones cannot be told from them; restore them or train again"
+            f"{category.folder} does not hold the training images that the checkpoints held out; restore them or "
+            "train again"
         )
-    return held
-
-
-def fitted_digest(samples: Sequence[Sample], held: Sequence[Sample]) -> str:
-    """A digest of the names of the training images without those held out."""
-    held_names = {sample.name for sample in held}
-    return digest_of_lines(sample.name for sample in samples if sample.name not in held_names)
+    return samples
 
 
 def test_loader(

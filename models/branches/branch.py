@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from datasets.images import DEPTHS
 from datasets.region import RegionOfInterest
 from models.branches import weights_flag
+from models.branches.frames import TrainingFrames
 from models.branches.postprocess import resize_maps
 from models.networks.backbones import BackboneSpec, build_backbone
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -77,6 +78,7 @@ class Branch(abc.ABC):
         self.image_size = backbone.spec.image_size if image_size is None else image_size
         self.device = torch.device("cpu") if backbone is None else backbone.device
         self.training: dict[str, Any] = {}  # what it was fitted on, for the checkpoint
+        self.frames = TrainingFrames()
         self.calibration: dict[str, float] | None = None  # statistics on held-out normal images
         self.roi: RegionOfInterest | None = None
         self.bit_depth = DEPTHS[-1]  # of the camera behind 16-bit images
@@ -89,6 +91,13 @@ class Branch(abc.ABC):
         With several processes each sees its share. The main process learns from what `collect` merges
         (utils/gather.py), and its `state` is sent to the others.
         """
+
+    def update(self, loader: Iterable[dict[str, Any]]) -> None:
+        """Learn from further images as if `fit` had seen them, too; a branch need not have this.
+
+        Of several processes only the main one may add what was learned before to what `collect` merges.
+        """
+        raise NotImplementedError
 
     def predict(self, images: Tensor) -> Part:
         """Images [B, 3, S, S] at `image_size` -> scores [B] and maps [B, S, S]."""
@@ -153,7 +162,11 @@ class Branch(abc.ABC):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the checkpoint (safetensors, atomically)."""
-        metadata = {
+        save_checkpoint(path, {**self.state(), **self.frames.state()}, self.metadata())
+
+    def metadata(self) -> dict[str, Any]:
+        """What the checkpoint holds beside tensors, as plain JSON values."""
+        return {
             "branch": self.name,
             "backbone": self.backbone.spec.to_dict(),
             "settings": self.settings(),
@@ -162,17 +175,21 @@ class Branch(abc.ABC):
             "roi": self.roi and self.roi.to_text(),
             "bit_depth": self.bit_depth,
         }
-        save_checkpoint(path, self.state(), metadata)
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike, weights: str | None = None, device: str = "cpu", precision: str = "auto"
+        cls,
+        path: str | os.PathLike,
+        weights: str | None = None,
+        device: str = "cpu",
+        precision: str = "auto",
+        flag: str | None = None,
     ) -> Branch:
         """Read a checkpoint and the network that it was fitted with.
 
-        `weights` says where weights given as a file are now; `precision` "auto" is the one of the training
-        where the device has it. Raises InputError for another branch's checkpoint, a damaged one, or other
-        weights.
+        `weights`, which people give with `flag`, says where weights given as a file are now; `precision` "auto" is the
+        one of the training where the device has it. Raises InputError for another branch's checkpoint, a damaged one,
+        or other weights.
         """
         tensors, metadata = load_checkpoint(path)
         if metadata.get("branch") != cls.name:
@@ -187,7 +204,8 @@ class Branch(abc.ABC):
                 raise TypeError("training")
             if calibration is not None:
                 _check_statistics(calibration)
-            backbone = build_backbone(spec, device, weights=weights, precision=precision, flag=weights_flag(cls.name))
+            flag = flag or weights_flag(cls.name)
+            backbone = build_backbone(spec, device, weights=weights, precision=precision, flag=flag)
             branch = cls(backbone, **settings)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
@@ -197,6 +215,7 @@ class Branch(abc.ABC):
             ) from error
         try:
             branch.load_state(tensors)
+            branch.frames = TrainingFrames.from_state(tensors)
         except InputError as error:
             raise InputError(f"{path}: {error}; train the branch again") from None
         branch.training, branch.calibration, branch.roi, branch.bit_depth = training, calibration, roi, bit_depth

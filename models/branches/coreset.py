@@ -41,17 +41,18 @@ def sparse_projection(features: Tensor, eps: float = 0.9, seed: int = 22) -> Ten
         return linear(features.float(), matrix)
 
 
-def greedy_k_center(features: Tensor, size: int, progress: bool = True) -> Tensor:
+def greedy_k_center(features: Tensor, size: int, progress: bool = True, chosen: int = 1) -> Tensor:
     """Indices [size] (int64, on the CPU) of the greedy k-centre of `features` [n, d], in order of selection.
 
-    They are those of the plain algorithm in float64: index 0 first, then always the point with the largest distance to
-    its nearest chosen point, the lowest index among equals. No point is chosen twice: if all others coincide with
-    chosen ones, the lowest indices follow. Raises ValueError if `size` is not in [1, n] or a feature is not finite.
+    They are those of the plain algorithm in float64: the first `chosen` points, then always that with the largest
+    distance to its nearest chosen point, the lowest index among equals. No point is chosen twice: if all others
+    coincide with chosen ones, the lowest indices follow. Raises ValueError if `size` is not in [chosen, n] or a feature
+    is not finite.
 
     To choose 1 % takes time that grows with the square of n. One core of an AMD EPYC needs 0.05 s for 10^4 points of
     227 numbers, 1.1 s for 10^5 of 284, 13 s for 4·10^5 of 318, and thus about 85 s for 10^6 of 341.
     """
-    return LazyGreedy(features).select(size, progress)
+    return LazyGreedy(features).select(size, progress, chosen)
 
 
 class LazyGreedy:
@@ -70,24 +71,25 @@ class LazyGreedy:
         self.features = features.detach()
         self.evaluations = 0
 
-    def select(self, size: int, progress: bool = True) -> Tensor:
-        """Indices [size] of the centres, int64 on the CPU, in the order of selection."""
+    def select(self, size: int, progress: bool = True, chosen: int = 1) -> Tensor:
+        """Indices [size] of the centres, int64 on the CPU, in the order of selection; the first `chosen` are given."""
         count, width = self.features.shape
-        if not 1 <= size <= count:
-            raise ValueError(f"size must lie in [1, {count}], the number of points, not {size}")
+        if not chosen <= size <= count:
+            raise ValueError(f"size must lie in [{chosen}, {count}], the number of points, not {size}")
         real = {"dtype": torch.float64, "device": self.features.device}
         self.nearest = torch.full((count,), torch.inf, **real)
         self.seen = torch.zeros(count, dtype=torch.int64, device=real["device"])
         self.centers = torch.empty(size, width, **real)
         self.squares = torch.empty(size, **real)
-        self.chosen: list[int] = []
+        self.chosen = list(range(chosen))
+        self.centers[:chosen] = self.features[:chosen]
+        self.squares[:chosen] = self.centers[:chosen].square().sum(1)
         with tqdm(total=size, desc="coreset", unit="point", disable=not progress or None) as bar:
-            self._append(0, self.features[0].double())
-            self._refresh(torch.arange(count, device=real["device"]))
-            if not torch.isfinite(self.nearest).all():
+            self._refresh(torch.arange(chosen, count, device=real["device"]))
+            if not (torch.isfinite(self.nearest[chosen:]).all() and torch.isfinite(self.squares[:chosen]).all()):
                 raise ValueError("features contain NaN or infinite values")
-            self.nearest[0] = CHOSEN
-            bar.update(1)
+            self.nearest[:chosen] = CHOSEN
+            bar.update(chosen)
             while len(self.chosen) < size:
                 before = len(self.chosen)
                 self._pass(size)

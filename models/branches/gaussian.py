@@ -15,41 +15,63 @@ RIDGE = 1e-6  # added to the covariance's diagonal before it is inverted
 
 
 class RunningMoments:
-    """Mean and scatter of a stream of vectors in double precision; the memory does not grow with the stream.
+    """Moments of a stream of vectors in double precision; the memory does not grow with the stream.
 
-    Batches (and the moments of other processes) are merged by the pairwise update of Chan, Golub and LeVeque.
+    They hold what an empirical covariance and the shrinkage of Ledoit and Wolf need. Batches, other processes' moments
+    and those of an earlier fit are merged exactly, after both are moved to the common mean (Chan, Golub and LeVeque).
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.mean: Tensor | None = None  # [D]
-        self.scatter: Tensor | None = None  # [D, D], sum of outer products of deviations
+        self.scatter: Tensor | None = None  # [D, D], sum of outer products of the deviations d
+        self.third: Tensor | None = None  # [D], sum of |d|² d
+        self.fourth: Tensor | None = None  # sum of |d|⁴
 
     def update(self, vectors: Tensor) -> None:
         """Add vectors [n, D]."""
         vectors = vectors.double()
         mean = vectors.mean(0)
         deviations = vectors - mean
-        self._add(len(vectors), mean, deviations.T @ deviations)
+        squares = deviations.square().sum(1)
+        self._add(len(vectors), mean, deviations.T @ deviations, squares @ deviations, squares.square().sum())
+
+    def repeat(self, times: float) -> None:
+        """As if each vector had been added that many times."""
+        self.count = round(self.count * times)
+        self.scatter, self.third, self.fourth = self.scatter * times, self.third * times, self.fourth * times
 
     def state(self) -> dict[str, Tensor]:
         """Everything added so far; empty if nothing was."""
         if self.count == 0:
             return {}
-        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
+        count = torch.tensor(self.count, dtype=torch.float64)
+        moments = {"mean": self.mean, "scatter": self.scatter, "third": self.third, "fourth": self.fourth}
+        return {"count": count, **moments}
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
         """Add the vectors of another RunningMoments, given its `state()`."""
         if state:
-            self._add(int(state["count"]), state["mean"], state["scatter"])
+            self._add(int(state["count"]), *(state[name] for name in ("mean", "scatter", "third", "fourth")))
 
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+    @staticmethod
+    def taken(tensors: dict[str, Tensor], dim: int, prefix: str = "") -> dict[str, Tensor]:
+        """The `state()` in a checkpoint, if there is one; raises InputError where it does not fit vectors [n, dim]."""
+        shapes = {"count": (), "mean": (dim,), "scatter": (dim, dim), "third": (dim,), "fourth": ()}
+        if f"{prefix}count" not in tensors:
+            return {}
+        return {name: take(tensors, prefix + name, *shape) for name, shape in shapes.items()}
+
+    def _add(self, count: int, mean: Tensor, *moments: Tensor) -> None:
         if self.count == 0:
-            self.count, self.mean, self.scatter = count, mean, scatter
+            self.count, self.mean, (self.scatter, self.third, self.fourth) = count, mean, moments
             return
+        moments = [moment.to(self.mean) for moment in moments]
+        step = mean.to(self.mean) - self.mean
         total = self.count + count
-        step = mean - self.mean
-        self.scatter = self.scatter + scatter + torch.outer(step, step) * (self.count * count / total)
+        ours = _moved(step * (-count / total), self.count, self.scatter, self.third, self.fourth)
+        theirs = _moved(step * (self.count / total), count, *moments)
+        self.scatter, self.third, self.fourth = (own + other for own, other in zip(ours, theirs, strict=True))
         self.mean = self.mean + step * (count / total)
         self.count = total
 
@@ -57,11 +79,37 @@ class RunningMoments:
         """Covariance [D, D] with divisor n - 1."""
         return self.scatter / (self.count - 1)
 
+    def shrunk_covariance(self) -> Tensor:
+        """Covariance [D, D] shrunk towards a multiple of I (Ledoit and Wolf, J. Multivariate Analysis 88, 2004)."""
+        empirical = self.scatter / self.count
+        target = empirical.trace() / len(empirical) * torch.eye(len(empirical)).to(empirical)
+        distance = (empirical - target).square().sum()
+        error = (self.fourth / self.count - empirical.square().sum()) / self.count
+        share = (error / distance.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
+        return empirical + share * (target - empirical)
+
+
+def _moved(step: Tensor, count: int, scatter: Tensor, third: Tensor, fourth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The moments of `count` vectors about a point from which their mean is `step` [D] away."""
+    square, spread, along = step.square().sum(), scatter.trace(), scatter @ step
+    return (
+        scatter + count * torch.outer(step, step),
+        third + spread * step + 2 * along + count * square * step,
+        fourth + 4 * (third + along) @ step + 2 * spread * square + count * square.square(),
+    )
+
 
 class Gaussian:
     """Mean [D], covariance [D, D] and the inverse of (covariance + 1e-6 I), all float64."""
 
-    def __init__(self, mean: Tensor, covariance: Tensor, inverse: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        mean: Tensor,
+        covariance: Tensor,
+        inverse: Tensor | None = None,
+        moments: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.moments = dict(moments or {})  # of the vectors it was fitted to, as `RunningMoments.state` gives them
         self.mean = mean.double()
         self.covariance = covariance.double()
         if inverse is None:
@@ -72,11 +120,11 @@ class Gaussian:
 
     def to(self, device: torch.device | str) -> Gaussian:
         """The same Gaussian on `device`."""
-        return Gaussian(self.mean.to(device), self.covariance.to(device), self.inverse.to(device))
+        return Gaussian(self.mean.to(device), self.covariance.to(device), self.inverse.to(device), self.moments)
 
     def state(self) -> dict[str, Tensor]:
         """Named tensors for a checkpoint."""
-        return {"mean": self.mean, "covariance": self.covariance, "inverse": self.inverse}
+        return {**self.moments, "mean": self.mean, "covariance": self.covariance, "inverse": self.inverse}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], dim: int) -> Gaussian:
@@ -85,6 +133,7 @@ class Gaussian:
             take(tensors, "mean", dim),
             take(tensors, "covariance", dim, dim),
             take(tensors, "inverse", dim, dim),
+            RunningMoments.taken(tensors, dim),
         )
 
     def distance(self, vectors: Tensor) -> Tensor:
@@ -93,58 +142,45 @@ class Gaussian:
         return (whitened.square().sum(-1) + 1e-12).sqrt()
 
 
-class GaussianFit:
+class GaussianFit(RunningMoments):
     """Collects the image vectors of a training pass; `finish` gives their Gaussian.
 
-    `empirical` keeps running moments only. `ledoit-wolf` (shrinkage, for few images) keeps the vectors,
-    4 bytes a channel and image.
+    `estimator` of the covariance: `empirical`, or `ledoit-wolf` (shrinkage, for few images).
     """
 
-    def __init__(self, covariance: str = "empirical") -> None:
-        self.estimator = covariance
-        self.moments = RunningMoments()
-        self.vectors: list[Tensor] = []
+    def __init__(self, estimator: str = "empirical") -> None:
+        super().__init__()
+        self.estimator = estimator
 
-    def update(self, vectors: Tensor) -> None:
-        """Add image vectors [n, D]."""
-        self.moments.update(vectors)
-        if self.estimator == "ledoit-wolf":
-            self.vectors.append(vectors.float().cpu())
-
-    def state(self) -> dict[str, Tensor]:
-        """What was added so far."""
-        return {**self.moments.state(), **({"vectors": torch.cat(self.vectors)} if self.vectors else {})}
-
-    def merge(self, state: Mapping[str, Tensor]) -> None:
-        """Add the vectors of another GaussianFit, given its `state()`."""
-        self.moments.merge(state)
-        if "vectors" in state:
-            self.vectors.append(state["vectors"])
-
-    def finish(self, noise: Tensor | float = 0.0) -> Gaussian:
+    def finish(self, noise: Tensor | float = 0.0, before: Gaussian | None = None) -> Gaussian:
         """The Gaussian, `noise` [D, D] added to its covariance; warns if there are fewer images than that needs.
 
+        It is that of the images `before` was fitted to, too. Both noises are then averaged over the images.
         Raises InputError for fewer than two images: they have no covariance.
         """
-        if self.moments.count < 2:
+        if before:
+            earlier = GaussianFit(self.estimator)
+            earlier.merge(before.moments)
+            added = (before.covariance - earlier._estimate().to(before.covariance)) * earlier.count
+            noise = (added + self.count * torch.as_tensor(noise).to(added)) / (earlier.count + self.count)
+            self.merge(before.moments)
+        if self.count < 2:
             raise InputError(
-                f"{self.moments.count} training image(s): a covariance needs at least two; "
+                f"{self.count} training image(s): a covariance needs at least two; "
                 "add images to train/good, or raise --train-ratio if it is below 1"
             )
-        covariance = self.moments.covariance()
+        covariance = self._estimate()
         channels = len(covariance)
-        if self.estimator == "empirical" and self.moments.count <= channels:
+        if self.estimator == "empirical" and self.count <= channels:
             warnings.warn(
-                f"{self.moments.count} training images for {channels} channels: the covariance is singular, "
+                f"{self.count} training images for {channels} channels: the covariance is singular, "
                 "distances grow by orders of magnitude; --covariance ledoit-wolf suits small data sets",
                 stacklevel=2,
             )
-        if self.estimator == "ledoit-wolf":
-            from sklearn.covariance import ledoit_wolf
+        return Gaussian(self.mean, covariance + torch.as_tensor(noise).to(covariance), moments=self.state())
 
-            shrunk, _ = ledoit_wolf(torch.cat(self.vectors).double().numpy())
-            covariance = torch.from_numpy(shrunk).to(covariance)
-        return Gaussian(self.moments.mean, covariance + torch.as_tensor(noise).to(covariance))
+    def _estimate(self) -> Tensor:
+        return self.covariance() if self.estimator == "empirical" else self.shrunk_covariance()
 
 
 def _inverse(covariance: Tensor) -> Tensor:

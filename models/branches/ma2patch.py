@@ -35,6 +35,13 @@ class MA2Patch(Branch):
         self.gaussian: Gaussian | None = None
 
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:
+        self._learn(loader)
+
+    def update(self, loader: Iterable[dict[str, Any]]) -> None:
+        self._learn(loader, self.gaussian)
+
+    def _learn(self, loader: Iterable[dict[str, Any]], before: Gaussian | None = None) -> None:
+        """Fit on the images, and on those of the Gaussian `before`."""
         fit = GaussianFit(self.covariance)
         noise = CodecNoise(lambda images: self.extract(images).mean(1), self.backbone)
         for batch in loader:
@@ -44,7 +51,7 @@ class MA2Patch(Branch):
             noise.update(images, batch["index"], vectors)
         self.backbone.check_finite()
         if collect(fit, noise):
-            self.gaussian = fit.finish(noise.covariance())
+            self.gaussian = fit.finish(noise.covariance(), before)
 
     def extract(self, images: Tensor) -> Tensor:
         """Patch tokens [B, N, D]."""

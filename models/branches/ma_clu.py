@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from models.branches.monochrome import CodecNoise
 from models.branches.patch_store import PatchStore
 from models.branches.postprocess import gaussian_blur, map_range, resize_maps
 from utils.checkpoint import take
+from utils.distributed import is_main_process
 from utils.errors import InputError
 from utils.gather import collect
 
@@ -47,10 +48,18 @@ class MACLU(Branch):
         self.patch_budget = patch_budget
         self.gaussian: Gaussian | None = None
         self.centers: Tensor | None = None  # [2, D]: foreground, background
+        self.sizes: Tensor | None = None  # [2], patches that each cluster has had
 
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:
+        self._learn(loader)
+
+    def update(self, loader: Iterable[dict[str, Any]]) -> None:
+        self._learn(loader, (self.centers, self.sizes) if is_main_process() else (), self.gaussian)
+
+    def _learn(self, loader: Iterable, clusters: Sequence[Tensor] = (), gaussian: Gaussian | None = None) -> None:
+        """Fit on the images, and on those that gave the `clusters` (centres and sizes) and the `gaussian`."""
         fit = GaussianFit(self.covariance)
-        patches = PatchStore(len(loader.dataset), self.patch_budget)
+        patches = PatchStore(len(loader.dataset), self.patch_budget, 0, *clusters)
         noise = CodecNoise(lambda images: self.extract(images)[0], self.backbone)
         for batch in loader:
             images = batch["image"].to(self.device, non_blocking=True)
@@ -60,8 +69,9 @@ class MACLU(Branch):
             patches.add(tokens, batch["index"])
         self.backbone.check_finite()
         if collect(fit, noise, patches):
-            self.gaussian = fit.finish(noise.covariance())
-            self.centers = _foreground_and_background(patches.rows()).to(self.device)
+            self.gaussian = fit.finish(noise.covariance(), gaussian)
+            centers, self.sizes = _foreground_and_background(patches.rows(), patches.weights(), *clusters[:1])
+            self.centers = centers.to(self.device)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """CLS token [B, E] and patch tokens [B, N, D]."""
@@ -93,17 +103,22 @@ class MACLU(Branch):
         return {"threshold": self.threshold, "covariance": self.covariance, "patch_budget": self.patch_budget}
 
     def state(self) -> dict[str, Tensor]:
-        return {**self.gaussian.state(), "centers": self.centers}
+        sizes = {} if self.sizes is None else {"sizes": self.sizes}
+        return {**self.gaussian.state(), "centers": self.centers, **sizes}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.gaussian = Gaussian.from_state(tensors, self.backbone.cls_dim).to(self.device)
         self.centers = take(tensors, "centers", 2, self.backbone.dim).to(self.device)
+        self.sizes = take(tensors, "sizes", 2) if "sizes" in tensors else None  # unknown of converted checkpoints
 
 
-def _foreground_and_background(patches: Tensor) -> Tensor:
-    """Two k-means centres [2, D] of patches [n, D], that of the smaller cluster first.
+def _foreground_and_background(
+    patches: Tensor, weights: Tensor, centers: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Two k-means centres [2, D] of weighted patches [n, D], that of the smaller cluster first, and their sizes [2].
 
-    The patches are shifted in place and back, which rounds them: a copy would double the memory.
+    The search starts at `centers` if they are given. The patches are shifted in place and back, which rounds them: a
+    copy would double the memory.
     """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
@@ -112,6 +127,9 @@ def _foreground_and_background(patches: Tensor) -> Tensor:
         raise InputError("all training patches are identical: no belt and coal to tell apart; check train/good")
     # More than two threads would add their sums in a varying order, and the last digits would vary.
     with threadpool_limits(2, user_api="openmp"):
-        kmeans = KMeans(n_clusters=2, random_state=KMEANS_SEED, copy_x=False).fit(patches.numpy())
-    sizes = torch.from_numpy(kmeans.labels_).bincount(minlength=2)
-    return torch.from_numpy(kmeans.cluster_centers_)[sizes.argsort(stable=True)].float()
+        start = "k-means++" if centers is None else centers.cpu().numpy()
+        kmeans = KMeans(n_clusters=2, init=start, random_state=KMEANS_SEED, copy_x=False)
+        kmeans.fit(patches.numpy(), sample_weight=(weights / weights[-1]).numpy())
+    sizes = torch.from_numpy(kmeans.labels_).bincount(weights, minlength=2)
+    order = sizes.argsort(stable=True)
+    return torch.from_numpy(kmeans.cluster_centers_)[order].float(), sizes[order]

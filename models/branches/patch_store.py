@@ -13,12 +13,19 @@ class PatchStore:
 
     Within the budget all patches stay, in order. Beyond it each image keeps the same number of patches (or one more),
     drawn with a seed of its own, so that the choice depends neither on the batches nor on the other processes.
+
+    Rows [m, D] of an earlier fit may come first; each stands for some `counts` [m] of patches.
     """
 
-    def __init__(self, images: int, budget: float, seed: int = 0) -> None:
+    def __init__(
+        self, images: int, budget: float, seed: int = 0, rows: Tensor | None = None, counts: Tensor | None = None
+    ) -> None:
         self.images = images
         self.budget = budget * 1e9
         self.seed = seed
+        self.earlier = rows
+        self.counts = torch.zeros(0, dtype=torch.float64) if counts is None else counts.cpu()
+        self.share = 1.0  # patches for which each kept one stands
         self.kept: Tensor | None = None  # [n, D]; the system gives the memory only as patches are written
         self.filled = 0
 
@@ -27,6 +34,7 @@ class PatchStore:
         count, width = patches.shape[1:]
         total = self.images * count
         affordable = min(total, max(int(self.budget / (4 * width)), 1))
+        self.share = total / affordable
         if affordable < total:
             chosen = [self._draw(int(image), count, affordable) for image in index]
             rows = torch.cat([image[own.to(image.device)] for image, own in zip(patches, chosen, strict=True)])
@@ -42,13 +50,20 @@ class PatchStore:
 
     def _append(self, rows: Tensor, capacity: int) -> None:
         if self.kept is None:
-            self.kept = torch.empty(capacity, rows.shape[1])
+            self.kept = torch.empty(len(self.counts) + capacity, rows.shape[1])
+            if self.earlier is not None:
+                self._append(self.earlier, capacity)
         self.kept[self.filled : self.filled + len(rows)] = rows
         self.filled += len(rows)
 
     def rows(self) -> Tensor:
-        """All patches kept [n, D], on the CPU."""
+        """All patches kept [n, D], on the CPU, those of an earlier fit first."""
         return self.kept[: self.filled]
+
+    def weights(self) -> Tensor:
+        """For how many patches each of `rows` stands, float64 [n]."""
+        new = torch.full((self.filled - len(self.counts),), self.share, dtype=torch.float64)
+        return torch.cat([self.counts, new])
 
     def state(self) -> dict[str, Tensor]:
         """What was added so far; empty if nothing was."""

@@ -17,6 +17,7 @@ from models.branches.patch_store import PatchStore
 from models.branches.postprocess import gaussian_blur, map_range, resize_maps
 from models.branches.whitening import ROWS, Whitening
 from utils.checkpoint import take
+from utils.distributed import is_main_process
 from utils.errors import InputError
 from utils.gather import collect
 
@@ -56,9 +57,20 @@ class PatchCore(Branch):
         self.patch_budget = patch_budget
         self.seed = seed
         self.memory_bank: NearestNeighbors | None = None
+        self.counts: Tensor | None = None  # [m], patches whose mean each entry is
 
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:
-        store = PatchStore(len(loader.dataset), self.patch_budget)
+        self._learn(loader)
+
+    def update(self, loader: Iterable[dict[str, Any]]) -> None:
+        bank = self.memory_bank.rows
+        patches = self.whitening.undone(bank) if self.whitening else bank
+        counts = torch.ones(len(bank)) if self.counts is None else self.counts
+        self._learn(loader, (patches, counts) if is_main_process() else (), self.whitening)
+
+    def _learn(self, loader: Iterable, bank: Sequence[Tensor] = (), whitening: Whitening | None = None) -> None:
+        """Fit on the images, and on those of the `bank` (patches and what each stands for), which keeps its size."""
+        store = PatchStore(len(loader.dataset), self.patch_budget, 0, *bank)
         noise = CodecNoise(self.extract, self.backbone)
         for batch in loader:
             images = batch["image"].to(self.device, non_blocking=True)
@@ -68,23 +80,26 @@ class PatchCore(Branch):
                 noise.update(images, batch["index"], patches)
         self.backbone.check_finite()
         if collect(store, noise):
-            self._select(store.rows(), noise.covariance())
+            self._select(store, noise.covariance(), whitening)
 
-    def _select(self, patches: Tensor, noise: Tensor | float) -> None:
-        """Make the bank a coreset of the training patches [n, D], whitened with `noise` [D, D]."""
-        size = int(self.coreset_ratio * len(patches))
+    def _select(self, store: PatchStore, noise: Tensor | float, before: Whitening | None) -> None:
+        """Make the bank a coreset of the training patches, whitened with `noise` [D, D]."""
+        patches, weights, old = store.rows(), store.weights(), len(store.counts)
+        size = old or int(self.coreset_ratio * len(patches))
         if size < 1:
             raise InputError(
                 f"--coreset-ratio {self.coreset_ratio} of {len(patches)} patches leaves none; raise the ratio"
             )
         if self.whiten:
-            self.whitening = Whitening.fit(patches, self.backbone.widths, noise)
+            self.whitening = Whitening.fit(patches[old:], self.backbone.widths, noise, store.share, before)
             self.whitening.apply_(patches)
             self.whitening = self.whitening.to(self.device)
         projected = sparse_projection(patches, PROJECTION_EPS, self.seed).to(self.device)
-        bank = NearestNeighbors(patches[greedy_k_center(projected, size)].to(self.device))
+        chosen = max(1, size - (len(patches) - old)) if old else 1  # each new patch can take the place of one entry
+        bank = NearestNeighbors(patches[greedy_k_center(projected, size, chosen=chosen)].to(self.device))
         if self.average_bank:
-            bank = NearestNeighbors(means_around(bank, patches).to(self.device))
+            means, self.counts = means_around(bank, patches, weights)
+            bank = NearestNeighbors(means.to(self.device))
         self.memory_bank = bank
 
     def extract(self, images: Tensor) -> Tensor:
@@ -133,12 +148,14 @@ class PatchCore(Branch):
         }
 
     def state(self) -> dict[str, Tensor]:
-        return {"bank": self.memory_bank.rows, **(self.whitening.state() if self.whitening else {})}
+        counts = {} if self.counts is None else {"counts": self.counts}
+        return {"bank": self.memory_bank.rows, **counts, **(self.whitening.state() if self.whitening else {})}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         if self.whiten:
             self.whitening = Whitening.from_state(tensors, self.backbone.dim).to(self.device)
         self.memory_bank = NearestNeighbors(take(tensors, "bank", None, self.backbone.dim).to(self.device))
+        self.counts = take(tensors, "counts", len(self.memory_bank.rows)) if "counts" in tensors else None
 
 
 def patch_features(maps: Sequence[Tensor], neighborhood: int = 3) -> Tensor:
@@ -151,15 +168,15 @@ def patch_features(maps: Sequence[Tensor], neighborhood: int = 3) -> Tensor:
     return torch.cat(pooled, 1).flatten(2).mT.contiguous()
 
 
-def means_around(bank: NearestNeighbors, patches: Tensor) -> Tensor:
-    """For each entry of the bank the mean of the patches [n, D] nearest to it, or the entry itself: [m, D].
+def means_around(bank: NearestNeighbors, patches: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each entry of the bank the mean of the weighted patches [n, D] nearest to it, and their weight: [m, D], [m].
 
-    Summed on the CPU, where the order of the sum is always the same.
+    An entry without patches is left out. Summed on the CPU, where the order of the sum is always the same.
     """
-    sums, counts = torch.zeros(bank.rows.shape, dtype=torch.float64), torch.zeros(len(bank.rows), dtype=torch.int64)
-    for rows in patches.split(ROWS):
+    sums, counts = torch.zeros(bank.rows.shape, dtype=torch.float64), torch.zeros(len(bank.rows), dtype=torch.float64)
+    for rows, weight in zip(patches.split(ROWS), weights.split(ROWS), strict=True):
         nearest = bank.search(rows.to(bank.rows.device), 1)[1][:, 0].cpu()
-        sums.index_add_(0, nearest, rows.double())
-        counts += nearest.bincount(minlength=len(counts))
+        sums.index_add_(0, nearest, weight[:, None] * rows)
+        counts += nearest.bincount(weight, minlength=len(counts))
     taken = counts > 0
-    return (sums[taken] / counts[taken, None]).float()
+    return (sums[taken] / counts[taken, None]).float(), counts[taken]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from utils.checkpoint import take
 
 FLOOR = 1e-2  # added to the eigenvalues of the correlation matrix: what hardly varies is not amplified to noise
 LEAST_DEVIATION = 1e-5  # of the largest of all channels; what varies less is rounding
+PREFIX = "whitening_"  # of its tensors in a checkpoint
 ROWS = 1 << 16  # patches at a time
 
 
@@ -22,20 +23,32 @@ class Whitening:
     number of channels; otherwise many channels of texture would drown three of colour.
     """
 
-    def __init__(self, mean: Tensor, matrix: Tensor) -> None:
+    def __init__(self, mean: Tensor, matrix: Tensor, moments: Mapping[str, Tensor] | None = None) -> None:
+        self.moments = dict(moments or {})  # of the patches, as `RunningMoments.state` gives them, with the noise
         self.mean = mean.float()
         self.matrix = matrix.float()
 
     @classmethod
-    def fit(cls, patches: Tensor, widths: Sequence[int], noise: Tensor | float = 0.0) -> Whitening:
+    def fit(
+        cls,
+        patches: Tensor,
+        widths: Sequence[int],
+        noise: Tensor | float = 0.0,
+        share: float = 1.0,
+        before: Whitening | None = None,
+    ) -> Whitening:
         """From training patches [n, D] whose D channels are maps of `widths` channels side by side.
 
-        `noise` [D, D] is added to their covariance (models/branches/monochrome.py).
+        `noise` [D, D] is added to their covariance (models/branches/monochrome.py). Each patch stands for a `share` of
+        them, beside those that the whitening `before` was fitted to.
         """
         moments = RunningMoments()
         for rows in patches.split(ROWS):
             moments.update(rows)
-        covariance = moments.scatter / moments.count + noise
+        moments.repeat(share)
+        moments.scatter = moments.scatter + moments.count * noise
+        moments.merge(before.moments if before else {})
+        covariance = moments.scatter / moments.count
         deviations = covariance.diagonal().sqrt()
         deviations = deviations.clamp(min=(LEAST_DEVIATION * deviations.max()).clamp(min=1e-6))
         matrix = torch.zeros_like(covariance)
@@ -47,14 +60,18 @@ class Whitening:
             scale = (len(covariance) / (len(widths) * width)) ** 0.5
             matrix[block, block] = scale * vectors / deviation[:, None] / (values.clamp(min=0) + FLOOR).sqrt()
             start += width
-        return cls(moments.mean, matrix)
+        return cls(moments.mean, matrix, moments.state())
 
     def to(self, device: torch.device | str) -> Whitening:
         """The same whitening on `device`."""
-        return Whitening(self.mean.to(device), self.matrix.to(device))
+        return Whitening(self.mean.to(device), self.matrix.to(device), self.moments)
 
     def __call__(self, features: Tensor) -> Tensor:
         return (features - self.mean) @ self.matrix
+
+    def undone(self, whitened: Tensor) -> Tensor:
+        """The features [..., D] that were whitened."""
+        return (whitened.double() @ self.matrix.double().inverse() + self.mean).float()
 
     def apply_(self, patches: Tensor) -> None:
         """Whiten patches [n, D] in place, in little memory."""
@@ -63,9 +80,11 @@ class Whitening:
 
     def state(self) -> dict[str, Tensor]:
         """Named tensors for a checkpoint."""
-        return {"whitening_mean": self.mean, "whitening_matrix": self.matrix}
+        moments = {"mean": self.mean, **self.moments}
+        return {"whitening_matrix": self.matrix, **{f"{PREFIX}{name}": moment for name, moment in moments.items()}}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], dim: int) -> Whitening:
         """The whitening of a checkpoint; raises InputError where it does not fit features of width `dim`."""
-        return cls(take(tensors, "whitening_mean", dim), take(tensors, "whitening_matrix", dim, dim))
+        moments = RunningMoments.taken(tensors, dim, PREFIX)
+        return cls(take(tensors, "whitening_mean", dim), take(tensors, "whitening_matrix", dim, dim), moments)

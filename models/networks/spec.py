@@ -11,6 +11,7 @@ import torch
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks import MAX_SIDE
 
+SOURCES = ("pretrained", "demo", "imagenet", "random")  # of weights that are not a file
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,7 +39,7 @@ class BackboneSpec:
 
     def with_weights(self, weights: str) -> BackboneSpec:
         """This network with the weights a flag names: "pretrained", "demo", "imagenet", "random", or a file's path."""
-        if weights in ("pretrained", "demo", "imagenet", "random"):
+        if weights in SOURCES:
             return dataclasses.replace(self, weights=weights, file=None)
         return dataclasses.replace(self, weights="file", file=weights)
 
