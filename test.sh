@@ -4,7 +4,7 @@ set -euo pipefail
 CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 . tools/environment.sh
 
-prepare_environment requirements.txt requirements-dev.txt
+prepare_environment requirements.txt requirements-dev.txt requirements-export.txt
 lint=0
 "$VENV_PYTHON" -m ruff check . || lint=$?
 "$VENV_PYTHON" -m pytest "$@"

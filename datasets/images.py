@@ -20,6 +20,7 @@ from datasets import MAX_MEGAPIXELS
 from utils.errors import UnreadableError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 DEPTHS = range(8, 17)  # bits of the cameras whose images are stored in 16
 DISK_ERRORS = {errno.EIO, getattr(errno, "ESTALE", errno.EIO)}
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what decoders raise
@@ -69,6 +70,11 @@ def find_files(
                 yield from find_files(entry.path, extensions, above | {real})
             elif os.path.splitext(entry.name)[1].lower() in extensions and entry.is_file():
                 yield Path(entry.path)
+
+
+def stretched(image: Image.Image, size: int, resampling: str) -> np.ndarray:
+    """An RGB image stretched to a square (antialiased), uint8 [size, size, 3]."""
+    return np.array(image.resize((size, size), RESAMPLING[resampling]))
 
 
 def read_image(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Image.Image:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
+from datasets.images import stretched
 from datasets.mvtec import Sample
 from datasets.notes import Notes
 from datasets.region import RegionOfInterest
@@ -22,13 +23,11 @@ from utils.signals import leave_signals_to_parent, stoppable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 def to_tensor(image: Image.Image, size: int, resampling: str) -> Tensor:
     """RGB image -> [3, size, size]: stretched to the square (antialiased), to [0, 1], ImageNet-normalised."""
-    pixels = np.array(image.resize((size, size), RESAMPLING[resampling]))
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    tensor = torch.from_numpy(stretched(image, size, resampling)).permute(2, 0, 1).float() / 255
     return (tensor - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
 
 

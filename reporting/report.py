@@ -166,7 +166,8 @@ def _charts(
             options = {"x_limit": x_limit, "chance": key.endswith("roc")}
             svg = charts.draw(charts.curves, x_title, y_title, lines=lines, **options)
             yield title, protocols()[figure].partition(", ")[0], ", ".join(lines), _uri(svg, "svg+xml")
-    if len(gallery) > 1:  # a single frame needs no histogram, nor the second that importing matplotlib takes
+    # A single frame needs no histogram, nor the second that importing matplotlib takes.
+    if len(gallery) > 1 and charts.can_draw():
         groups = {}
         for label, name in ((0, "normal"), (1, "anomalous"), (-1, "unlabelled")):
             own = np.asarray(gallery.scores)[np.asarray(gallery.labels) == label]

@@ -11,13 +11,16 @@ from tiny import run_in_process
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")]
 SCRIPTS = ("train_ma_clu", "train_ma2patch", "train_pc", "test_fusion", "predict", "reproduce_tables")
+ON_THE_LINE = ("export_onnx", "predict_onnx")
 FLAG = re.compile(r"--[a-z][a-z0-9-]+")
 
 
 @pytest.fixture(scope="module")
 def flags() -> dict[str, set[str]]:
     """By script, what its --help lists."""
-    helps = {script: run_in_process(script, "--help").out.partition("options:")[2] for script in SCRIPTS}
+    helps = {
+        script: run_in_process(script, "--help").out.partition("options:")[2] for script in (*SCRIPTS, *ON_THE_LINE)
+    }
     return {script: set(FLAG.findall(text)) for script, text in helps.items()}
 
 

@@ -98,7 +98,7 @@ def wrong(layer, x):
 @pytest.mark.parametrize("forward", [missing, with_another_signature, wrong])
 def test_the_probe_refuses_kernels_that_are_not_what_they_were(monkeypatch, forward):
     monkeypatch.setattr(kernels.OneDNNLinear, "forward", forward)
-    assert not kernels.onednn_gains.__wrapped__(torch.float32)
+    assert not kernels.onednn_pays.__wrapped__(torch.float32)
 
 
 @pytest.mark.parametrize(("slowdown", "gains"), [(0.5, True), (1.2, True), (2.0, False)])
@@ -111,7 +111,7 @@ def test_the_probe_takes_onednn_unless_it_is_clearly_slower(monkeypatch, slowdow
     seconds = iter(seconds)
     monkeypatch.setattr(kernels, "_seconds", lambda work: next(seconds))
     monkeypatch.setattr(kernels, "_onednn_is_right", lambda dtype: True)
-    assert kernels.onednn_gains.__wrapped__(torch.float32) == gains
+    assert kernels.onednn_pays.__wrapped__(torch.float32) == gains
 
 
 NETWORKS = [

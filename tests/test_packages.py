@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from machine import PATIENCE
+from packaging.requirements import Requirement
 
 from utils.errors import InputError
 from utils.packages import REQUIREMENTS, check_packages, installed_version
@@ -45,6 +46,16 @@ def test_ranges(tmp_path, monkeypatch, version, fits):
 def test_this_environment_is_in_range():
     assert REQUIREMENTS.is_file()
     check_packages()
+
+
+def test_all_lists_have_the_same_ranges():
+    ranges: dict[str, set[str]] = {}
+    for path in ROOT.glob("requirements*.txt"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if wanted := line.partition("#")[0].strip():
+                requirement = Requirement(wanted)
+                ranges.setdefault(requirement.name, set()).add(str(requirement.specifier))
+    assert all(len(found) == 1 for found in ranges.values()), ranges
 
 
 @pytest.mark.parametrize("script", ["train_pc.py", "predict.py"])

@@ -14,7 +14,7 @@ FLOORS = [  # from the ground up; rooms of one floor do not know each other
     {"models.networks"},
     {"models.branches"},
     {"models.fusion"},
-    {"models", "models.published", "reporting"},
+    {"models", "models.published", "models.exported", "reporting"},
     {"evaluation", "prediction"},
     {"training"},
     {"experiments"},

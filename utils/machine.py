@@ -10,7 +10,7 @@ from typing import Any
 from utils.distributed import size
 from utils.packages import installed_version
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy")
+PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "numpy")
 
 
 def environment(device: Any) -> dict[str, Any]:

@@ -140,9 +140,8 @@ class Branch(abc.ABC):
         """Values [B, n] of the patches in the region of interest -> [B, h, w]; elsewhere their mean."""
         if self.roi is None:
             return values.unflatten(1, self.backbone.grid)
-        grid = values.mean(1, keepdim=True).repeat(1, math.prod(self.backbone.grid))
-        grid[:, _cells_inside(self.roi, self.backbone.grid, values.device)] = values
-        return grid.unflatten(1, self.backbone.grid)
+        columns = _columns_of_cells(self.roi, self.backbone.grid, values.device)
+        return torch.cat([values, values.mean(1, keepdim=True)], 1)[:, columns].unflatten(1, self.backbone.grid)
 
     def stopwatches(self) -> dict[str, Stopwatch]:
         """The times of the stages, under the branch's name."""
@@ -232,6 +231,13 @@ def pixels_inside(roi: RegionOfInterest, size: int, device: torch.device) -> Ten
 def _cells_inside(roi: RegionOfInterest, grid: tuple[int, int], device: torch.device) -> Tensor:
     """The numbers [n] of the grid cells that lie in the region of interest."""
     return torch.from_numpy(np.flatnonzero(roi.on_grid(*grid))).to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _columns_of_cells(roi: RegionOfInterest, grid: tuple[int, int], device: torch.device) -> Tensor:
+    """For each cell of the grid [h * w] its position among those in the region of interest, else their number."""
+    inside = roi.on_grid(*grid).ravel()
+    return torch.from_numpy(np.where(inside, inside.cumsum() - 1, inside.sum())).to(device)
 
 
 def region_in(metadata: dict[str, Any]) -> RegionOfInterest | None:

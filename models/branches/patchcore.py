@@ -125,7 +125,7 @@ class PatchCore(Branch):
         bank of one entry has no neighbours, and the score is s*.
         """
         largest, patch = distances.max(1)
-        rows = torch.arange(len(features), device=features.device)
+        rows = torch.arange(features.shape[0], device=features.device)
         count = min(self.neighbors, len(self.memory_bank.rows))
         if count < 2:
             return largest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import cv2
@@ -45,6 +45,36 @@ class Model(Protocol):
     batch_size: int  # frames at a time, unless the caller says otherwise
 
     def __call__(self, images: Sequence[ImageLike], batch_size: int | None = None) -> list[Prediction]: ...
+
+
+def predict_in_batches(
+    model: Model,
+    images: ImageLike | Sequence[ImageLike],
+    batch_size: int | None,
+    parts_of: Callable[[list[Image.Image]], Mapping[str, tuple[np.ndarray, np.ndarray]]],
+) -> list[Prediction]:
+    """A path, picture, PIL image or RGB array [H, W, 3] of uint8, or a list of these -> a list of predictions.
+
+    `parts_of` gives by name scores [B] and maps [B, S, S] of B images, the model's own and its branches'. Maps, boxes
+    and areas are in each image's own pixels. Raises InputError for a file that cannot be read, an array of another
+    kind, or scores that are not finite.
+    """
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    batch_size = batch_size or model.batch_size
+    predictions = []
+    for start in range(0, len(images), batch_size):
+        decoding = Decoding(bit_depth=model.bit_depth)
+        pictures = [as_picture(image, model.roi, decoding) for image in images[start : start + batch_size]]
+        parts = parts_of([picture.image for picture in pictures])
+        for name, numbers in parts.items():
+            if not all(np.isfinite(values).all() for values in numbers):
+                raise InputError(f"{name} gives a score or map that is not finite; check the weights")
+        for row, picture in enumerate(pictures):
+            own = {name: (float(scores[row]), maps[row]) for name, (scores, maps) in parts.items()}
+            fused = own.pop(model.name)
+            limits = model.threshold, model.pixel_threshold, model.min_area
+            predictions.append(decide(*fused, picture.size, own, *limits))
+    return predictions
 
 
 def decide(

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from datasets.images import Decoding
 from datasets.loading import to_tensor
 from models.branches import BRANCHES
 from models.branches.branch import Branch, Part
@@ -20,7 +20,7 @@ from models.branches.postprocess import resize_images
 from models.fusion import RULES
 from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths, default_fusion
 from models.fusion.operating_point import FILE_NAME, OperatingPoint
-from models.fusion.prediction import ImageLike, Prediction, as_picture, decide
+from models.fusion.prediction import ImageLike, Prediction, predict_in_batches
 from utils.errors import InputError
 from utils.gpu import CapturedPasses, side_by_side, wake
 from utils.timing import Stopwatch
@@ -110,28 +110,16 @@ class USAD:
         return {"fusion": self.rule.name, **self.rule.settings()}
 
     def __call__(self, images: ImageLike | Sequence[ImageLike], batch_size: int | None = None) -> list[Prediction]:
-        """A path, picture, PIL image or RGB array [H, W, 3] of uint8, or a list of these -> a list of predictions.
+        """See `predict_in_batches`."""
+        return predict_in_batches(self, images, batch_size, self._numbers)
 
-        Maps, boxes and areas are in each image's own pixels. Raises InputError for a file that cannot be read, an array
-        of another kind, or scores that are not finite.
-        """
-        images = list(images) if isinstance(images, list | tuple) else [images]
-        batch_size = batch_size or self.batch_size
-        predictions = []
-        for start in range(0, len(images), batch_size):
-            pictures = [
-                as_picture(image, self.roi, Decoding(bit_depth=self.bit_depth))
-                for image in images[start : start + batch_size]
-            ]
-            batch = torch.stack([to_tensor(picture.image, self.image_size, "bicubic") for picture in pictures])
-            parts = {name: _numbers(name, part) for name, part in self.predict_parts(batch.to(self.device)).items()}
-            for row, picture in enumerate(pictures):
-                own = {name: (float(scores[row]), maps[row]) for name, (scores, maps) in parts.items()}
-                fused = own.pop(self.name)
-                predictions.append(
-                    decide(*fused, picture.size, own, self.threshold, self.pixel_threshold, self.min_area)
-                )
-        return predictions
+    def _numbers(self, images: list[Image.Image]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Scores [B] and maps [B, S, S] of `predict_parts` on the host."""
+        batch = torch.stack([to_tensor(image, self.image_size, "bicubic") for image in images])
+        parts = self.predict_parts(batch.to(self.device))
+        return {
+            name: (part.scores.double().cpu().numpy(), part.maps.float().cpu().numpy()) for name, part in parts.items()
+        }
 
     def predict(self, images: Tensor) -> Part:
         """Images [B, 3, S, S] at `image_size` -> fused scores [B] and maps [B, S, S]."""
@@ -165,11 +153,3 @@ class USAD:
     def stopwatches(self) -> dict[str, Stopwatch]:
         """The times of the stages by part."""
         return {self.name: self.stopwatch, **{branch.name: branch.stopwatch for branch in self.branches}}
-
-
-def _numbers(name: str, part: Part) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [B] and maps [B, S, S] on the host; raises InputError if one is not finite."""
-    scores, maps = part.scores.double().cpu().numpy(), part.maps.float().cpu().numpy()
-    if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
-        raise InputError(f"{name} gives a score or map that is not finite; check the weights")
-    return scores, maps

@@ -61,11 +61,17 @@ class Backbone(nn.Module):
             self.check_finite()
         return outputs
 
-    def _pass(self, images: Tensor) -> tuple[Tensor, ...]:
+    def features(
+        self, images: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> tuple[Tensor, ...]:
+        """What `forward` gives, unchecked."""
         if self.spec.normalize_contrast:
             images = self._normalize_contrast(images)
-        images = images.to(self.dtype, memory_format=torch.channels_last)
-        outputs = tuple(output.float() for output in self.extract(images))
+        images = images.to(self.dtype, memory_format=memory_format)
+        return tuple(output.float() for output in self.extract(images))
+
+    def _pass(self, images: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.features(images, torch.channels_last)
         for output in outputs:
             self.finite.logical_and_(torch.linalg.vector_norm(output, torch.inf).isfinite())
         return outputs

