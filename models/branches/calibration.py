@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.branches.border import STEP, border_effect, by_distance, coarse, interior
 from models.branches.branch import Branch, pixels_inside
+from models.branches.monochrome import as_coded
 from models.branches.postprocess import mean_of_top, resize_maps
 from utils.errors import InputError
 from utils.gather import all_rows
@@ -28,8 +29,8 @@ def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterab
     the border (models/branches/border.py), in standard deviations, of which standardised maps are free; it is measured
     on the images of `fitted`, too. `held_out` gives at least two images.
     """
-    scores, maps = predictions(branch, held_out)
-    _, more = predictions(branch, fitted)
+    images, scores, maps = predictions(branch, held_out)
+    *_, more = predictions(branch, fitted)
     inside = torch.ones(maps.shape[1:], dtype=torch.bool)
     if branch.roi is not None:
         inside = pixels_inside(branch.roi, len(inside), inside.device)
@@ -40,7 +41,7 @@ def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterab
         groups.append((more - own_mean) / own_deviation)
     shift, scale = border_effect(groups, inside)
     statistics = {
-        "images": len(scores),
+        "images": images,
         "score_mean": float(scores.mean()),
         "score_std": max(float(scores.std()), LEAST),
         "map_mean": mean,
@@ -57,14 +58,23 @@ def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterab
     return statistics
 
 
-def predictions(branch: Branch, loader: Iterable[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Scores [n] and coarse maps [n, S // 4, S // 4] (float64) of all processes' images."""
+def predictions(branch: Branch, loader: Iterable[dict[str, Any]]) -> tuple[int, Tensor, Tensor]:
+    """The number of all processes' images, their scores [n] and coarse maps [n, S // 4, S // 4] (float64).
+
+    An image without colour counts twice, once as a codec gives it (models/branches/monochrome.py).
+    """
+    counts = [torch.zeros(1, dtype=torch.int64)]
     scores, maps = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, *[branch.image_size // STEP] * 2)]
     for batch in loader:
-        part = branch.predict(batch["image"].to(branch.device, non_blocking=True))
-        scores.append(part.scores.double().cpu())
-        maps.append(coarse(part.maps).cpu())
-    return all_rows(torch.cat(scores)), all_rows(torch.cat(maps)).double()
+        images = batch["image"].to(branch.device, non_blocking=True)
+        counts.append(torch.tensor([len(images)]))
+        coded = images[:0] if branch.backbone is None else as_coded(images, branch.backbone, int(batch["index"][0]))
+        for some in (images, coded):
+            if len(some):
+                part = branch.predict(some)
+                scores.append(part.scores.double().cpu())
+                maps.append(coarse(part.maps).cpu())
+    return int(all_rows(torch.cat(counts)).sum()), all_rows(torch.cat(scores)), all_rows(torch.cat(maps)).double()
 
 
 def interior_moments(maps: Tensor, inside: Tensor) -> tuple[float, float]:

@@ -2,7 +2,8 @@
 
 In the frames of a monochrome or infrared camera red and blue follow from green. Their features have no variance in the
 directions of colour until a codec tints a frame by one grey level; divided by almost nothing, that would be an alarm.
-So some frames go through a codec when a branch is fitted, and the change of the features is added to their covariance.
+So some frames go through a codec when a branch is fitted, and the change of the features is added to their covariance;
+and the statistics of scores and maps are of held-out frames before and after a codec.
 Frames of colour cameras do not need this: they have noise of their own.
 """
 
@@ -67,6 +68,13 @@ class CodecNoise:
             return 0.0
         joint = self.squares / self.count
         return (joint + joint.diagonal().diag()) / 2
+
+
+def as_coded(images: Tensor, backbone: Backbone, seed: int) -> Tensor:
+    """Those of the normalised images [B, 3, S, S] that have no colour as a coarse JPEG gives them: [b, 3, S, S]."""
+    frames = (255 * backbone.pixels(images)).cpu()
+    coded = [coded_frame(pixels, seed + number) for number, pixels in enumerate(frames) if is_colourless(pixels)]
+    return backbone.normalized(torch.stack(coded).to(images) / 255) if coded else images[:0]
 
 
 def is_colourless(pixels: Tensor) -> bool:

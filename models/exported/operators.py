@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,6 +70,22 @@ def median(values: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Ten
     return kth_smallest(values, (values.shape[dim] + 1) // 2, dim, keepdim)
 
 
+def mean(values: Tensor, dim: int | Sequence[int], keepdim: bool = False, **options: Any) -> Tensor:
+    """torch's mean, of one dimension after the other: onnxruntime adds one by one, and loses four digits of the mean of
+    an image."""
+    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    for one in dims:
+        values = values.mean(one, keepdim=True, **options)
+    return values if keepdim else values.squeeze(dims)
+
+
+def std(values: Tensor, dim: Sequence[int], keepdim: bool = False) -> Tensor:
+    """torch's standard deviation, with divisor n - 1, by such means."""
+    count = math.prod(values.shape[one] for one in dim)
+    spread = mean((values - mean(values, dim, keepdim=True)).square(), dim, keepdim)
+    return (spread * (count / (count - 1))).sqrt()
+
+
 def _interpolate(images: Tensor, size: Sequence[int], antialias: bool = False, **options: Any) -> Tensor:
     return resize_antialiased(images, size) if antialias else F.interpolate(images, size=size, **options)
 
@@ -76,6 +93,8 @@ def _interpolate(images: Tensor, size: Sequence[int], antialias: bool = False, *
 REPLACEMENTS: dict[Callable, Callable] = {
     F.interpolate: _interpolate,
     torch.special.log_ndtr: log_ndtr,
+    torch.Tensor.mean: mean,
+    torch.Tensor.std: std,
     torch.Tensor.kthvalue: lambda *args, **options: torch.return_types.kthvalue(kth_smallest(*args, **options)),
     torch.Tensor.median: lambda *args, **options: torch.return_types.median(median(*args, **options)),
 }

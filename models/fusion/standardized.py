@@ -20,11 +20,10 @@ class Standardized(FusionRule):
 
     For each branch the score, the map, and the mean of the map's highest hundredth (its top) are standardised; the map
     without what the frame's border does to it (models/branches/border.py). M is the mean of the maps and t that of the
-    tops, weighted by the branches' `map_weight` (PatchCore 16, the others 1). s combines t and the scores that are
-    `own_evidence` (MACLU's): √(2 log Σ 1/p), where p is the chance that a normal image has a higher value, under a
-    normal distribution. Up to a constant, the sum is the inverse of the harmonic mean p-value (Wilson, PNAS 2019): the
-    strongest finding decides, where Fisher's product would let a weak branch dilute it. It holds for findings that
-    depend on each other. A normal image scores about 2, a very strange one its largest deviation.
+    tops, weighted by the branches' `map_weight` (PatchCore 8, the others 1). s is (Σ (-2 log p)²)^¼ over t and the
+    scores that are `own_evidence` (MACLU's), where p is the chance that a normal image has a higher value, under a
+    normal distribution. So the stronger finding weighs more: in Fisher's combination, Σ -2 log p, a weak branch would
+    dilute it. A normal image scores about 1.5, a very strange one its largest deviation.
     """
 
     name = "standardized"
@@ -54,7 +53,8 @@ class Standardized(FusionRule):
             maps = (part.maps - mean) / deviation
             tops = tops + weight * self._standardize(mean_of_top(coarse(maps)).double(), name, "top")
             fused = fused + weight * maps
-        return (2 * (-torch.special.log_ndtr(-torch.stack([*scores, tops]))).logsumexp(0)).sqrt(), fused
+        surprises = -2 * torch.special.log_ndtr(-torch.stack([*scores, tops]))
+        return surprises.square().sum(0).sqrt().sqrt(), fused
 
     def _map_statistics(self, name: str, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [S, S] of the branch's maps [B, S, S], on their device."""
