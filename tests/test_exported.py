@@ -121,7 +121,8 @@ def test_what_is_traced_is_the_same_by_any_rule(home):
     with torchs_own_kernels(), operators.WithOperatorsOfONNX(), torch.no_grad():
         found = Exportable(USAD.load(folder, fusion="paper"))(images)
     for part, score, maps in zip(expected.values(), found[::2], found[1::2], strict=True):
-        torch.testing.assert_close(score, part.scores.double(), rtol=1e-3, atol=0)
+        # A covariance of a few images magnifies rounding a thousandfold.
+        torch.testing.assert_close(score, part.scores.double(), rtol=1e-2, atol=0)
         torch.testing.assert_close(maps, part.maps, rtol=0, atol=1e-2 * float(part.maps.max()))
 
 
