@@ -61,13 +61,13 @@ class Backbone(nn.Module):
             self.check_finite()
         return outputs
 
-    def features(
-        self, images: Tensor, memory_format: torch.memory_format = torch.contiguous_format
-    ) -> tuple[Tensor, ...]:
+    def features(self, images: Tensor, layout: torch.memory_format = torch.contiguous_format) -> tuple[Tensor, ...]:
         """What `forward` gives, unchecked."""
-        if self.spec.normalize_contrast:
-            images = self._normalize_contrast(images)
-        images = images.to(self.dtype, memory_format=memory_format)
+        if self.spec.normalize_contrast:  # each image minus its mean colour, over the deviation of its grey values
+            pixels = self.pixels(images)
+            pixels = pixels - pixels.mean((2, 3), keepdim=True)
+            images = pixels / pixels.mean(1, keepdim=True).std((2, 3), keepdim=True).clamp(min=1e-3)
+        images = images.to(self.dtype, memory_format=layout)
         return tuple(output.float() for output in self.extract(images))
 
     def _pass(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -83,12 +83,6 @@ class Backbone(nn.Module):
                 f"{self.spec.name} with weights {self.spec.source} gives values that are not finite numbers; check the "
                 "weights, or give --precision fp32"
             )
-
-    def _normalize_contrast(self, images: Tensor) -> Tensor:
-        """Each image minus its mean colour, divided by the standard deviation of its grey values."""
-        pixels = self.pixels(images)
-        pixels = pixels - pixels.mean((2, 3), keepdim=True)
-        return pixels / pixels.mean(1, keepdim=True).std((2, 3), keepdim=True).clamp(min=1e-3)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] -> the pixels before, 0 to 1."""
