@@ -15,7 +15,7 @@ import numpy as np
 
 from datasets.connection import Connection, Shot, leave, utc_now
 from datasets.frames import FROZEN, GREY, LOST, OK, RESIZED, SILENT, UNREADABLE, Frame
-from datasets.images import PLAIN, Decoding
+from datasets.images import PLAIN, Decoding, levels
 from utils.command_line import warn
 from utils.errors import InputError
 from utils.redact import redact
@@ -168,7 +168,7 @@ def as_rgb(image: np.ndarray, bit_depth: int) -> np.ndarray | None:
     The largest value of 16 bits is that of a camera with `bit_depth`. None for any other kind of array.
     """
     if image.dtype == np.uint16:
-        image = cv2.convertScaleAbs(image, alpha=255 / (2**bit_depth - 1))
+        image = levels(bit_depth)[image.clip(max=2**bit_depth - 1)]
     channels = 1 if image.ndim == 2 else image.shape[2]
     codes = {1: cv2.COLOR_GRAY2RGB, 3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGB}
     return cv2.cvtColor(image, codes[channels]) if image.dtype == np.uint8 and channels in codes else None

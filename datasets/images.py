@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import functools
 import os
 import struct
 import warnings
@@ -131,10 +132,16 @@ def _to_8_bits(image: Image.Image, path: str | os.PathLike, bit_depth: int) -> t
     if low < 0 or high > top:
         remedy = f"train with --bit-depth {high.bit_length()}" if low >= 0 and high < 65536 else "convert it to 16 bits"
         raise UnreadableError(f"{path} holds values from {low} to {high}, and {bit_depth} bits end at {top}; {remedy}")
-    levels = ((np.arange(top + 1) * 255 + top // 2) // top).astype(np.uint8)
-    small = Image.fromarray(levels[values])
+    small = Image.fromarray(levels(bit_depth)[values])
     small.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
     return small, high < (top + 1) // 8
+
+
+@functools.cache
+def levels(bit_depth: int) -> np.ndarray:
+    """The 8-bit level of each value of so many bits, rounded: uint8 [2 ** bit_depth]."""
+    top = 2**bit_depth - 1
+    return ((np.arange(top + 1) * 255 + top // 2) // top).astype(np.uint8)
 
 
 def _read_deep_color(path: str | os.PathLike) -> np.ndarray:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from datasets.loading import ImageDataset
 from datasets.mvtec import Category, Sample
 from evaluation.evaluate import evaluate, print_average, print_metrics
 from evaluation.result_files import average_path
@@ -19,7 +18,7 @@ from models.fusion.usad import USAD
 from training.categories import opened_categories
 from training.options import data_settings, fusion_options, fusion_record, record, run_settings, weights_by_branch
 from training.settings import RunSettings
-from training.training import held_out_samples, make_loader
+from training.training import held_out_samples, test_loader
 from utils.command_line import warn
 from utils.distributed import is_main_process
 from utils.gather import all_rows, one_per_machine_first, require_same
@@ -62,11 +61,10 @@ def test_category(
         branch.name: {"backbone": branch.backbone.spec.to_dict(), **branch.settings(), "training": branch.training}
         for branch in usad.branches
     }
-    dataset = ImageDataset(category.test_samples(), usad.image_size, "bicubic", usad.roi)
     folder = args.results_dir / category.name / usad.name
     metrics = evaluate(
         usad,
-        make_loader(run, dataset, "fusion test", usad.device),
+        test_loader(run, category.test_samples(), usad, "test"),
         folder,
         {
             "settings": settings,
@@ -88,9 +86,9 @@ def find_thresholds(
     usad: USAD, category: Category, run: RunSettings, checkpoints: Path, false_alarm_rate: float
 ) -> OperatingPoint:
     """Find the operating point on the held-out normal images and store it beside the checkpoints."""
-    dataset = ImageDataset(held_out_samples(category, usad.branches), usad.image_size, "bicubic", usad.roi)
+    samples = held_out_samples(category, usad.branches)
     found = [torch.zeros(0, 2, dtype=torch.float64)]
-    for batch in make_loader(run, dataset, "fusion held out", usad.device):
+    for batch in test_loader(run, samples, usad, "held out"):
         part = usad.predict(batch["image"].to(usad.device, non_blocking=True))
         found.append(torch.stack([part.scores.double(), part.maps.amax((1, 2)).double()], 1).cpu())
     scores, peaks = all_rows(torch.cat(found)).numpy().T

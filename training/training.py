@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from models.branches.branch import Branch
 from models.branches.calibration import BORDER_IMAGES, calibrate
 from models.branches.frames import TrainingFrames, mark
 from models.fusion.checkpoints import checkpoint_path
+from models.fusion.usad import USAD
 from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone
 from training.categories import opened_categories
 from training.options import Default, data_settings, record, run_settings
@@ -74,8 +75,7 @@ def train(args: argparse.Namespace, name: str, **settings: Any) -> None:
             print(f"{category.name}: wrote {path}", flush=True)
             if args.no_eval:
                 continue
-            dataset = ImageDataset(category.test_samples(), branch.image_size, "bicubic", branch.roi)
-            loader = make_loader(run, dataset, f"{name} test", branch.device)
+            loader = test_loader(run, category.test_samples(), branch, "test")
             folder = data.results_dir / category.name / name
             in_force = {key: value for key, value in settings_in(branch.metadata()).items() if key in vars(args)}
             config = {
@@ -215,11 +215,9 @@ def learn(
         if not is_main_process():
             branch.load_state(learned)
     if held:
-        branch.calibration = calibrate(
-            branch,
-            test_loader(run, held, branch, "held out"),
-            test_loader(run, evenly_spaced(fitted, BORDER_IMAGES - len(held)), branch, "border"),
-        )
+        some = evenly_spaced(fitted, BORDER_IMAGES - len(held))
+        more = test_loader(run, some, branch, "border") if some else ()
+        branch.calibration = calibrate(branch, test_loader(run, held, branch, "held out"), more)
 
 
 def left_out_of(category: Category) -> list[str]:
@@ -253,14 +251,10 @@ def held_out_samples(category: Category, branches: Sequence[Branch]) -> list[Sam
     return samples
 
 
-def test_loader(
-    run: RunSettings, samples: Sequence[Sample], branch: Branch, description: str
-) -> Iterable[dict[str, Any]]:
-    """Batches of the images as a test sees them."""
-    if not samples:
-        return ()
-    dataset = ImageDataset(samples, branch.image_size, "bicubic", branch.roi)
-    return make_loader(run, dataset, f"{branch.name} {description}", branch.device)
+def test_loader(run: RunSettings, samples: Sequence[Sample], model: Branch | USAD, purpose: str) -> ImageLoader:
+    """A loader of the images as a test of the branch or the fusion sees them."""
+    dataset = ImageDataset(samples, model.image_size, "bicubic", model.roi)
+    return make_loader(run, dataset, f"{model.name} {purpose}", model.device)
 
 
 def make_loader(run: RunSettings, dataset: ImageDataset, description: str, device: torch.device | str) -> ImageLoader:

@@ -68,12 +68,15 @@ def predictions(branch: Branch, loader: Iterable[dict[str, Any]]) -> tuple[int, 
     for batch in loader:
         images = batch["image"].to(branch.device, non_blocking=True)
         counts.append(torch.tensor([len(images)]))
-        coded = images[:0] if branch.backbone is None else as_coded(images, branch.backbone, int(batch["index"][0]))
-        for some in (images, coded):
-            if len(some):
-                part = branch.predict(some)
-                scores.append(part.scores.double().cpu())
-                maps.append(coarse(part.maps).cpu())
+        seen = [images]
+        if branch.backbone is not None:
+            _, coded = as_coded(images, batch["index"], branch.backbone)
+            if len(coded):
+                seen.append(coded)
+        for some in seen:
+            part = branch.predict(some)
+            scores.append(part.scores.double().cpu())
+            maps.append(coarse(part.maps).cpu())
     return int(all_rows(torch.cat(counts)).sum()), all_rows(torch.cat(scores)), all_rows(torch.cat(maps)).double()
 
 

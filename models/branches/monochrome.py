@@ -41,14 +41,13 @@ class CodecNoise:
         """Add images [B, 3, S, S] with the numbers `index` [B] among all, whose vectors are [B, D] or [B, N, D]."""
         if index.min() >= FRAMES:
             return
-        frames = 255 * self.backbone.pixels(images)
-        for pixels, number, before in zip(frames.cpu(), index.tolist(), vectors, strict=True):
-            if number < FRAMES and is_colourless(pixels):
-                coded = coded_frame(pixels, number)[None].to(frames) / 255
-                change = (self.vectors(self.backbone.normalized(coded))[0] - before).double().cpu()
-                change = change.view(-1, change.shape[-1])
-                self.count += len(change)
-                self.squares = self.squares + change.mT @ change
+        first = index < FRAMES
+        rows, coded = as_coded(images[first], index[first], self.backbone)
+        for before, image in zip(vectors[first][rows], coded, strict=True):
+            change = (self.vectors(image[None])[0] - before).double().cpu()
+            change = change.view(-1, change.shape[-1])
+            self.count += len(change)
+            self.squares = self.squares + change.mT @ change
 
     def state(self) -> dict[str, Tensor]:
         """Everything added so far."""
@@ -70,11 +69,17 @@ class CodecNoise:
         return (joint + joint.diagonal().diag()) / 2
 
 
-def as_coded(images: Tensor, backbone: Backbone, seed: int) -> Tensor:
-    """Those of the normalised images [B, 3, S, S] that have no colour as a coarse JPEG gives them: [b, 3, S, S]."""
+def as_coded(images: Tensor, index: Tensor, backbone: Backbone) -> tuple[list[int], Tensor]:
+    """Which of the normalised images [B, 3, S, S] have no colour, and those as a coarse JPEG gives them: [b, 3, S, S].
+
+    `index` [B], the images' numbers among all, are the seeds of the codec's errors.
+    """
     frames = (255 * backbone.pixels(images)).cpu()
-    coded = [coded_frame(pixels, seed + number) for number, pixels in enumerate(frames) if is_colourless(pixels)]
-    return backbone.normalized(torch.stack(coded).to(images) / 255) if coded else images[:0]
+    rows = [row for row, pixels in enumerate(frames) if is_colourless(pixels)]
+    if not rows:
+        return rows, images[:0]
+    coded = torch.stack([coded_frame(frames[row], int(index[row])) for row in rows])
+    return rows, backbone.normalized(coded.to(images) / 255)
 
 
 def is_colourless(pixels: Tensor) -> bool:

@@ -27,10 +27,9 @@ PROBE = 512, 384, 768  # rows, inputs and outputs of the layer that is timed, a 
 TURNS = 9
 MARGIN = 1.5
 FEW_TOKENS = 128  # with fewer, a head's products are too small to be worth a call each
-_called: dict[tuple, list[str]] = {}  # paths of layers, by network
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value
 
-
+_called: dict[tuple, list[str]] = {}  # paths of layers, by network
 _state = threading.local()
 
 
