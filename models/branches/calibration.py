@@ -70,7 +70,7 @@ def predictions(branch: Branch, loader: Iterable[dict[str, Any]]) -> tuple[int, 
         counts.append(torch.tensor([len(images)]))
         seen = [images]
         if branch.backbone is not None:
-            _, coded = as_coded(images, batch["index"], branch.backbone)
+            _, coded = as_coded(branch.backbone.pixels(images), batch["index"], branch.backbone)
             if len(coded):
                 seen.append(coded)
         for some in seen:

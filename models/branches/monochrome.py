@@ -42,7 +42,7 @@ class CodecNoise:
         if index.min() >= FRAMES:
             return
         first = index < FRAMES
-        rows, coded = as_coded(images[first], index[first], self.backbone)
+        rows, coded = as_coded(self.backbone.pixels(images)[first], index[first], self.backbone)
         for before, image in zip(vectors[first][rows], coded, strict=True):
             change = (self.vectors(image[None])[0] - before).double().cpu()
             change = change.view(-1, change.shape[-1])
@@ -69,17 +69,18 @@ class CodecNoise:
         return (joint + joint.diagonal().diag()) / 2
 
 
-def as_coded(images: Tensor, index: Tensor, backbone: Backbone) -> tuple[list[int], Tensor]:
-    """Which of the normalised images [B, 3, S, S] have no colour, and those as a coarse JPEG gives them: [b, 3, S, S].
+def as_coded(pixels: Tensor, index: Tensor, backbone: Backbone) -> tuple[list[int], Tensor]:
+    """Which of the images [B, 3, S, S] (0 to 1) have no colour, and those as a coarse JPEG gives them.
 
+    The latter are [b, 3, S, S], normalised for the backbone.
     `index` [B], the images' numbers among all, are the seeds of the codec's errors.
     """
-    frames = (255 * backbone.pixels(images)).cpu()
-    rows = [row for row, pixels in enumerate(frames) if is_colourless(pixels)]
+    frames = (255 * pixels).cpu()
+    rows = [row for row, frame in enumerate(frames) if is_colourless(frame)]
     if not rows:
-        return rows, images[:0]
+        return rows, pixels[:0]
     coded = torch.stack([coded_frame(frames[row], int(index[row])) for row in rows])
-    return rows, backbone.normalized(coded.to(images) / 255)
+    return rows, backbone.normalized(coded.to(pixels) / 255)
 
 
 def is_colourless(pixels: Tensor) -> bool:
