@@ -7,5 +7,6 @@ CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 prepare_environment requirements.txt requirements-dev.txt requirements-export.txt
 lint=0
 "$VENV_PYTHON" -m ruff check . || lint=$?
-"$VENV_PYTHON" -m pytest "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the workers share the cores
+"$VENV_PYTHON" -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"
 exit "$lint"
