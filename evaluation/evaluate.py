@@ -22,7 +22,8 @@ from evaluation.result_files import (
 )
 from evaluation.results import Results
 from metrics import protocols
-from models.branches.branch import AS_PUBLISHED, Branch, Part
+from models.branches.branch import AS_PUBLISHED, Branch
+from models.branches.part import Part
 from models.fusion.operating_point import OperatingPoint
 from models.fusion.usad import USAD
 from reporting.report import Threshold

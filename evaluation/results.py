@@ -10,7 +10,7 @@ import numpy as np
 from datasets.mvtec import Sample, defects_without_masks
 from datasets.region import RegionOfInterest
 from metrics import METRICS
-from models.branches.branch import Part
+from models.branches.part import Part
 from reporting.gallery import Entry, Gallery, Pictures
 from reporting.report import Curves, Threshold
 from reporting.visualize import Thumbnails

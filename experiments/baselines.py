@@ -17,7 +17,7 @@ from experiments import BASELINES
 from experiments.cells import Cell, CellStore, Row, Section, Table, Unavailable
 from experiments.fusions import DEFINED, FIGURES, Bench, Fusion
 from models import PatchCore
-from models.branches.branch import Part
+from models.branches.part import Part
 from utils.errors import InputError
 from utils.files import sha256_of_file
 from utils.processes import ROOT, ProcessFailed, run_module

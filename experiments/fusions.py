@@ -15,7 +15,7 @@ from experiments.measurements import Measurements
 from experiments.variants import Variant
 from metrics.image import image_metrics
 from models import MACLU, USAD, PatchCore
-from models.branches.branch import Part
+from models.branches.part import Part
 from models.networks.backbones import size_step
 
 DEFINED = "Figures are fractions; docs/figures.md defines each."

@@ -17,7 +17,8 @@ from datasets.region import RegionOfInterest
 from evaluation.results import Results
 from experiments.cells import Unavailable, digest
 from experiments.variants import Variant
-from models.branches.branch import Branch, Part
+from models.branches.branch import Branch
+from models.branches.part import Part
 from models.branches.postprocess import resize_images
 from training.settings import RunSettings
 from training.training import make_loader

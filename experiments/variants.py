@@ -11,7 +11,7 @@ from typing import Any
 from datasets.mvtec import Category
 from datasets.region import RegionOfInterest
 from models.branches import BRANCHES, weights_flag
-from models.branches.branch import Branch, bit_depth_in, region_in
+from models.branches.branch import Branch, bit_depth_in, region_in, tiles_in
 from models.networks.backbones import Backbone, BackboneSpec, build_backbone, empty_backbone
 from training.settings import RunSettings, SplitSettings
 from training.training import fit_branch
@@ -45,6 +45,8 @@ class Variant:
         if metadata.get("branch") != name:
             raise InputError(f"{path} is a checkpoint of branch '{metadata.get('branch')}', not of '{name}'")
         try:
+            if tiles_in(metadata) > 1:
+                raise InputError("it was trained with --tiles, and the tables are of whole frames; train without")
             training = metadata["training"]
             variant = cls(
                 BRANCHES[name],

@@ -11,7 +11,7 @@ _DOORS = Registry(
     {
         "USAD": "models.fusion.usad:USAD",
         "Branch": "models.branches.branch:Branch",
-        "Part": "models.branches.branch:Part",
+        "Part": "models.branches.part:Part",
         "MACLU": "models.branches.ma_clu:MACLU",
         "MA2Patch": "models.branches.ma2patch:MA2Patch",
         "PatchCore": "models.branches.patchcore:PatchCore",

@@ -38,8 +38,9 @@ SHRUNK = ("--covariance", "ledoit-wolf")  # few images: a singular covariance wo
 TRAININGS = {  # a network of each kind
     "train_ma_clu": ("--weights", "random", "--backbone", "test_vit", "--image-size", 64, *SHRUNK),
     "train_ma2patch": ("--weights", "random", "--backbone", "test_resnet", "--image-size", 96, *SHRUNK),
-    "train_pc": ("--weights", "demo", "--image-size", 64),
+    "train_pc": ("--weights", "demo", "--image-size", 64, "--tiles", 2),
 }
+SIDE = 112  # of the largest frame: 2 tiles of 64 pixels that overlap by a quarter
 
 
 def flags(root: Path) -> list:
@@ -100,7 +101,7 @@ def test_any_number_of_frames_at_a_time(home):
     usad, model = USAD.load(home / "models" / "belt"), OnnxModel.load(home / "belt.onnx")
     assert model.roi == usad.roi and model.operating_point.fusion == usad.settings()
     for count in (1, 3):
-        images = torch.rand(count, 3, 96, 96)
+        images = torch.rand(count, 3, usad.image_size, usad.image_size)
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         parts = usad.predict_parts((images - mean) / std)
         names = OnnxModel.output_names(list(parts))
@@ -114,7 +115,7 @@ def test_any_number_of_frames_at_a_time(home):
 
 def test_what_is_traced_is_the_same_by_any_rule(home):
     folder, rng = home / "models" / "belt", np.random.default_rng(4)
-    images = torch.from_numpy(as_input([Image.fromarray(draw_frame(rng, 120, 90)) for _ in range(2)], 96))
+    images = torch.from_numpy(as_input([Image.fromarray(draw_frame(rng, 120, 90)) for _ in range(2)], SIDE))
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     with torchs_own_kernels():
         expected = USAD.load(folder, fusion="paper").predict_parts((images - mean) / std)
@@ -133,13 +134,13 @@ def test_smaller_files(home, tmp_path, precision):
     if precision == "fp16":
         halve_weights(path)
     else:
-        quantize_networks(path, (as_input([picture], 96) for picture in pictures[:4]))
+        quantize_networks(path, (as_input([picture], SIDE) for picture in pictures[:4]))
     assert path.stat().st_size < 0.9 * (home / "belt.onnx").stat().st_size
     expected, found = (OnnxModel.load(file)(pictures) for file in (home / "belt.onnx", path))
     scores = [[[score for score, _ in one.branches.values()] for one in every] for every in (expected, found)]
     assert scores[0] != scores[1]
     # Distances from a few frames' statistics of an untrained network feel every bit that integers lose.
-    np.testing.assert_allclose(scores[1], scores[0], rtol={"fp16": 1e-2, "int8": 2.0}[precision])
+    np.testing.assert_allclose(scores[1], scores[0], rtol={"fp16": 1e-2, "int8": 5.0}[precision])
 
 
 def test_without_pytorch(home, frames, tmp_path):

@@ -44,7 +44,7 @@ class Brightness(Branch):
         return patches.amax(1), patches.unflatten(1, self.backbone.grid)
 
     def anomaly_map(self, patches):
-        maps = torch.nn.functional.interpolate(patches[:, None], size=(self.image_size,) * 2)[:, 0]
+        maps = torch.nn.functional.interpolate(patches[:, None], size=(self.tile_size,) * 2)[:, 0]
         return maps, None, None
 
     def settings(self):

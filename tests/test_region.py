@@ -14,7 +14,7 @@ from tiny import run_in_process, small_flags
 from datasets.region import MAX_SIDE, RegionOfInterest
 from metrics.pixel import PixelMetrics
 from models import BRANCHES, USAD
-from models.branches.branch import Part, pixels_inside
+from models.branches.part import Part, pixels_inside
 from models.fusion.prediction import regions
 from utils.errors import InputError
 
@@ -24,6 +24,8 @@ SHAPES = {
     "two islands": lambda y, x: (np.hypot(y - 0.25, x - 0.3) < 0.2) | (np.hypot(y - 0.7, x - 0.75) < 0.2),
     "a corner": lambda y, x: (y > 0.6) & (x > 0.55),
 }
+WHOLE = {"train_ma_clu": 1, "train_ma2patch": 1, "train_pc": 1}
+TILES = {"train_ma_clu": 2, "train_ma2patch": 1, "train_pc": 3}
 
 
 def drawn(shape: str, width: int, height: int) -> np.ndarray:
@@ -36,23 +38,34 @@ def save(inside: np.ndarray, path):
     return path
 
 
-@pytest.fixture(scope="module")
-def with_region(trained, tmp_path_factory):
+def trained_with_region(trained, root, tiles):
     """A copy of `trained` whose branches, trained with --roi, look at the left half."""
-    root = shutil.copytree(trained, tmp_path_factory.mktemp("region") / "root")
+    shutil.copytree(trained, root)
     roi = save(drawn("left half", 36, 28), root / "roi.png")  # half the frames' size
-    for script in ("train_ma_clu", "train_ma2patch", "train_pc"):
-        finished = run_in_process(script, *small_flags(root, script), "--holdout-ratio", 0.25, "--roi", roi)
+    for script, count in tiles.items():
+        flags = [*small_flags(root, script), "--holdout-ratio", 0.25, "--tiles", count, "--roi", roi]
+        finished = run_in_process(script, *flags)
         assert finished.code == 0, finished.err
     return root
 
 
+@pytest.fixture(scope="module")
+def with_region(trained, tmp_path_factory):
+    return trained_with_region(trained, tmp_path_factory.mktemp("region") / "root", WHOLE)
+
+
+@pytest.fixture(scope="module", params=[WHOLE, TILES], ids=["whole", "tiles"])
+def maybe_tiled(request, trained, tmp_path_factory):
+    return trained_with_region(trained, tmp_path_factory.mktemp("tiled") / "root", request.param), request.param
+
+
 @pytest.mark.parametrize("fusion", ["paper", "standardized"])
-def test_pixels_outside_change_nothing(with_region, fusion):
-    usad = USAD.load(with_region / "models/belt", fusion=fusion)
+def test_pixels_outside_change_nothing(maybe_tiled, fusion):
+    root, _ = maybe_tiled
+    usad = USAD.load(root / "models/belt", fusion=fusion)
     usad.threshold, usad.pixel_threshold = 1.0, 0.1
     rng = np.random.default_rng(4)
-    frames = [np.asarray(Image.open(path)) for path in sorted((with_region / "data/belt/test/rope").glob("*.png"))]
+    frames = [np.asarray(Image.open(path)) for path in sorted((root / "data/belt/test/rope").glob("*.png"))]
     for frame in [*frames, rng.integers(0, 256, (61, 83, 3), np.uint8)]:
         outside = ~usad.roi.at(frame.shape[1], frame.shape[0])
         other = frame.copy()
@@ -68,8 +81,9 @@ def test_pixels_outside_change_nothing(with_region, fusion):
         assert (first.map[far] == first.map.min()).all()
 
 
-def test_training_does_not_see_what_lies_outside(with_region, tmp_path):
-    root = shutil.copytree(with_region, tmp_path / "root")
+def test_training_does_not_see_what_lies_outside(maybe_tiled, tmp_path):
+    before, tiles = maybe_tiled
+    root = shutil.copytree(before, tmp_path / "root")
     rng = np.random.default_rng(5)
     for path in (root / "data/belt/train/good").glob("*.png"):
         frame = np.array(Image.open(path))
@@ -78,7 +92,7 @@ def test_training_does_not_see_what_lies_outside(with_region, tmp_path):
         Image.fromarray(frame).save(path)
     for script, branch in (("train_ma_clu", "ma_clu"), ("train_ma2patch", "ma2patch"), ("train_pc", "pc")):
         before = (root / f"models/belt/{branch}.safetensors").read_bytes()
-        flags = [*small_flags(root, script), "--holdout-ratio", 0.25, "--no-eval"]
+        flags = [*small_flags(root, script), "--holdout-ratio", 0.25, "--no-eval", "--tiles", tiles[script]]
         assert run_in_process(script, *flags, "--roi", root / "roi.png").code == 0
         assert (root / f"models/belt/{branch}.safetensors").read_bytes() == before
         assert run_in_process(script, *flags).code == 0

@@ -6,12 +6,12 @@ import argparse
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from datasets import MAX_MEGAPIXELS
-from models.branches import BRANCHES, COVARIANCES, weights_flag
+from models.branches import BRANCHES, COVARIANCES, MAX_TILES, weights_flag
 from models.fusion import RULES
 from models.networks import DEMO_NETWORK, IMAGENET_NETWORKS, MAX_SIDE
 from training.settings import DataSettings, RunSettings
@@ -233,6 +233,14 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
     )
     group.add_argument("--image-size", type=side, default=image_size, help=f"default: {image_size}")
     group.add_argument(
+        "--tiles",
+        type=number(int, 1, MAX_TILES),
+        default=1,
+        metavar="N",
+        help="cut each frame into N x N overlapping tiles of that size, for objects that are small beside the frame "
+        "(default: 1)",
+    )
+    group.add_argument(
         "--normalize-contrast",
         action=argparse.BooleanOptionalAction,
         default=False,
@@ -313,18 +321,3 @@ def add_budget_flag(parser: Parser, default: float) -> None:
         help="GB (10^9 bytes) of memory for the training patches; beyond it each image gives an equal, seeded sample "
         f"(default: {default:g})",
     )
-
-
-def add_setting_flags(parser: Parser, branch: Callable[..., Any]) -> list[str]:
-    """A flag for each keyword argument of a branch's constructor, typed like its default; returns their names."""
-    group = parser.add_argument_group("branch")
-    settings = list(inspect.signature(branch).parameters.values())[1:]
-    for setting in settings:
-        flag, default = f"--{setting.name.replace('_', '-')}", setting.default
-        if flag in parser.flags():  # --seed is there for all trainings
-            continue
-        if isinstance(default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
-        else:
-            group.add_argument(flag, type=str if default is None else type(default), default=default)
-    return [setting.name for setting in settings]

@@ -58,7 +58,12 @@ def test_category(
         usad.set_operating_point(find_thresholds(usad, category, run, checkpoints, args.false_alarm_rate))
     settings = record(args, **dataclasses.asdict(run), **fusion_record(usad.settings()), category=category.name)
     branches = {
-        branch.name: {"backbone": branch.backbone.spec.to_dict(), **branch.settings(), "training": branch.training}
+        branch.name: {
+            "backbone": branch.backbone.spec.to_dict(),
+            **branch.settings(),
+            "tiles": branch.tiles,
+            "training": branch.training,
+        }
         for branch in usad.branches
     }
     folder = args.results_dir / category.name / usad.name

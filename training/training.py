@@ -51,6 +51,8 @@ def train(args: argparse.Namespace, name: str, **settings: Any) -> None:
     average = average_path(data.results_dir, name)
     results = None if args.no_eval else name
     roi = args.roi and RegionOfInterest.read(args.roi, data.decoding)
+    if args.tiles not in (None, 1) and BRANCHES[name].predict is not Branch.predict:
+        raise InputError(f"--tiles: branch '{name}' looks at whole frames; leave it out")
     if args.update:
         if BRANCHES[name].update is Branch.update:
             raise InputError(f"--update: branch '{name}' cannot take in new frames; train it again on all")
@@ -123,7 +125,7 @@ def fitted_branches(
         backbone = build_backbone(spec, run.device, precision=run.precision)
     for category, split in zip(categories, splits, strict=True):
         branch = branch_class(backbone, **settings)
-        branch.roi, branch.bit_depth = roi, category.decoding.bit_depth
+        branch.roi, branch.bit_depth, branch.tiles = roi, category.decoding.bit_depth, args.tiles
         yield category, fit_branch(run, category, split, branch)
 
 
@@ -210,7 +212,7 @@ def learn(
     """Let `fit`, a method of the branch, see the images, then take statistics on the held-out ones; either if any."""
     if fitted:
         dataset = ImageDataset(fitted, branch.image_size, "bilinear", branch.roi)
-        fit(make_loader(run, dataset, f"{branch.name} fit", branch.device))
+        fit(branch.batches(make_loader(run, dataset, f"{branch.name} fit", branch.device, branch.tiles)))
         learned = from_first(branch.state)
         if not is_main_process():
             branch.load_state(learned)
@@ -254,11 +256,14 @@ def held_out_samples(category: Category, branches: Sequence[Branch]) -> list[Sam
 def test_loader(run: RunSettings, samples: Sequence[Sample], model: Branch | USAD, purpose: str) -> ImageLoader:
     """A loader of the images as a test of the branch or the fusion sees them."""
     dataset = ImageDataset(samples, model.image_size, "bicubic", model.roi)
-    return make_loader(run, dataset, f"{model.name} {purpose}", model.device)
+    tiles = max(branch.tiles for branch in getattr(model, "branches", [model]))
+    return make_loader(run, dataset, f"{model.name} {purpose}", model.device, tiles)
 
 
-def make_loader(run: RunSettings, dataset: ImageDataset, description: str, device: torch.device | str) -> ImageLoader:
-    """A loader for `device` with the run's batch size and workers."""
+def make_loader(
+    run: RunSettings, dataset: ImageDataset, description: str, device: torch.device | str, tiles: int = 1
+) -> ImageLoader:
+    """A loader for `device` with the run's workers, and as many frames a batch as make its batch size in tiles."""
     require_same("images in --data-root", lambda: (sample.name for sample in dataset.samples))
     pin_memory = torch.device(device).type == "cuda"
-    return ImageLoader(dataset, run.batch_size, run.workers, description, pin_memory)
+    return ImageLoader(dataset, max(1, run.batch_size // tiles**2), run.workers, description, pin_memory)

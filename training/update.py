@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from datasets.mvtec import MIN_HELD, Category, Sample
 from datasets.region import RegionOfInterest
-from models.branches.branch import Branch, bit_depth_in, region_in
+from models.branches.branch import Branch, bit_depth_in, region_in, tiles_in
 from models.branches.frames import TrainingFrames, mark
 from models.fusion.operating_point import FILE_NAME
 from models.networks.spec import SOURCES
@@ -56,6 +56,7 @@ def settings_in(metadata: dict[str, Any]) -> dict[str, Any]:
         "weights": network["file"] if network["weights"] == "file" else network["weights"],
         "position_size": network["position_size"] or network["image_size"],
         "bit_depth": bit_depth_in(metadata),
+        "tiles": tiles_in(metadata),
     }
 
 

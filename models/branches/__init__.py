@@ -11,6 +11,7 @@ BRANCHES = Registry(
 )
 METHOD = ("ma_clu", "ma2patch", "pc")  # the branches of the paper: a folder of checkpoints holds at least these
 COVARIANCES = ("empirical", "ledoit-wolf")
+MAX_TILES = 16  # along each side of a frame
 
 
 def weights_flag(branch: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import inspect
 import math
 import os
-from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from datasets.images import DEPTHS
 from datasets.region import RegionOfInterest
-from models.branches import weights_flag
+from models.branches import MAX_TILES, weights_flag
 from models.branches.frames import TrainingFrames
-from models.branches.postprocess import resize_maps
+from models.branches.part import Part, joined
+from models.branches.tiling import TiledBatches, Tiling
 from models.networks.backbones import BackboneSpec, build_backbone
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError
@@ -27,36 +29,6 @@ from utils.timing import Stopwatch
 AS_PUBLISHED = "as_published"
 STATISTICS = ("score_mean", "score_std", "top_mean", "top_std", "map_mean", "map_std")  # of a calibration
 PROFILES = ("border_shift", "border_scale")  # of a calibration, by distance to the border
-
-
-class Part(NamedTuple):
-    """What a branch predicts for a batch; higher is more anomalous.
-
-    `low` and `span` [B, 1, 1] are the lowest value and the range by which the paper scales each map before it
-    multiplies them; without them a map enters the product as it is.
-    """
-
-    scores: Tensor  # [B]
-    maps: Tensor  # [B, S, S], unscaled
-    low: Tensor | None = None
-    span: Tensor | None = None
-
-    def scaled(self) -> Tensor:
-        """The maps [B, S, S] on a scale of 0 to 1; all zeros where the range is under 1e-8."""
-        if self.low is None:
-            return self.maps
-        return torch.where(self.span < 1e-8, 0.0, (self.maps - self.low) / self.span.clamp(min=1e-8))
-
-    def inside(self, roi: RegionOfInterest | None) -> Part:
-        """The same, but outside the region of interest each map has its lowest value."""
-        if roi is None:
-            return self
-        inside = pixels_inside(roi, self.maps.shape[-1], self.maps.device)
-        return self._replace(maps=torch.where(inside, self.maps, self.maps.amin((1, 2), keepdim=True)))
-
-    def resized(self, size: int) -> Part:
-        """The same with maps [B, size, size]."""
-        return self._replace(maps=resize_maps(self.maps, size))
 
 
 class Branch(abc.ABC):
@@ -75,7 +47,8 @@ class Branch(abc.ABC):
 
     def __init__(self, backbone: nn.Module | None = None, image_size: int | None = None) -> None:
         self.backbone = backbone
-        self.image_size = backbone.spec.image_size if image_size is None else image_size
+        self.tile_size = backbone.spec.image_size if image_size is None else image_size  # side of the network's input
+        self.tiles = 1  # along each side of a frame
         self.device = torch.device("cpu") if backbone is None else backbone.device
         self.training: dict[str, Any] = {}  # what it was fitted on, for the checkpoint
         self.frames = TrainingFrames()
@@ -83,6 +56,16 @@ class Branch(abc.ABC):
         self.roi: RegionOfInterest | None = None
         self.bit_depth = DEPTHS[-1]  # of the camera behind 16-bit images
         self.stopwatch = Stopwatch(self.device)
+
+    @property
+    def tiling(self) -> Tiling:
+        """How frames are cut."""
+        return Tiling(self.tiles, self.tile_size)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images that `predict` takes."""
+        return self.tiling.frame_side
 
     @abc.abstractmethod
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:
@@ -100,14 +83,41 @@ class Branch(abc.ABC):
         raise NotImplementedError
 
     def predict(self, images: Tensor) -> Part:
-        """Images [B, 3, S, S] at `image_size` -> scores [B] and maps [B, S, S]."""
+        """Images [B, 3, S, S] at `image_size` -> scores [B] and maps [B, S, S].
+
+        Of several tiles the score is that of the strangest.
+        """
+        if self.tiles == 1:
+            return self._predict_tiles(images)
+        views, parts = self.tiling.views(self.roi), []
+        for view in views:
+            with self.looking_at(view.roi):
+                parts.append(self._predict_tiles(self.tiling.cut(images, view)))
+        with self.stopwatch("score"):
+            return joined(parts, self.tiling, views).inside(self.roi)
+
+    def _predict_tiles(self, images: Tensor) -> Part:
         with self.stopwatch("extract"):
             features = self.extract(images)
         with self.stopwatch("score"):
             return self.score(features)
 
+    @contextlib.contextmanager
+    def looking_at(self, roi: RegionOfInterest | None) -> Iterator[None]:
+        """The branch with the region of interest of some tiles in the place of that of the frame."""
+        frame = self.roi
+        self.roi = roi
+        try:
+            yield
+        finally:
+            self.roi = frame
+
+    def batches(self, loader: Any) -> Any:
+        """The batches of frames in `loader` as `fit` and `update` take them."""
+        return loader if self.tiles == 1 else TiledBatches(loader, self.tiling, self.roi, self.looking_at)
+
     def score(self, features: Any) -> Part:
-        """The output of `extract` -> scores [B] and maps [B, S, S]."""
+        """The output of `extract` -> scores [B] and maps [B, S, S] of tiles."""
         scores, patches = self.patch_scores(features)
         return Part(scores, *self.anomaly_map(patches)).inside(self.roi)
 
@@ -120,7 +130,7 @@ class Branch(abc.ABC):
         raise NotImplementedError
 
     def anomaly_map(self, patches: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The values of the patches [B, h, w] -> maps [B, S, S], and `low` and `span` of a `Part`."""
+        """The values of the patches [B, h, w] -> maps [B, S, S] at `tile_size`, and `low` and `span` of a `Part`."""
         raise NotImplementedError
 
     def parts(self) -> list[str]:
@@ -173,6 +183,7 @@ class Branch(abc.ABC):
             "calibration": self.calibration,
             "roi": self.roi and self.roi.to_text(),
             "bit_depth": self.bit_depth,
+            "tiles": self.tiles,
         }
 
     @classmethod
@@ -198,7 +209,7 @@ class Branch(abc.ABC):
             settings, training, calibration = (metadata[key] for key in ("settings", "training", "calibration"))
             parameters = inspect.signature(cls).parameters
             settings = {name: _like(parameters[name].default, value) for name, value in settings.items()}
-            roi, bit_depth = region_in(metadata), bit_depth_in(metadata)
+            roi, bit_depth, tiles = region_in(metadata), bit_depth_in(metadata), tiles_in(metadata)
             if not isinstance(training, dict):
                 raise TypeError("training")
             if calibration is not None:
@@ -218,22 +229,17 @@ class Branch(abc.ABC):
         except InputError as error:
             raise InputError(f"{path}: {error}; train the branch again") from None
         branch.training, branch.calibration, branch.roi, branch.bit_depth = training, calibration, roi, bit_depth
+        branch.tiles = tiles
         return branch
 
 
-@functools.lru_cache(maxsize=16)
-def pixels_inside(roi: RegionOfInterest, size: int, device: torch.device) -> Tensor:
-    """The region of interest on a square of `size` pixels, bool [size, size]."""
-    return torch.from_numpy(roi.at(size, size).copy()).to(device)
-
-
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=256)  # with tiles there are many regions
 def _cells_inside(roi: RegionOfInterest, grid: tuple[int, int], device: torch.device) -> Tensor:
     """The numbers [n] of the grid cells that lie in the region of interest."""
     return torch.from_numpy(np.flatnonzero(roi.on_grid(*grid))).to(device)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=256)
 def _columns_of_cells(roi: RegionOfInterest, grid: tuple[int, int], device: torch.device) -> Tensor:
     """For each cell of the grid [h * w] its position among those in the region of interest, else their number."""
     inside = roi.on_grid(*grid).ravel()
@@ -249,6 +255,11 @@ def region_in(metadata: dict[str, Any]) -> RegionOfInterest | None:
 def bit_depth_in(metadata: dict[str, Any]) -> int:
     """The bit depth of a checkpoint. Raises ValueError where it is none."""
     return DEPTHS[DEPTHS.index(metadata.get("bit_depth", DEPTHS[-1]))]  # earlier versions took all to be of 16 bits
+
+
+def tiles_in(metadata: dict[str, Any]) -> int:
+    """Tiles along each side, of a checkpoint. Raises ValueError where it is no such number."""
+    return 1 + range(1, MAX_TILES + 1).index(metadata.get("tiles", 1))  # earlier versions had none
 
 
 def _like(default: Any, value: Any) -> Any:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from models.branches.border import STEP, border_effect, by_distance, coarse, interior
-from models.branches.branch import Branch, pixels_inside
+from models.branches.branch import Branch
 from models.branches.monochrome import as_coded
+from models.branches.part import pixels_inside
 from models.branches.postprocess import mean_of_top, resize_maps
 from utils.errors import InputError
 from utils.gather import all_rows

@@ -62,7 +62,7 @@ class MA2Patch(Branch):
         return self.gaussian.distance(features.mean(1, dtype=torch.float64)), contribution
 
     def anomaly_map(self, patches: Tensor) -> tuple[Tensor, None, None]:
-        return gaussian_blur(resize_maps(patches, self.image_size), BLUR_SIGMA), None, None
+        return gaussian_blur(resize_maps(patches, self.tile_size), BLUR_SIGMA), None, None
 
     def contribution(self, tokens: Tensor) -> Tensor:
         """Patch tokens [B, N, D] -> |D_M(g) - D_M(g without patch i)| [B, N], float64.

@@ -84,7 +84,7 @@ class MACLU(Branch):
 
     def anomaly_map(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         confidence = self.on_grid(self.without_coal(self.looked_at(patches.flatten(1))))
-        maps = resize_maps(confidence, self.image_size)
+        maps = resize_maps(confidence, self.tile_size)
         return gaussian_blur(maps, BLUR_SIGMA), *map_range(maps)
 
     def confidence(self, tokens: Tensor) -> Tensor:

@@ -53,6 +53,9 @@ class PatchStore:
             self.kept = torch.empty(len(self.counts) + capacity, rows.shape[1])
             if self.earlier is not None:
                 self._append(self.earlier, capacity)
+        elif self.filled + len(rows) > len(self.kept):  # images may differ in how many of their patches are looked at
+            kept, self.kept = self.rows(), torch.empty(len(self.counts) + capacity, rows.shape[1])
+            self.kept[: self.filled] = kept
         self.kept[self.filled : self.filled + len(rows)] = rows
         self.filled += len(rows)
 

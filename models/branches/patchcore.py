@@ -115,7 +115,7 @@ class PatchCore(Branch):
         return self.image_scores(features, distances, nearest), self.on_grid(distances)
 
     def anomaly_map(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return gaussian_blur(resize_maps(patches, self.image_size), BLUR_SIGMA), *map_range(patches)
+        return gaussian_blur(resize_maps(patches, self.tile_size), BLUR_SIGMA), *map_range(patches)
 
     def image_scores(self, features: Tensor, distances: Tensor, nearest: Tensor) -> Tensor:
         """Patch features [B, N, D], distances to and indices of their nearest entries [B, N] -> scores [B].

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.branches.branch import Branch, Part
+from models.branches.branch import Branch
+from models.branches.part import Part
 from models.branches.postprocess import gaussian_blur
 from models.fusion.rule import FusionRule
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from models.branches.branch import Branch, Part
+from models.branches.branch import Branch
+from models.branches.part import Part
 
 
 class FusionRule(abc.ABC):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from models.branches.border import coarse
-from models.branches.branch import Branch, Part
+from models.branches.branch import Branch
 from models.branches.calibration import map_statistics
+from models.branches.part import Part
 from models.branches.postprocess import mean_of_top
 from models.fusion.rule import FusionRule
 from utils.errors import InputError

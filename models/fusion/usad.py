@@ -15,7 +15,8 @@ from torch import Tensor
 
 from datasets.loading import to_tensor
 from models.branches import BRANCHES
-from models.branches.branch import Branch, Part
+from models.branches.branch import Branch
+from models.branches.part import Part
 from models.branches.postprocess import resize_images
 from models.fusion import RULES
 from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths, default_fusion
@@ -41,7 +42,8 @@ class USAD:
         self.branches = list(branches)
         self.image_size = max(branch.image_size for branch in branches)
         self.device = branches[0].device
-        self.batch_size = 32 if self.device.type == "cuda" else 4  # of `__call__`
+        tiles = max(branch.tiles for branch in branches) ** 2
+        self.batch_size = max(1, (32 if self.device.type == "cuda" else 4) // tiles)  # frames, of `__call__`
         self.roi = branches[0].roi
         if any(branch.roi != self.roi for branch in branches):
             raise InputError("the branches were not trained with the same --roi; train them again with one")

@@ -1,0 +1,116 @@
+"""Frames cut into overlapping tiles, for objects that are small beside the frame."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasets.region import RegionOfInterest
+
+OVERLAP = 0.25  # of a tile's side, with each neighbour: the effect of a tile's border is blended away
+
+Corner = tuple[int, int]  # top and left
+
+
+class View(NamedTuple):
+    """Tiles that show the same region of interest."""
+
+    corners: tuple[Corner, ...]
+    roi: RegionOfInterest | None  # in each of the tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """`count` x `count` overlapping tiles of `side` x `side` pixels."""
+
+    count: int
+    side: int
+
+    @property
+    def step(self) -> int:
+        """Pixels from one tile to the next."""
+        return self.side - round(OVERLAP * self.side)
+
+    @property
+    def frame_side(self) -> int:
+        """Side of the square frame that the tiles cover."""
+        return self.side + (self.count - 1) * self.step
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019 (frozen, and there are few)
+    def views(self, roi: RegionOfInterest | None) -> tuple[View, ...]:
+        """The tiles that show something of the region of interest; those which show the same are one view."""
+        starts = [index * self.step for index in range(self.count)]
+        corners: dict[RegionOfInterest | None, list[Corner]] = {}
+        inside = None if roi is None else roi.at(self.frame_side, self.frame_side)
+        for top in starts:
+            for left in starts:
+                seen = None
+                if inside is not None:
+                    shown = inside[top : top + self.side, left : left + self.side]
+                    if not shown.any():
+                        continue
+                    seen = None if shown.all() else RegionOfInterest(shown)
+                corners.setdefault(seen, []).append((top, left))
+        return tuple(View(tuple(places), seen) for seen, places in corners.items())
+
+    def cut(self, frames: Tensor, view: View) -> Tensor:
+        """Frames [B, 3, F, F] -> the view's tiles [B * n, 3, S, S], those of a frame one after the other."""
+        tiles = [frames[..., top : top + self.side, left : left + self.side] for top, left in view.corners]
+        return torch.stack(tiles, 1).flatten(0, 1)
+
+    def joined(self, maps: Sequence[Tensor], views: Sequence[View]) -> Tensor:
+        """The maps [B * n, S, S] of each view's tiles -> maps of the frames [B, F, F], blended where tiles overlap."""
+        window = self._window(maps[0].device)
+        total, weight = 0, 0
+        for tiles, view in zip(maps, views, strict=True):
+            for tile, corner in zip(tiles.unflatten(0, (-1, len(view.corners))).unbind(1), view.corners, strict=True):
+                total = total + self._placed(tile * window, corner)
+                weight = weight + self._placed(window, corner)
+        return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)  # where no tile is, both are 0
+
+    def _placed(self, tile: Tensor, corner: Corner) -> Tensor:
+        """[..., S, S] -> [..., F, F], 0 elsewhere."""
+        top, left = corner
+        rest = self.frame_side - self.side
+        return F.pad(tile, (left, rest - left, top, rest - top))
+
+    def _window(self, device: torch.device) -> Tensor:
+        """Weights [S, S] of a tile's places: 1, and falling to the border where its neighbours overlap."""
+        places = torch.arange(self.side, device=device) + 0.5
+        line = (torch.minimum(places, self.side - places) / (self.side - self.step)).clamp(max=1)
+        return line[:, None] * line
+
+
+class TiledBatches:
+    """The batches of a loader, cut into tiles; each view's are given within `looking_at`, called with its region."""
+
+    def __init__(
+        self,
+        loader: Any,
+        tiling: Tiling,
+        roi: RegionOfInterest | None,
+        looking_at: Callable[[RegionOfInterest | None], AbstractContextManager],
+    ) -> None:
+        self.loader = loader
+        self.tiling = tiling
+        self.views = tiling.views(roi)
+        self.looking_at = looking_at
+        self.tiles = sum(len(view.corners) for view in self.views)  # of a frame
+        self.dataset = range(self.tiles * len(loader.dataset))
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self.loader:
+            first = 0
+            for view in self.views:
+                numbers = torch.arange(first, first + len(view.corners))
+                index = (batch["index"][:, None] * self.tiles + numbers).flatten()
+                with self.looking_at(view.roi):
+                    yield {"image": self.tiling.cut(batch["image"], view), "index": index}
+                first += len(view.corners)
