@@ -134,6 +134,11 @@ def test_an_averaged_bank_against_a_loop():
     expected = (sums[counts > 0] / counts[counts > 0, None]), counts[counts > 0]
     for ours, theirs in zip(means_around(NearestNeighbors(entries), patches, weights), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    kept = NearestNeighbors(torch.cat([patches[:9], entries]))
+    for known, searched in zip(
+        means_around(kept, patches, weights, 9), means_around(kept, patches, weights), strict=True
+    ):
+        np.testing.assert_allclose(known, searched, atol=1e-6)
 
 
 def test_whitening_gives_each_map_the_same_share():

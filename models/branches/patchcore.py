@@ -98,7 +98,7 @@ class PatchCore(Branch):
         chosen = max(1, size - (len(patches) - old)) if old else 1  # each new patch can take the place of one entry
         bank = NearestNeighbors(patches[greedy_k_center(projected, size, chosen=chosen)].to(self.device))
         if self.average_bank:
-            means, self.counts = means_around(bank, patches, weights)
+            means, self.counts = means_around(bank, patches, weights, chosen if old else 0)
             bank = NearestNeighbors(means.to(self.device))
         self.memory_bank = bank
 
@@ -168,13 +168,15 @@ def patch_features(maps: Sequence[Tensor], neighborhood: int = 3) -> Tensor:
     return torch.cat(pooled, 1).flatten(2).mT.contiguous()
 
 
-def means_around(bank: NearestNeighbors, patches: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def means_around(bank: NearestNeighbors, patches: Tensor, weights: Tensor, kept: int = 0) -> tuple[Tensor, Tensor]:
     """Of each entry of the bank the mean of the weighted patches [n, D] nearest to it, and their weight: [m, D], [m].
 
-    An entry without patches is left out. Summed on the CPU, where the order of the sum is always the same.
+    The first `kept` patches are themselves the first entries. An entry without patches is left out. Summed on the CPU,
+    where the order of the sum is always the same.
     """
     sums, counts = torch.zeros(bank.rows.shape, dtype=torch.float64), torch.zeros(len(bank.rows), dtype=torch.float64)
-    for rows, weight in zip(patches.split(ROWS), weights.split(ROWS), strict=True):
+    sums[:kept], counts[:kept] = weights[:kept, None] * patches[:kept], weights[:kept]
+    for rows, weight in zip(patches[kept:].split(ROWS), weights[kept:].split(ROWS), strict=True):
         nearest = bank.search(rows.to(bank.rows.device), 1)[1][:, 0].cpu()
         sums.index_add_(0, nearest, weight[:, None] * rows)
         counts += nearest.bincount(weight, minlength=len(counts))
