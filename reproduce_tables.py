@@ -21,7 +21,7 @@ from utils.command_line import Parser, number, run, some_of
 def main() -> None:
     args = parse_args()
 
-    from experiments.tables import reproduce  # PyTorch takes seconds to import: --help and mistyped flags need none
+    from experiments.grid import reproduce  # PyTorch takes seconds to import: --help and mistyped flags need none
 
     reproduce(args)
 
@@ -45,23 +45,11 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--baselines-python", type=Path, metavar="PATH", help="a Python that has anomalib (default: .venv-baselines)"
     )
-    group.add_argument(
-        "--baselines-weights",
-        nargs="+",
-        metavar="W",
-        help="pretrained (anomalib downloads them), random (untrained), or files of weights for PaDiM's resnet18 and "
-        "PatchCore's wide_resnet50_2 (default: as PatchCore's checkpoint: random if that is, else pretrained)",
-    )
     add_fusion_flags(parser)
     add_weights_flags(parser)
     add_run_flags(parser)
     args = parser.parse_args()
-    for flag, table in (
-        ("sweeps", "sensitivity"),
-        ("baselines", "comparison"),
-        ("baselines_python", "comparison"),
-        ("baselines_weights", "comparison"),
-    ):
+    for flag, table in (("sweeps", "sensitivity"), ("baselines", "comparison"), ("baselines_python", "comparison")):
         if getattr(args, flag) is not None and table not in args.tables:
             parser.error(f"--{flag.replace('_', '-')} has no effect without the table {table}; leave it out")
     if args.seeds and args.tables == ["speed"]:

@@ -1,8 +1,7 @@
-"""What the stages share: untrained networks, branches fitted on noise, images, and how things are timed."""
+"""What the benchmarks share: untrained networks, branches fitted on noise, and how things are timed."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import statistics
@@ -11,16 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import reference
-from datasets.loading import to_tensor
-from datasets.mvtec import Category
 from models import BRANCHES, USAD
 from models.branches.branch import Branch
 from models.networks import libraries
@@ -28,8 +23,6 @@ from models.networks.backbones import Backbone, build_backbone
 from models.networks.kernels import linear
 from models.networks.spec import HALF, BackboneSpec
 from models.networks.weights import random_state_dict
-from scenes.scenes import draw_scene
-from utils.processes import run_python
 
 SEED = 22
 PAPER = {
@@ -38,42 +31,30 @@ PAPER = {
     "pc": ("wide_resnet50_2", 238),
 }
 SMALL = {"ma_clu": ("test_vit", 64), "ma2patch": ("test_vit", 96), "pc": ("resnet18", 64)}
+LEAST = 0.3  # seconds that a round takes, of at most 50 calls
 LIKE = {"tokens": "ma_clu", "maps": "pc"}  # whose network a branch from outside gets
 
 
-class Row(NamedTuple):
-    """One size of one stage: seconds, ours and the reference's (None where it was not run), and a remark."""
+class Pair(NamedTuple):
+    """Seconds of a call of ours and of the plain one's (None where it was not run), and what the last calls gave."""
 
-    stage: str
-    size: str
     ours: float
-    reference: float | None
-    remark: str  # what the reference is, and how near the two results are
-
-    @property
-    def ratio(self) -> float | None:
-        """How many times as long the reference takes."""
-        return self.reference / self.ours if self.reference else None
+    plain: float | None
+    found: Any
+    expected: Any
+    memory: float | None  # peak of ours on the GPU, MB
 
 
-@dataclasses.dataclass(eq=False)
 class Bench:
-    """A device and what runs on it."""
+    """A device and what runs on it; `quick` means small networks and sizes. Weights and checkpoints lie below `out`."""
 
-    device: str
-    precision: str  # of our side
-    quick: bool  # small networks and sizes
-    work: Path  # weights, checkpoints and drawn images
-    category: Path | None = None  # images in MVTec layout; None: drawn
-    anomalib_python: Path | None = None
-
-    @property
-    def cuda(self) -> bool:
-        return self.device.startswith("cuda")
-
-    @property
-    def batch_size(self) -> int:
-        return 32 if self.cuda else 4
+    def __init__(self, device: str, precision: str, quick: bool, out: Path) -> None:
+        self.device, self.precision, self.quick = device, precision, quick
+        self.cuda = device.startswith("cuda")
+        self.batch_size = 32 if self.cuda else 4
+        self.out = out
+        self.work = out.absolute() / "work" / ("quick" if quick else "full")  # files of the one are not the other's
+        self.work.mkdir(parents=True, exist_ok=True)
 
     def network(self, branch: type[Branch]) -> tuple[str, int]:
         """Name and input size of the branch's network."""
@@ -92,32 +73,25 @@ class Bench:
         return build_backbone(self.spec(branch), self.device, precision=precision or self.precision)
 
     @functools.cached_property
-    def branches(self) -> list[Branch]:
-        """All branches, fitted on noise in float32."""
-        fitted = []
+    def checkpoints(self) -> Path:
+        """The folder with the checkpoints of all branches, fitted on noise in float32."""
+        folder = self.work / "models" / "belt"
         for kind in BRANCHES.values():
             shrinks = "covariance" in inspect.signature(kind).parameters  # 16 images have no empirical one
-            fitted.append(kind(self.backbone(kind, "fp32"), **({"covariance": "ledoit-wolf"} if shrinks else {})))
-            fitted[-1].fit(Noise(16, fitted[-1].image_size))
-        return fitted
-
-    def checkpoints(self, category: str) -> Path:
-        """The folder in which the branches' checkpoints for the category now lie."""
-        folder = self.work / "models" / category
-        for branch in self.branches:
+            branch = kind(self.backbone(kind, "fp32"), **({"covariance": "ledoit-wolf"} if shrinks else {}))
+            branch.fit(Noise(16, branch.image_size))
             branch.save(folder / f"{branch.name}.safetensors")
         return folder
 
     @functools.cache  # noqa: B019  there is one Bench
     def usad(self, precision: str) -> USAD:
         """The fusion at this precision, of the same branches at each."""
-        return USAD.load(self.checkpoints("belt"), self.device, precision, fusion="paper")
+        return USAD.load(self.checkpoints, self.device, precision, fusion="paper")
 
     def published_loop(self) -> reference.PublishedLoop | None:
         """The same branches in the published way, which has three."""
-        if set(BRANCHES) != reference.BRANCHES:
-            return None
-        return reference.PublishedLoop.load(self.checkpoints("belt"), self.device)
+        known = set(BRANCHES) == reference.BRANCHES
+        return reference.PublishedLoop.load(self.checkpoints, self.device) if known else None
 
     @functools.cache  # noqa: B019
     def gflop(self, branch: type[Branch]) -> float:
@@ -132,42 +106,29 @@ class Bench:
         return counter.get_total_flops() / 1e9
 
     @functools.cache  # noqa: B019
-    def product_rates(self, precision: str) -> dict[str, float]:
-        """GFLOP/s of square matrix products, by kernel: torch's own, and the one that the project takes in float32."""
+    def product_rate(self, precision: str) -> float:
+        """GFLOP/s of square matrix products, by the faster of torch's kernel and the project's."""
         side = 512 if self.quick else 8192 if self.cuda else 4096
         dtype = HALF.get(precision, torch.float32)
         a, b = (torch.randn(side, side, device=self.device, dtype=dtype) for _ in range(2))
-        kernels = {"torch.mm": lambda: a @ b}
+        kernels = [lambda: a @ b]
         if dtype == torch.float32:
-            kernels["models.networks.kernels.linear"] = lambda: linear(a, b)
-        return {name: 2 * side**3 / self.seconds(kernel) / 1e9 for name, kernel in kernels.items()}
+            kernels.append(lambda: linear(a, b))
+        return 2 * side**3 / min(self.pair(kernel).ours for kernel in kernels) / 1e9
 
-    def pictures(self, count: int, size: int) -> Iterator[Tensor]:
-        """`count` training images [3, size, size], of the category (from the first again) or drawn."""
-        samples = Category(self.category.parent, self.category.name).train_samples() if self.category else []
-        for number in range(count):
-            if samples:
-                image = Image.open(samples[number % len(samples)].path).convert("RGB")
-            else:
-                image = Image.fromarray(np.ascontiguousarray(draw_scene((SEED, number), size)[0][..., ::-1]))
-            yield to_tensor(image, size, "bilinear")
-
-    def drawn_category(self, name: str, size: int, images: int) -> Path:
-        """40 training and `images` test images of drawn scenes, half of these with a foreign object."""
-        counts = ["--train", 40, "--good", images // 2, "--anomalous", images - images // 2]
-        folder = self.work / "data" / name
-        run_python(["make_demo_data.py", "--data-root", folder.parent, "--category", name, "--size", size, *counts])
-        return folder
-
-    def seconds(self, work: Callable[[], Any], least: float = 0.3) -> float:
-        """Seconds of one call: the best of three rounds, each of calls enough to take `least` seconds."""
-        for _ in range(3):  # the third replays a captured pass
-            work()
-        calls = 1 if self.quick else max(1, min(50, round(least / self.round(work))))
-        return min(self.round(work, calls) for _ in range(3))
+    def pair(self, ours: Callable[[], Any], plain: Callable[[], Any] | None = None) -> Pair:
+        """Both timed in turn after a warm-up, in three rounds; the GPU is waited for before and after each."""
+        found = [ours() for _ in range(3)][-1]  # the third replays a captured pass
+        memory = torch.cuda.max_memory_allocated() / 1e6 if self.cuda else None
+        expected = plain() if plain else None
+        works = [ours, plain] if plain else [ours]
+        calls = [1 if self.quick else max(1, min(50, round(LEAST / self.round(work)))) for work in works]
+        rounds = [[self.round(*side) for side in zip(works, calls, strict=True)] for _ in range(3)]
+        took, plain_took, *_ = *map(statistics.median, zip(*rounds, strict=True)), None
+        return Pair(took, plain_took, found, expected, memory)
 
     def round(self, work: Callable[[], Any], calls: int = 1) -> float:
-        """Seconds of one of so many calls; the GPU is waited for before and after."""
+        """Seconds of one of so many calls."""
         self.wait()
         start = time.perf_counter()
         for _ in range(calls):
@@ -178,14 +139,6 @@ class Bench:
     def wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
-
-    def pair(self, ours: Callable[[], Any], plain: Callable[[], Any] | None, rounds: int = 3) -> tuple[Any, ...]:
-        """Both timed in turn after a warm-up: (seconds, seconds or None, result, result or None), medians."""
-        sides = [work for work in (ours, plain) if work is not None]
-        results = [work() for work in sides]
-        times = [[self.round(work) for work in sides] for _ in range(rounds)]
-        nothing = [None] * (2 - len(sides))
-        return (*map(statistics.median, zip(*times, strict=True)), *nothing, *results, *nothing)
 
 
 class Noise:
@@ -211,9 +164,3 @@ def noise(count: int, size: int, seed: int, device: str = "cpu", spot: float = 0
         x, y = torch.randint(0, size - side, (2,), generator=generator, device=device).tolist()
         image[:, y : y + side, x : x + side] *= 1 + spot * torch.rand(1, generator=generator, device=device)
     return total
-
-
-def difference(ours: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest expected value."""
-    expected = expected.to(ours.device)
-    return float((ours - expected).abs().max() / expected.abs().max())

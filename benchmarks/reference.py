@@ -147,7 +147,10 @@ class PublishedLoop:
         return cls(nets, states, sizes)
 
     def __call__(self, image: Tensor) -> dict[str, tuple[float, np.ndarray]]:
-        inputs = {name: self._resized(image, size) for name, size in self.sizes.items()}
+        inputs = {}
+        for name, size in self.sizes.items():
+            same = image.shape[-1] == size
+            inputs[name] = image if same else F.interpolate(image, (size, size), mode="bilinear", antialias=True)
         cls, tokens = vit_tokens(self.nets["ma_clu"], inputs["ma_clu"])
         parts = {"ma_clu": ma_clu(cls, tokens, self.states["ma_clu"], self.sizes["ma_clu"])}
         tokens = vit_tokens(self.nets["ma2patch"], inputs["ma2patch"])[1]
@@ -160,7 +163,3 @@ class PublishedLoop:
             product *= cv2.resize(part, (size, size), interpolation=cv2.INTER_LINEAR)
         score = LAMBDA_OBJECT * parts["ma_clu"][0] + parts["pc"][0] + LAMBDA_MAP * float(product.max())
         return {"fusion": (score, cv2.GaussianBlur(product, (5, 5), 1)), **parts}
-
-    @staticmethod
-    def _resized(image: Tensor, size: int) -> Tensor:
-        return F.interpolate(image, (size, size), mode="bilinear", antialias=True) if image.shape[-1] != size else image

@@ -1,92 +1,188 @@
 """How fast each stage is beside a plain reference; both are measured in turn, in one run.
 
 python benchmarks/run.py --quick                               # whether it works: small networks and sizes
-python benchmarks/run.py --category data/coal_ad               # the paper's sizes: an hour or two on a CPU
+python benchmarks/run.py                                       # the paper's sizes: an hour or two on a CPU
 python benchmarks/run.py --stages coreset,neighbors --sizes coreset=1000,100000
-python benchmarks/run.py --stages extract,fused --sizes extract=256 fused=256 --device cuda --precision bf16
 
-Writes results.json and table.md to --out.
+Prints a table, and writes table.csv and results.json to --out.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by its path, from anywhere
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import stages
-from benchmarks.bench import Bench, Row
-from benchmarks.patchcore import patchcore
+from benchmarks import reference
+from benchmarks.bench import SEED, Bench, Pair, noise
+from models import BRANCHES
+from models.branches.coreset import greedy_k_center
+from models.branches.neighbors import NearestNeighbors
 from training.options import PRECISIONS, choose_device
 from utils.command_line import Parser, run, some_of
 from utils.errors import InputError
-from utils.files import write_json, write_text
+from utils.files import atomic_write, write_json
 from utils.machine import environment
 
-STAGES = {  # sizes of a full and of a quick run
-    "extract": (stages.extract, [50], [4]),
-    "fused": (stages.fused, [50], [4]),
-    "coreset": (stages.coreset, [1_000, 10_000, 100_000], [300]),
-    "neighbors": (stages.neighbors, [1_000, 10_000, 100_000, 1_000_000], [100, 1_000]),
-    "pixels": (stages.pixels, [10, 100], [3]),
-    "fusion": (stages.fusion, [44], [4]),
-    "patchcore": (patchcore, [18], [4]),
+MATRIX_BYTES = 3e9  # of distances and bank, up to which the whole matrix is computed
+COLUMNS = ("stage", "size", "ours", "reference", "ratio", "per_second", "tflops", "share", "memory_mb", "remark")
+Row = dict[str, Any]  # by column; seconds of ours and of the reference
+
+
+def extract(bench: Bench, count: int) -> Iterator[Row]:
+    """Each network in batches, cut after its last layer in use, against the whole one, an image at a time in fp32."""
+    for branch in BRANCHES.values():
+        name, size = bench.network(branch)
+        backbone, net = bench.backbone(branch), reference.whole_network(bench.spec(branch)).to(bench.device)
+        images = noise(count, size, SEED, bench.device)
+        features = reference.layer_maps if branch.backbone_kind == "maps" else reference.vit_tokens
+
+        def ours(backbone=backbone, images=images) -> Tensor:
+            return [backbone(batch) for batch in images.split(bench.batch_size)][-1][-1][-1]
+
+        def plain(net=net, images=images, features=features) -> Any:
+            return [features(net, image[None]) for image in images][-1][1]
+
+        pair = bench.pair(ours, plain)
+        near = difference(pair.found, torch.as_tensor(pair.expected).squeeze(0))
+        remark = f"whole network, one image at a time, fp32; largest difference {near:.1e} of the largest value"
+        yield row(f"extract {name}", bench, count, "images", pair, remark, bench.gflop(branch))
+
+
+def fused(bench: Bench, count: int) -> Iterator[Row]:
+    """All branches and their fusion, fitted on noise, against the published loop, which knows three branches."""
+    usad, loop = bench.usad(bench.precision), bench.published_loop()
+    images = noise(count, usad.image_size, 1, bench.device)
+
+    def ours() -> float:
+        for batch in images.split(bench.batch_size):
+            scores, maps, *_ = usad.predict(batch)
+            scores, maps = scores.cpu(), maps.cpu()
+        return float(scores[-1])
+
+    def plain() -> float:
+        return [loop(image[None])["fusion"][0] for image in images][-1]
+
+    pair = bench.pair(ours, plain if loop else None)
+    remark = f"published loop, fp32; score within {abs(pair.found / pair.expected - 1):.1e}" if loop else ""
+    yield row("fused inference", bench, count, "images", pair, remark, sum(map(bench.gflop, BRANCHES.values())))
+
+
+def coreset(bench: Bench, count: int) -> Iterator[Row]:
+    """1 % of `count` patches of noise, as wide as PatchCore's projection."""
+    patches = torch.randn(count, 64 if bench.quick else 512, generator=torch.Generator().manual_seed(SEED))
+    patches, size = patches.to(bench.device), max(count // 100, 2)
+    pair = bench.pair(lambda: greedy_k_center(patches, size, progress=False), lambda: reference.sampled(patches, size))
+    equal = sum(a == b for a, b in zip(pair.found.tolist(), pair.expected, strict=True))
+    yield row(
+        "coreset", bench, count, "patches", pair, f"a difference for each centre; {equal} of {size} indices equal"
+    )
+
+
+def neighbors(bench: Bench, count: int) -> Iterator[Row]:
+    """The nearest of a bank's `count` rows to one image's patches, beside the whole matrix of distances."""
+    width, queries = (64, 50) if bench.quick else (1536, 900)
+    generator = torch.Generator().manual_seed(SEED)
+    bank = torch.randn(count, width, generator=generator).to(bench.device)
+    patches, search = torch.randn(queries, width, generator=generator).to(bench.device), NearestNeighbors(bank).search
+    fits = 4 * count * (queries + width) < MATRIX_BYTES
+    pair = bench.pair(
+        lambda: search(patches, 1)[0][:, 0], (lambda: reference.nearest(patches, bank)[0]) if fits else None
+    )
+    near = f"; distances within {difference(pair.found, pair.expected):.1e}" if fits else ""
+    yield row("neighbours", bench, count, "bank rows", pair, f"torch.cdist whole, minimum{near}")
+
+
+def row(stage: str, bench: Bench, count: int, unit: str, pair: Pair, remark: str, gflop: float | None = None) -> Row:
+    """A row of the table, for `count` of `unit`; with the 10^9 operations of each also the rate of these."""
+    rates = {}
+    if gflop:
+        rate = gflop * count / pair.ours
+        rates = {"tflops": rate / 1e3, "share": rate / bench.product_rate(bench.precision)}
+    return {
+        "stage": f"{stage}, {bench.precision}",
+        "size": f"{count} {unit}",
+        "ours": pair.ours,
+        "reference": pair.plain,
+        "ratio": pair.plain and pair.plain / pair.ours,
+        "per_second": count / pair.ours,
+        **rates,
+        "memory_mb": pair.memory,
+        "remark": remark,
+    }
+
+
+def difference(ours: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected value."""
+    expected = expected.to(ours.device)
+    return float((ours - expected).abs().max() / expected.abs().max())
+
+
+Stage = tuple[Callable[[Bench, int], Iterator[Row]], list[int], list[int]]  # with sizes of a full and of a quick run
+STAGES: dict[str, Stage] = {
+    "extract": (extract, [50], [4]),
+    "fused": (fused, [50], [4]),
+    "coreset": (coreset, [1_000, 10_000, 100_000], [300]),
+    "neighbors": (neighbors, [1_000, 10_000, 100_000, 1_000_000], [100, 1_000]),
 }
 
 
-def main() -> None:
-    args = parse_args()
-    device = choose_device(args.device, args.precision)
-    precision = "fp32" if args.precision == "auto" else args.precision
-    work = args.out / "work" / ("quick" if args.quick else "full")  # files of the one are not the other's
-    work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(device, precision, args.quick, work, args.category, args.anomalib_python)
-    about = environment(device)
+def measure(stages: dict[str, Stage], args: argparse.Namespace, bench: Bench) -> None:
+    """Run the stages that `args` names, and write the table after each."""
+    about, rows, skipped = environment(bench.device), [], {}
     machine = {"device": about["device"], "threads": torch.get_num_threads(), **about["versions"]}
-    report: dict[str, Any] = {"product_gflop_per_second": bench.product_rates(precision), "machine": machine}
-    rows, skipped = [], {}
-    plan = [(name, size) for name in args.stages for size in args.sizes.get(name, STAGES[name][2 if args.quick else 1])]
+    report = {"machine": machine, "product_gflop_per_second": bench.product_rate(bench.precision)}
+    plan = [
+        (name, size) for name in args.stages for size in args.sizes.get(name, stages[name][2 if bench.quick else 1])
+    ]
+    print(line(dict(zip(COLUMNS, COLUMNS, strict=True))), "|---" * len(COLUMNS) + "|", sep="\n")
     for name, size in (bar := tqdm(plan, unit="size", disable=None)):
         bar.set_description(f"{name} {size}")
         try:
-            for row in STAGES[name][0](bench, size):
-                rows.append(row)
-                print(line(row), flush=True)
+            for found in stages[name][0](bench, size):
+                rows.append(found)
+                print(line(found), flush=True)
         except (RuntimeError, MemoryError) as error:  # the other stages need not be lost
             skipped[f"{name} {size}"] = " ".join(str(error).split())[:300]
             print(f"{name} {size}: not measured, {skipped[f'{name} {size}']}", flush=True)
-        report |= {"rows": [{**row._asdict(), "ratio": row.ratio} for row in rows], "skipped": skipped}
-        write_json(args.out / "results.json", report)
-    write_text(args.out / "table.md", table(report, rows))
-    print(f"table and figures in {args.out}")
+        write_json(args.out / "results.json", {**report, "rows": rows, "skipped": skipped})
+    with atomic_write(args.out / "table.csv") as path, path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"figures in {args.out}")
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
-    known = ",".join(STAGES)
-    parser.add_argument("--stages", type=some_of(STAGES), default=list(STAGES), help=f"default: {known}")
+def line(found: Row) -> str:
+    """A row of the table in Markdown."""
+    cells = (found.get(column) for column in COLUMNS)
+    texts = (format(cell, ".4g") if isinstance(cell, float) else str("-" if cell is None else cell) for cell in cells)
+    return f"| {' | '.join(texts)} |"
+
+
+def parse_args(description: str, stages: dict[str, Stage], device: str, precision: str, out: str) -> argparse.Namespace:
+    """The flags, with these defaults."""
+    parser = Parser(description)
+    parser.add_argument("--stages", type=some_of(stages), default=list(stages), help=f"default: {','.join(stages)}")
     parser.add_argument(
-        "--sizes", nargs="+", default=[], metavar="STAGE=SIZE,SIZE", help="images, patches, bank rows or maps"
+        "--sizes", nargs="+", default=[], metavar="STAGE=SIZE,SIZE", help="images, patches or bank rows"
     )
     parser.add_argument("--quick", action="store_true", help="small networks and sizes, a minute in all")
-    parser.add_argument("--out", type=Path, default=Path("result/benchmarks"), help="default: result/benchmarks")
-    parser.add_argument("--category", type=Path, help="a folder of real images in MVTec layout (default: drawn ones)")
-    parser.add_argument("--anomalib-python", type=Path, help="an interpreter that has anomalib 2.7")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of our side (default: fp32)")
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
+    parser.add_argument("--device", default=device, help=f"auto, cpu, cuda (default: {device})")
+    parser.add_argument("--precision", choices=PRECISIONS[1:], default=precision, help=f"of our side ({precision})")
     args = parser.parse_args()
-    if args.category is not None and not (args.category / "train").is_dir():
-        parser.error(f"--category {args.category} is no folder in MVTec layout; give one that holds train and test")
-    if args.anomalib_python is not None and not args.anomalib_python.is_file():
-        parser.error(f"--anomalib-python {args.anomalib_python} is no file; give the interpreter of an environment")
+    args.device = choose_device(args.device, args.precision)
     args.sizes = dict(sizes(text, args.stages) for text in args.sizes)
-    args.out, args.category = args.out.absolute(), args.category and args.category.absolute()
     return args
 
 
@@ -98,22 +194,9 @@ def sizes(text: str, chosen: list[str]) -> tuple[str, list[int]]:
     return name, [int(value) for value in values.split(",")]
 
 
-def line(row: Row) -> str:
-    """A row of the table in Markdown."""
-    plain, ratio = (format(value, ".4g") if value else "-" for value in (row.reference, row.ratio))
-    return f"| {row.stage} | {row.size} | {row.ours:.4g} | {plain} | {ratio} | {row.remark} |"
-
-
-def table(report: dict[str, Any], rows: list[Row]) -> str:
-    """The machine, all rows, and what was not measured, in Markdown."""
-    words = [f"{key}: {value}" for key, value in report["machine"].items()]
-    words += [f"{kernel}: {rate:.0f} GFLOP/s" for kernel, rate in report["product_gflop_per_second"].items()]
-    head = [
-        "| stage | size | ours, s | reference, s | ratio | reference and agreement |",
-        "|---|---:|---:|---:|---:|---|",
-    ]
-    missing = [f"Not measured: {name} ({reason})" for name, reason in report["skipped"].items()]
-    return "\n".join([", ".join(words), "", *head, *map(line, rows), "", *missing]).rstrip() + "\n"
+def main() -> None:
+    args = parse_args(__doc__, STAGES, "auto", "fp32", "result/benchmarks")
+    measure(STAGES, args, Bench(args.device, args.precision, args.quick, args.out))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The comparison: USAD beside anomalib's models on the same images, and beside the paper's figures."""
+"""The comparison: USAD and its PatchCore beside anomalib's models on the same images, and the paper's figures."""
 
 from __future__ import annotations
 
@@ -11,43 +11,41 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
-from datasets.mvtec import Category, split_training
+from datasets.mvtec import split_training
 from experiments import BASELINES
-from experiments.cells import Cell, CellStore, Row, Section, Table, Unavailable
-from experiments.fusions import DEFINED, FIGURES, Bench, Fusion
+from experiments.fusions import DEFINED, FIGURES, Fusion, cell
+from experiments.measurements import Measurements
+from experiments.table import Cell, Row, Section, Table, Unavailable
 from models import PatchCore
+from models.branches import weights_flag
 from models.branches.part import Part
+from models.networks import libraries
+from models.networks.spec import BackboneSpec
+from models.networks.weights import state_dict_of
 from utils.errors import InputError
-from utils.files import sha256_of_file
-from utils.processes import ROOT, ProcessFailed, run_module
+from utils.processes import ROOT, run_module
 
 ENVIRONMENT = Path(".venv-baselines")
 INSTALL = f"python3 -m venv {ENVIRONMENT} && {ENVIRONMENT}/bin/pip install -r requirements-baselines.txt"
 NO_ANOMALIB = f"not run, there is no anomalib: {INSTALL}, or --baselines-python PATH"
-NOT_PRETRAINED = "not run: it takes the pretrained weights that anomalib downloads, --baselines-weights pretrained"
-UNTRAINED = ("padim", "patchcore")  # the models that run without pretrained weights
-KINDS = ("pretrained", "random")  # of weights, beside files
+SHARING = ("padim", "patchcore")  # take network, weights, input size and images of our PatchCore
 REPORTED = {"image_auroc": 0.973, "pixel_auroc": 0.958, "pro_as_published": 0.811}  # arXiv 2602.07694, on CoalAD
-REPORTED_ON = "coal_ad"
 
 
 class Baselines(NamedTuple):
-    """How anomalib is run: interpreter, version of its anomalib (None: it has none), models, weights."""
+    """How anomalib is run: interpreter, version of its anomalib (None: it has none), models."""
 
     python: Path
     version: str | None
     names: list[str]
-    weights: list[str]  # ["pretrained"], ["random"], or files
 
 
-def find_baselines(python: Path | None, names: list[str], weights: list[str]) -> Baselines:
+def find_baselines(python: Path | None, names: list[str]) -> Baselines:
     """Look for anomalib; raises InputError if an interpreter that was asked for does not have it."""
     folder = "Scripts/python.exe" if (ROOT / ENVIRONMENT / "Scripts").is_dir() else "bin/python"
-    path = python or ROOT / ENVIRONMENT / folder
-    for file in weights:
-        if not (weights == [file] and file in KINDS) and not Path(file).is_file():
-            raise InputError(f"--baselines-weights {file}: no such file; give pretrained, random, or files of weights")
+    path = (python or ROOT / ENVIRONMENT / folder).absolute()
     version = None
     if path.exists():
         command = [path, "-c", "import importlib.metadata as m; print(m.version('anomalib'))"]
@@ -55,106 +53,85 @@ def find_baselines(python: Path | None, names: list[str], weights: list[str]) ->
         version = asked.stdout.strip() if asked.returncode == 0 else None
     if python and version is None:
         raise InputError(f"--baselines-python {python} is no Python that has anomalib; make one: {INSTALL}")
-    return Baselines(path.absolute(), version, names, weights)
+    return Baselines(path, version, names)
 
 
-def comparison(bench: Bench, fusions: list[Fusion], category: Category, baselines: Baselines) -> Table:
-    """USAD, the paper's figures if they are about this category, and the baselines."""
-    broken: dict[str, str] = {}
-    rows = [Row({"method": "USAD"}, [(bench.cell(fusion),) for fusion in fusions], note=_networks(fusions[0]))]
-    if category.name == REPORTED_ON:
-        rows.append(Row({"method": "USAD, as reported"}, figures=REPORTED, note="arXiv 2602.07694"))
-    if baselines.version is None:
-        broken = dict.fromkeys(baselines.names, NO_ANOMALIB)
-    elif baselines.weights != ["pretrained"]:
-        broken = {name: NOT_PRETRAINED for name in baselines.names if name not in UNTRAINED}
-    for name in baselines.names:
-        cells = [(_cell(name, baselines, bench, fusion, category, broken),) for fusion in fusions]
-        rows.append(Row({"method": f"{BASELINES[name]} (anomalib)"}, cells))
-    remarks = [
-        f"All methods see the same training and test images, and all maps are evaluated at {fusions[0].size} x "
-        f"{fusions[0].size} pixels by the same code. anomalib's own preprocessing and settings are kept; its "
-        "post-processing, which rescales and clamps, is left out.",
-        DEFINED,
-    ]
-    return Table("comparison", "Comparison", FIGURES, [Section("Methods", rows)], remarks)
-
-
-def add_difference(table: Table, store: CellStore) -> None:
-    """Put the difference to the reported figures below them, if the table has them."""
-    rows = table.sections[0].rows
-    if rows[1:] and rows[1].figures is REPORTED:
-        ours = store.row(rows[0])["figures"]
-        means = {key: ours[key]["mean"] for key in REPORTED if ours.get(key, {}).get("mean") is not None}
-        difference = {key: mean - REPORTED[key] for key, mean in means.items()}
-        rows.insert(2, Row({"method": "difference to the report"}, figures=difference))
-
-
-def _networks(fusion: Fusion) -> str:
-    """The networks in words, and whether they are untrained."""
-    networks = [variant.network for variant in fusion.variants.values()]
+def comparison(measurements: Measurements, fusions: list[Fusion], baselines: Baselines) -> Table:
+    """USAD, its PatchCore alone, the paper's figures if they are about this category, and the baselines."""
+    networks = [variant.network for variant in fusions[0].variants.values()]
     kinds = {"random": "untrained", "file": "weights from a file"}
     words = [f"{net.name} ({kinds.get(net.weights, net.weights)}), {net.image_size} px" for net in networks]
-    return "; ".join(words)
+    alone = [fusion.only(PatchCore.name) for fusion in fusions]
+    rows = [
+        Row("USAD", [cell(measurements, fusion) for fusion in fusions], "; ".join(words)),
+        Row("its PatchCore alone", [cell(measurements, fusion) for fusion in alone]),
+    ]
+    if measurements.category.name == "coal_ad":
+        rows.append(Row("USAD, as reported", [Cell(REPORTED, lambda: REPORTED)], "arXiv 2602.07694"))
+    for name in baselines.names:
+        cells = [_cell(name, baselines, measurements, fusion) for fusion in fusions]
+        rows.append(Row(f"{BASELINES[name]} (anomalib)", cells))
+    remarks = [
+        f"All maps are evaluated at {fusions[0].size} x {fusions[0].size} pixels by the same code. anomalib's PaDiM "
+        "and PatchCore have network, weights, input size, images, coreset ratio and neighbours of USAD's PatchCore "
+        "(except the bundled network); other models have their own. anomalib's post-processing, which rescales and "
+        "clamps, is left out.",
+        DEFINED,
+    ]
+    return Table("comparison", FIGURES, [Section("Methods", "method", rows)], remarks)
 
 
-def _cell(
-    name: str, baselines: Baselines, bench: Bench, fusion: Fusion, category: Category, broken: dict[str, str]
-) -> Cell:
-    """The figures of one baseline, fitted on the same images as USAD; `broken` collects why some cannot run."""
-    pc, run = fusion.variants[PatchCore.name], bench.measurements.run
-    settings = {}
-    if name == "patchcore":  # its default, a tenth, takes hours on large data; so both PatchCores keep the same share
-        settings["coreset_sampling_ratio"] = pc.settings["coreset_ratio"]
-    work = {"model": name, "seed": pc.seed, "settings": settings}
+def _cell(name: str, baselines: Baselines, measurements: Measurements, fusion: Fusion) -> Cell:
+    """The figures of one baseline, fitted on the same images as USAD."""
+    pc, run = fusion.variants[PatchCore.name], measurements.run
+    split = pc.split if name in SHARING else dataclasses.replace(pc.split, train_ratio=1.0)
+    network = pc.network if name in SHARING and pc.network.weights != "demo" else None
+    work = {"model": name, "seed": pc.split.seed}
+    if name == "patchcore":
+        work |= {"coreset_ratio": pc.settings["coreset_ratio"], "neighbors": pc.settings["neighbors"]}
     needs = {
         **work,
         "anomalib": baselines.version,
-        "weights": [file if file in KINDS else sha256_of_file(file) for file in baselines.weights],
-        "training": [bench.measurements.training_digest() if baselines.version else None, pc.holdout_ratio],
-        "images": bench.images.digest,
+        "network": network and [network.name, network.image_size, network.fingerprint],
+        "training": [measurements.training_digest if baselines.version else None, dataclasses.asdict(split)],
+        "images": measurements.images_digest,
         "size": fusion.size,
     }
 
     def compute() -> dict[str, Any]:
-        if name in broken:
-            raise Unavailable(broken[name])
-        training, _ = split_training(category.train_samples(), 1.0, pc.holdout_ratio, pc.seed)
-        job = {
-            **work,
-            "weights": [file if file in KINDS else str(Path(file).absolute()) for file in baselines.weights],
-            "train": [str(item.path.absolute()) for item in training],
-            "test": [str(item.path.absolute()) for item in bench.images.samples],
-            "device": run.device,
-            "batch_size": run.batch_size,
-            "workers": run.workers,
-            "decoding": dataclasses.asdict(category.decoding),
-        }
-        bench.measurements.folder.mkdir(parents=True, exist_ok=True)
+        if baselines.version is None:
+            raise Unavailable(NO_ANOMALIB)
+        samples = measurements.category.train_samples()
+        training, _ = split_training(samples, split.train_ratio, split.holdout_ratio, split.seed)
+        measurements.folder.mkdir(parents=True, exist_ok=True)
         # Raw maps are as large as the images: they lie beside the measurements, and are gone once evaluated.
-        with tempfile.TemporaryDirectory(prefix=".baseline_", dir=bench.measurements.folder) as folder:
-            try:
-                setting = run_baseline(baselines.python, job, Path(folder))
-            except Unavailable as reason:
-                broken[name] = str(reason)  # the other seeds need not wait for the same download to fail
-                raise
-            figures = bench.images.figures(raw_results(Path(folder), bench.batch_size, fusion.size), pc.roi)
-        said = [f"coreset ratio {ratio:g}" for ratio in settings.values()]
-        return {**figures, "note": ", ".join([setting, *said, f"anomalib {baselines.version}"])}
+        with tempfile.TemporaryDirectory(prefix=".baseline_", dir=measurements.folder) as folder:
+            out = Path(folder).absolute()
+            job = {
+                **work,
+                "out": str(out),
+                "network": network and shared_network(network, measurements.weights.get(PatchCore.name), out),
+                "train": [str(item.path.absolute()) for item in training],
+                "test": [str(item.path.absolute()) for item in measurements.samples],
+                "run": dataclasses.asdict(run),
+                "decoding": dataclasses.asdict(measurements.category.decoding),
+            }
+            setting = run_module("tools.anomalib_baseline", job, baselines.python).result
+            figures = measurements.figures(raw_results(out, run.batch_size, fusion.size), pc.roi)
+        return {**figures, "note": f"{setting}, anomalib {baselines.version}"}
 
     return Cell(needs, compute)
 
 
-def run_baseline(python: Path, job: dict[str, Any], folder: Path) -> str:
-    """Run one model in a process of its own, which leaves scores.npy and maps.npy in `folder`.
-
-    Returns its settings in words; raises Unavailable with the reason if it fails.
-    """
-    try:
-        job = {**job, "out": str(folder.absolute())}
-        return run_module("tools.anomalib_baseline", job, python).result["setting"]
-    except ProcessFailed as error:
-        raise Unavailable(str(error)) from None
+def shared_network(spec: BackboneSpec, weights: str | None, folder: Path) -> dict[str, Any]:
+    """The network of our PatchCore for anomalib; its weights, or those that are now in `weights`, go to `folder`."""
+    spec = spec.with_weights(weights) if weights else spec
+    net = libraries.cnn(spec.name, (8, 16), spec.image_size)
+    state = state_dict_of(spec, lambda: libraries.full_network(spec.name), weights_flag(PatchCore.name))
+    libraries.load_weights(net, spec.name, state, spec.source)
+    tensors = {name: value.contiguous() for name, value in net.net.state_dict().items()}
+    save_file(tensors, folder / "network.safetensors")
+    return {"name": spec.name, "image_size": spec.image_size, "weights": str(folder / "network.safetensors")}
 
 
 def raw_results(folder: Path, batch_size: int, size: int) -> Iterator[Part]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
-
-import torch
+from collections.abc import Iterator
+from typing import Any
 
 from experiments import SWEEPS
-from experiments.cells import Cell, Row, Section, Table
-from experiments.measurements import Measurements
+from experiments.measurements import Measured, Measurements
+from experiments.table import IN_FORCE, Cell, Row, Section, Table
 from experiments.variants import Variant
-from metrics.image import image_metrics
 from models import MACLU, USAD, PatchCore
 from models.branches.part import Part
 from models.networks.backbones import size_step
+from training.options import fusion_record
 
 DEFINED = "Figures are fractions; docs/figures.md defines each."
 FIGURES = {
@@ -29,7 +27,6 @@ FIGURES = {
     "aupro": "AUPRO",
     "pro_as_published": "PRO as published",
 }
-IN_FORCE = "the value in force"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +36,6 @@ class Fusion:
     variants: dict[str, Variant]
     settings: dict[str, Any]
     parts: tuple[str, ...]
-    scoring: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # by branch, for its maps
 
     @property
     def size(self) -> int:
@@ -48,7 +44,7 @@ class Fusion:
 
     def usad(self, statistics: dict[str, dict[str, float] | None]) -> USAD:
         """The fusion of the parts without networks, with the held-out `statistics` of the branches."""
-        branches = [self.variants[name].mapper(**self.scoring.get(name, {})) for name in self.parts]
+        branches = [self.variants[name].mapper() for name in self.parts]
         for branch in branches:
             branch.calibration = statistics.get(branch.name)
         return USAD(branches, **self.settings)
@@ -56,185 +52,126 @@ class Fusion:
     def settled(self) -> Fusion:
         """The same with every setting of the rule written out. Raises InputError if the rule lacks something."""
         # So far it is only known whether there will be statistics.
-        usad = self.usad({name: {} if variant.holdout_ratio else None for name, variant in self.variants.items()})
-        return dataclasses.replace(self, settings=usad.settings())
+        held_out = {name: {} if variant.split.holdout_ratio else None for name, variant in self.variants.items()}
+        return dataclasses.replace(self, settings=self.usad(held_out).settings())
 
-    def with_variants(self, **changes: Any) -> Fusion:
-        """The same with these changes to every variant."""
-        variants = {name: variant.changed(**changes) for name, variant in self.variants.items()}
+    def only(self, *parts: str) -> Fusion:
+        return dataclasses.replace(self, parts=parts)
+
+    def in_force(self, setting: str, owner: str | None = None) -> set[Any]:
+        """The values of a setting of the rule, or of one branch (None: of all), which may differ in it."""
+        rule = fusion_record(self.settings)
+        if setting in rule:
+            return {rule[setting]} - {None}
+        variants = [variant for name, variant in self.variants.items() if owner in (name, None)]
+        return {variant.values[setting] for variant in variants if setting in variant.values}
+
+    def changed(self, setting: str, value: Any, owner: str | None = None) -> Fusion:
+        """The same with another value of a setting of the rule, or of one branch (None: of all)."""
+        if setting == "lambda_obj":
+            setting, value = "score_weights", {**self.settings["score_weights"], MACLU.name: value}
+        if setting in self.settings:
+            return dataclasses.replace(self, settings={**self.settings, setting: value})
+        variants = {
+            name: variant.changed(setting, value) if owner in (name, None) else variant
+            for name, variant in self.variants.items()
+        }
         return dataclasses.replace(self, variants=variants)
 
-    def with_variant(self, name: str, **changes: Any) -> Fusion:
-        return dataclasses.replace(self, variants={**self.variants, name: self.variants[name].changed(**changes)})
 
-    def with_settings(self, **settings: Any) -> Fusion:
-        return dataclasses.replace(self, settings={**self.settings, **settings})
+def cell(measurements: Measurements, fusion: Fusion) -> Cell:
+    """The figures of a fusion, or of a branch if it is alone."""
+    variants = {name: fusion.variants[name] for name in fusion.parts}
+    needs = {
+        "measured": {name: measurements.needs(variant, fusion.size) for name, variant in variants.items()},
+        "mapped": {name: variant.settings for name, variant in variants.items()},
+        "fusion": fusion.settings,
+        "size": fusion.size,
+    }
 
-
-class Bench:
-    """Turns fusions into cells."""
-
-    def __init__(self, measurements: Measurements, batch_size: int) -> None:
-        self.measurements, self.images, self.batch_size = measurements, measurements.images, batch_size
-
-    def cell(self, fusion: Fusion, maps: bool = True) -> Cell:
-        """Image and pixel figures of a fusion, or of a branch if it is alone; without `maps` only the image figures."""
-        measured = {name: self.measurements.needs(fusion.variants[name], fusion.size) for name in fusion.parts}
-        needs = {
-            "measured": measured,
-            "mapped": {name: fusion.variants[name].settings | fusion.scoring.get(name, {}) for name in fusion.parts},
-            "fusion": fusion.settings,
-            "size": fusion.size,
-            "maps": maps,
-        }
-        return Cell(needs, lambda: self._figures(fusion, maps))
-
-    def _figures(self, fusion: Fusion, maps: bool) -> dict[str, Any]:
-        measured = {name: self.measurements.of(fusion.variants[name], fusion.size) for name in fusion.parts}
+    def compute() -> dict[str, Any]:
+        measured = {name: measurements.of(variant, fusion.size) for name, variant in variants.items()}
         usad = fusion.usad({name: found.calibration for name, found in measured.items()})
+        return measurements.figures(fused(usad, measured, measurements.run.batch_size, fusion.size), usad.roi)
 
-        def found() -> Iterator[Part]:
-            for start in range(0, len(self.images.samples), self.batch_size):
-                parts = {}
-                for branch in usad.branches:
-                    scores, patches = (part[start : start + self.batch_size] for part in measured[branch.name][:2])
-                    parts[branch.name] = (
-                        Part(scores, *branch.anomaly_map(patches)).resized(fusion.size).inside(usad.roi)
-                    )
-                yield usad.fuse(parts) if len(parts) > 1 else parts[usad.branches[0].name]
-
-        if maps:
-            return self.images.figures(found(), usad.roi)
-        return image_metrics(torch.cat([part.scores for part in found()]).numpy(), self.images.labels)
+    return Cell(needs, compute)
 
 
-def ablation(bench: Bench, fusions: list[Fusion]) -> Table:
+def fused(usad: USAD, measured: dict[str, Measured], batch_size: int, size: int) -> Iterator[Part]:
+    """The fusion of what was measured, in batches, or the one branch; maps [B, size, size]."""
+    for start in range(0, len(measured[usad.branches[0].name].scores), batch_size):
+        parts = {}
+        for branch in usad.branches:
+            scores, patches = (part[start : start + batch_size] for part in measured[branch.name][:2])
+            parts[branch.name] = Part(scores, *branch.anomaly_map(patches)).resized(size).inside(usad.roi)
+        yield usad.fuse(parts) if len(parts) > 1 else parts[branch.name]
+
+
+def subsets(names: tuple[str, ...] | list[str]) -> list[tuple[str, ...]]:
+    """All but the empty one, the smallest first."""
+    return [subset for count in range(1, len(names) + 1) for subset in itertools.combinations(names, count)]
+
+
+def ablation(measurements: Measurements, fusions: list[Fusion]) -> Table:
     """Every subset of the branches, and of the terms of the paper's image score; one of `fusions` for each seed."""
-    names = fusions[0].parts
-    subsets = [subset for count in range(1, len(names) + 1) for subset in itertools.combinations(names, count)]
     rows = [
-        Row(
-            {"branches": " + ".join(subset)},
-            [(bench.cell(dataclasses.replace(fusion, parts=subset)),) for fusion in fusions],
-        )
-        for subset in subsets
+        Row(" + ".join(parts), [cell(measurements, fusion.only(*parts)) for fusion in fusions])
+        for parts in subsets(fusions[0].parts)
     ]
-    sections, remarks = [Section("Branches", rows)], ["A branch alone is measured by its own score and map.", DEFINED]
+    sections, remarks = [Section("Branches", "branches", rows)], [DEFINED]
+    remarks.append("A branch alone is measured by its own score and map.")
     if "score_weights" in fusions[0].settings:
-        sections.append(Section("Terms of the image score", _score_terms(bench, fusions)))
+        sections.append(Section("Terms of the image score", "image score", _score_terms(measurements, fusions)))
         remarks.append("The pixel figures do not depend on the terms of the image score: the map is that of all.")
-    return Table("ablation", "Ablation", FIGURES, sections, remarks)
+    return Table("ablation", FIGURES, sections, remarks)
 
 
-def _score_terms(bench: Bench, fusions: list[Fusion]) -> list[Row]:
-    settings = fusions[0].settings
-    factors = {f"score of {name}": settings["score_weights"][name] for name in fusions[0].parts}
+def _score_terms(measurements: Measurements, fusions: list[Fusion]) -> list[Row]:
+    settings, names = fusions[0].settings, fusions[0].parts
+    factors = {f"score of {name}": settings["score_weights"][name] for name in names}
     factors["maximum of the map"] = settings["lambda_map"]
-    terms = [term for term, factor in factors.items() if factor]
     rows = []
-    for count in range(1, len(terms) + 1):
-        for subset in itertools.combinations(terms, count):
-            *weights, lambda_map = (factor if term in subset else 0.0 for term, factor in factors.items())
-            settings = {"score_weights": dict(zip(fusions[0].parts, weights, strict=True)), "lambda_map": lambda_map}
-            cells = [(bench.cell(f), bench.cell(f.with_settings(**settings), maps=False)) for f in fusions]
-            label = " + ".join(f"{factors[term]:g} · {term}" for term in subset)
-            rows.append(Row({"image score": label}, cells))
+    for terms in subsets([term for term, factor in factors.items() if factor]):
+        *weights, lambda_map = (factor if term in terms else 0.0 for term, factor in factors.items())
+        weights = dict(zip(names, weights, strict=True))
+        chosen = [f.changed("score_weights", weights).changed("lambda_map", lambda_map) for f in fusions]
+        label = " + ".join(f"{factors[term]:g} · {term}" for term in terms)
+        rows.append(Row(label, [cell(measurements, fusion) for fusion in chosen]))
     return rows
 
 
-class Sweep(NamedTuple):
-    """One setting at several values; all others stay as they are."""
-
-    title: str
-    values: list[Any]
-    current: Any  # the value in force; None if the branches differ in it
-    at: Callable[[Fusion, Any], Fusion]
-    maps: bool = True  # whether it changes the maps or only the scores
-
-
-def sweeps(fusion: Fusion, kinds: list[str]) -> dict[str, Sweep]:
-    """The sweeps of these `kinds` (of SWEEPS) that the fusion has, by name."""
-    ma_clu, pc = (fusion.variants[branch.name].settings for branch in (MACLU, PatchCore))
-    estimators = {variant.settings.get("covariance") for variant in fusion.variants.values()} - {None}
-    ratios = {variant.train_ratio for variant in fusion.variants.values()}
-    found = {
-        "threshold": Sweep(
-            "Foreground threshold (MACLU)",
-            SWEEPS["threshold"],
-            ma_clu["threshold"],
-            lambda fusion, value: dataclasses.replace(fusion, scoring={MACLU.name: {"threshold": value}}),
-        ),
-        "coreset_ratio": Sweep(
-            "Coreset ratio (PatchCore)",
-            SWEEPS["coreset_ratio"],
-            pc["coreset_ratio"],
-            lambda fusion, value: fusion.with_variant(PatchCore.name, settings={"coreset_ratio": value}),
-        ),
-        "covariance": Sweep(
-            "Covariance estimator (MACLU and MA2Patch)",
-            SWEEPS["covariance"],
-            estimators.pop() if len(estimators) == 1 else None,
-            _with_covariance,
-        ),
-        "train_ratio": Sweep(
-            "Share of the training images, of all branches",
-            SWEEPS["train_ratio"],
-            ratios.pop() if len(ratios) == 1 else None,
-            lambda fusion, value: fusion.with_variants(train_ratio=value),
-        ),
+def sensitivity(measurements: Measurements, fusions: list[Fusion], kinds: list[str]) -> Table:
+    """The fusion's figures at several values of one setting after the other; `kinds` are of SWEEPS."""
+    titles = {
+        "threshold": "Foreground threshold (MACLU)",
+        "lambda_obj": "λ_obj, the factor of MACLU's score",
+        "lambda_map": "λ_M, the factor of the map's maximum",
+        "coreset_ratio": "Coreset ratio (PatchCore)",
+        "covariance": "Covariance estimator (MACLU and MA2Patch)",
+        "train_ratio": "Share of the training images, of all branches",
     }
-    if "score_weights" in fusion.settings:
-        found["lambda_obj"] = Sweep(
-            "λ_obj, the factor of MACLU's score",
-            SWEEPS["lambda_obj"],
-            fusion.settings["score_weights"][MACLU.name],
-            lambda fusion, value: fusion.with_settings(
-                score_weights={**fusion.settings["score_weights"], MACLU.name: value}
-            ),
-            maps=False,
-        )
-    if "lambda_map" in fusion.settings:
-        found["lambda_map"] = Sweep(
-            "λ_M, the factor of the map's maximum",
-            SWEEPS["lambda_map"],
-            fusion.settings["lambda_map"],
-            lambda fusion, value: fusion.with_settings(lambda_map=value),
-            maps=False,
-        )
-    for name, variant in fusion.variants.items():
+    owners = {"threshold": MACLU.name, "coreset_ratio": PatchCore.name}
+    swept = [(kind, title, SWEEPS[kind], owners.get(kind)) for kind, title in titles.items()]
+    for name, variant in fusions[0].variants.items():
         size, step = variant.network.image_size, size_step(variant.network)
-        found[f"image_size_{name}"] = Sweep(
-            f"Input resolution of {name} in pixels",
-            [max(round(size * factor / step), 1) * step for factor in SWEEPS["image_size"]],
-            size,
-            lambda fusion, value, name=name: fusion.with_variant(name, image_size=value),
-        )
-    return {name: found[name] for kind in SWEEPS if kind in kinds for name in found if name.startswith(kind)}
-
-
-def _with_covariance(fusion: Fusion, value: str) -> Fusion:
-    for name, variant in fusion.variants.items():
-        if "covariance" in variant.settings:
-            fusion = fusion.with_variant(name, settings={"covariance": value})
-    return fusion
-
-
-def sensitivity(bench: Bench, fusions: list[Fusion], kinds: list[str]) -> Table:
-    """The fusion's figures along each of the sweeps of these `kinds`."""
+        sizes = [max(round(size * factor / step), 1) * step for factor in SWEEPS["image_size"]]
+        swept.append(("image_size", f"Input resolution of {name} in pixels", sizes, name))
     sections = []
-    for name, sweep in sweeps(fusions[0], kinds).items():
+    for setting, title, values, owner in swept:
+        current = fusions[0].in_force(setting, owner)
+        if setting not in kinds or not current:  # without a value it is another rule's
+            continue
         rows = []
-        added = [] if sweep.current is None else [sweep.current]
-        for value in sorted({*sweep.values, *added}):
-            cells = [bench.cell(sweep.at(fusion, value), sweep.maps) for fusion in fusions]
-            seeds = [(cell,) if sweep.maps else (bench.cell(f), cell) for f, cell in zip(fusions, cells, strict=True)]
+        for value in sorted({*values, *(current if len(current) == 1 else ())}):
+            cells = [cell(measurements, fusion.changed(setting, value, owner)) for fusion in fusions]
             label = value if isinstance(value, str) else f"{value:g}"
-            rows.append(Row({"value": label}, seeds, note=IN_FORCE if value == sweep.current else ""))
-        sections.append(Section(sweep.title, rows, plot=f"sensitivity_{name}.png"))
+            rows.append(Row(label, cells, IN_FORCE if {value} == current else ""))
+        suffix = f"_{owner}" if setting == "image_size" else ""
+        sections.append(Section(title, "value", rows, plot=f"sensitivity_{setting}{suffix}.png"))
     remarks = [
         "Each sweep changes one setting of the fusion and leaves the others as the checkpoints have them; branches are "
         "fitted again where the setting takes part in the fit.",
         "Maps are evaluated at the largest input of the three branches, as test_fusion.py does it.",
         DEFINED,
     ]
-    return Table("sensitivity", "Sensitivity", FIGURES, sections, remarks)
+    return Table("sensitivity", FIGURES, sections, remarks)

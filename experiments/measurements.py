@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from datasets.loading import ImageDataset, mask_to_tensor
 from datasets.mvtec import Category, Sample
 from datasets.region import RegionOfInterest
 from evaluation.results import Results
-from experiments.cells import Unavailable, digest
+from experiments.table import Unavailable, digest
 from experiments.variants import Variant
 from models.branches.branch import Branch
 from models.branches.part import Part
@@ -35,61 +36,27 @@ class Measured(NamedTuple):
     calibration: dict[str, float] | None
 
 
-class Images:
-    """The test images of a category, and the figures of scores and maps on them."""
-
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples = list(samples)
-        self.labels = np.array([sample.label for sample in samples])
-        self.digest = digest_of_files(self.samples)
-        self._size, self._masks = 0, {}
-
-    def figures(self, found: Iterable[Part], roi: RegionOfInterest | None = None) -> dict[str, Any]:
-        """Every figure of metrics.json for batches in the order of the images."""
-        results, start = Results(self.samples, ["all"], roi=roi), 0
-        for part in found:
-            rows = torch.arange(start, start + len(part.scores))
-            masks = torch.from_numpy(np.stack([self._mask(row, part.maps.shape[-1]) for row in rows.tolist()]))
-            batch = {"mask": masks, "label": torch.from_numpy(self.labels)[rows], "index": rows}
-            results.add({"all": part}, batch)
-            start += len(part.scores)
-        return results.metrics()["all"]
-
-    def _mask(self, row: int, size: int) -> np.ndarray:
-        """The mask as bool [size, size]; it is read once for each size and kept in one bit a pixel."""
-        if size != self._size:
-            self._size, self._masks = size, {}
-        if row not in self._masks:
-            sample, mask = self.samples[row], np.zeros((size, size), bool)
-            if sample.masks:
-                mask = mask_to_tensor(sample.read_mask()[0], size).numpy()
-            self._masks[row] = np.packbits(mask)
-        return np.unpackbits(self._masks[row], count=size * size).reshape(size, size).astype(bool)
-
-
 class Measurements:
-    """Measures variants on the test images, or finds earlier measurements in `folder`.
+    """Measures variants on a category's test images, or finds earlier measurements in `folder`.
 
     A measurement takes 4 bytes a patch and 8 bytes an image: about 10 KB an image for the three branches at the
     paper's sizes. Branches fitted for it lie in `folder`/fitted until `tidy`.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        category: Category,
-        images: Images,
-        run: RunSettings,
-        weights: dict[str, str | None],
-    ) -> None:
-        self.folder, self.category, self.images, self.run, self.weights = folder, category, images, run, weights
-        self._training_digest: str | None = None
+    def __init__(self, folder: Path, category: Category, run: RunSettings, weights: dict[str, str | None]) -> None:
+        self.folder, self.category, self.run, self.weights = folder, category, run, weights
+        self.samples = category.test_samples()
+        self.images_digest = digest_of_files(self.samples)
+
+    @functools.cached_property
+    def training_digest(self) -> str:
+        return digest_of_files(self.category.train_samples())
 
     def needs(self, variant: Variant, input_size: int) -> dict[str, Any]:
         """What a measurement depends on, as JSON values."""
         return {
             "branch": variant.checkpoint_digest or self._fit_key(variant),
-            "images": self.images.digest,
+            "images": self.images_digest,
             "input_size": input_size,
             "precision": self.run.precision,
             "device": torch.device(self.run.device).type,
@@ -107,7 +74,7 @@ class Measurements:
         except (InputError, KeyError):  # not there yet, or damaged
             path.unlink(missing_ok=True)
         branch = self._fitted(variant)
-        dataset = ImageDataset(self.images.samples, input_size, "bicubic", branch.roi)
+        dataset = ImageDataset(self.samples, input_size, "bicubic", branch.roi)
         found = []
         for batch in make_loader(self.run, dataset, f"{branch.name} measure", branch.device):
             images = resize_images(batch["image"].to(branch.device, non_blocking=True), branch.image_size)
@@ -121,9 +88,7 @@ class Measurements:
     def _fitted(self, variant: Variant) -> Branch:
         """The branch, from its checkpoint, or fitted once in this grid."""
         weights = self.weights.get(variant.branch.name)
-        if variant.checkpoint:
-            return variant.branch.load(variant.checkpoint, weights, self.run.device, self.run.precision)
-        path = self.folder / "fitted" / f"{self._fit_key(variant)}.safetensors"
+        path = variant.checkpoint or self.folder / "fitted" / f"{self._fit_key(variant)}.safetensors"
         if path.is_file():
             return variant.branch.load(path, weights, self.run.device, self.run.precision)
         try:
@@ -135,21 +100,35 @@ class Measurements:
         branch.save(path)
         return branch
 
+    def _fit_key(self, variant: Variant) -> str:
+        return digest([variant.fit_needs(), self.training_digest, self.run.device, self.run.precision])
+
+    def figures(self, found: Iterable[Part], roi: RegionOfInterest | None = None) -> dict[str, Any]:
+        """Every figure of metrics.json for batches in the order of the test images."""
+        results, start = Results(self.samples, ["all"], roi=roi), 0
+        labels = torch.tensor([sample.label for sample in self.samples])
+        for part in found:
+            rows, size = slice(start, start + len(part.scores)), part.maps.shape[-1]
+            masks = np.unpackbits(self._masks(size)[rows], axis=1, count=size * size).reshape(-1, size, size)
+            batch = {"mask": torch.from_numpy(masks.astype(bool)), "label": labels[rows]}
+            results.add({"all": part}, {**batch, "index": torch.arange(rows.start, rows.stop)})
+            start = rows.stop
+        return results.metrics()["all"]
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019  there is one of these for each category
+    def _masks(self, size: int) -> np.ndarray:
+        """The masks of all test images at `size` x `size`, in one bit a pixel."""
+        masks = [sample.read_mask()[0] if sample.masks else np.zeros((1, 1), bool) for sample in self.samples]
+        return np.stack([np.packbits(mask_to_tensor(mask, size)) for mask in masks])
+
     def tidy(self) -> None:
         """Remove the fitted branches, once everything has been measured, and what a killed run left."""
-        for leftover in (self.folder / "fitted", *self.folder.glob(".*")):
+        shutil.rmtree(self.folder / "fitted", ignore_errors=True)
+        for leftover in self.folder.glob(".*"):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink(missing_ok=True)
-
-    def training_digest(self) -> str:
-        if self._training_digest is None:
-            self._training_digest = digest_of_files(self.category.train_samples())
-        return self._training_digest
-
-    def _fit_key(self, variant: Variant) -> str:
-        return digest([variant.fit_needs(), self.training_digest(), self.run.device, self.run.precision])
 
 
 def digest_of_files(samples: Sequence[Sample]) -> str:

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 
 from datasets.images import Decoding
-from datasets.loading import ImageDataset, ImageLoader
 from datasets.mvtec import Sample
-from evaluation.evaluate import stage_seconds, timed
-from experiments.cells import Cell, Row, Section, Table, Unavailable
-from experiments.fusions import Bench, Fusion
+from evaluation.evaluate import predicted, stage_seconds
+from experiments.fusions import Fusion
+from experiments.measurements import Measurements
+from experiments.table import Cell, Row, Section, Table
 from models import BRANCHES, USAD
-from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths
+from models.fusion.checkpoints import checkpoint_digests, checkpoint_path
+from training.settings import RunSettings
+from training.training import evenly_spaced, test_loader
 from utils.machine import environment
-from utils.processes import ProcessFailed, answer, run_module
+from utils.processes import answer, run_module
 from utils.timing import Stopwatch
 
 IMAGES = 200  # the most that are timed
@@ -33,75 +35,61 @@ FIGURES = {
 }
 
 
-def speed(bench: Bench, fusion: Fusion, folder: Path) -> Table:
+def speed(measurements: Measurements, fusion: Fusion, folder: Path) -> Table:
     """Each branch of the checkpoints in `folder`, and their fusion."""
-    run = bench.measurements.run
-    samples = bench.images.samples[:: -(-len(bench.images.samples) // IMAGES)]
-    rows = []
-    for name in (*fusion.parts, USAD.name):
-        job = {
-            "part": name,
-            "folder": str(folder.absolute()),
-            "device": run.device,
-            "precision": run.precision,
-            "weights": {key: file and str(Path(file).absolute()) for key, file in bench.measurements.weights.items()},
-            "batch_size": run.batch_size,
-            "fusion": fusion.settings,
-            "images": [str(sample.path.absolute()) for sample in samples],
-            "decoding": dataclasses.asdict(samples[0].decoding),
-        }
-        needs = {**job, "checkpoints": checkpoint_digests(folder), "machine": machine(run.device), "speed": 1}
-        rows.append(Row({"model": name}, [(Cell(needs, lambda job=job: measure_apart(job)),)]))
-    remarks = [
-        f"{machine(run.device)}; batches of {run.batch_size}; {len(samples)} test images after a batch to warm up. "
-        "Each row is a process of its own; loading is done in that process, one image after the other. Peak memory is "
-        "the process's, Python and PyTorch included."
+    run, samples = measurements.run, evenly_spaced(measurements.samples, IMAGES)
+    machine = f"{environment(run.device)['device']}, threads: {torch.get_num_threads()}, PyTorch {torch.__version__}"
+    job = {
+        "models": str(folder.absolute()),
+        "images": [str(sample.path.absolute()) for sample in samples],
+        "decoding": dataclasses.asdict(measurements.category.decoding),
+        "run": dataclasses.asdict(run) | {"workers": 0},
+        "weights": {name: file and str(Path(file).absolute()) for name, file in measurements.weights.items()},
+        "fusion": fusion.settings,
+    }
+    needs = {**job, "checkpoints": checkpoint_digests(folder), "machine": machine}
+    rows = [
+        Row(name, [Cell({**needs, "part": name}, lambda name=name: measure_apart({**job, "part": name}))])
+        for name in (*fusion.parts, USAD.name)
     ]
-    return Table("speed", "Speed", FIGURES, [Section("Models", rows)], remarks, seeded=False)
+    remarks = [
+        f"{machine}; batches of {run.batch_size}; {len(samples)} test images after a batch to warm up. Each row is a "
+        "process of its own; loading is done in that process, one image after the other. Peak memory is the process's, "
+        "Python and PyTorch included."
+    ]
+    return Table("speed", FIGURES, [Section("Models", "model", rows)], remarks, seeded=False)
 
 
 def measure_apart(job: dict[str, Any]) -> dict[str, Any]:
     """`measure` in a process of its own, and that process's peak memory in MB."""
-    try:
-        finished = run_module("experiments.speed", job)
-    except ProcessFailed as error:
-        raise Unavailable(str(error)) from None
+    finished = run_module("experiments.speed", job)
     return {**finished.result, "memory": finished.memory.get("host"), "gpu_memory": finished.memory.get("gpu")}
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Time one part, a branch or the fusion, on the job's images: seconds an image, MB of checkpoints."""
-    folder, name = Path(job["folder"]), job["part"]
-    paths = {branch: path for branch, path in checkpoint_paths(folder).items() if name in (branch, USAD.name)}
-    if name == USAD.name:
-        model = USAD.load(folder, job["device"], job["precision"], job["weights"], **job["fusion"])
+    """Time the job's part, a branch or the fusion, on its images: seconds an image, MB of checkpoints."""
+    folder, run = Path(job["models"]), RunSettings(**job["run"])
+    if job["part"] == USAD.name:
+        model = USAD.load(folder, run.device, run.precision, job["weights"], **job["fusion"])
     else:
-        ((_, path),) = paths.items()
-        model = BRANCHES[name].load(path, job["weights"].get(name), job["device"], job["precision"])
-    decoding = Decoding(**job.get("decoding", {}))
+        path, weights = checkpoint_path(folder, job["part"]), job["weights"].get(job["part"])
+        model = BRANCHES[job["part"]].load(path, weights, run.device, run.precision)
+    files = [checkpoint_path(folder, branch.name) for branch in getattr(model, "branches", [model])]
+    decoding = Decoding(**job["decoding"])
     samples = [Sample(Path(path), path, decoding=decoding) for path in job["images"]]
-    dataset = ImageDataset(samples, model.image_size, "bicubic")
-    loader = ImageLoader(dataset, job["batch_size"], 0, "")
+    loader = test_loader(run, samples, model, "speed")
     model.predict_parts(next(iter(loader))["image"].to(model.device))
     for watch in model.stopwatches().values():
         watch.seconds.clear()
     loading, start = Stopwatch(), time.perf_counter()
-    for batch in timed(loader, loading):
-        for part in model.predict_parts(batch["image"].to(model.device)).values():
-            part.scores.cpu(), part.maps.cpu()
-    total, stages = time.perf_counter() - start, stage_seconds(model)
+    for _ in predicted(model, loader, loading):
+        pass
+    total, stages = time.perf_counter() - start, stage_seconds(model) | loading.seconds
     return {
         "images_per_second": len(samples) / total,
-        "load": loading.seconds["load"] / len(samples),
-        "extract": stages["extract"] / len(samples),
-        "score": stages["score"] / len(samples),
-        "checkpoint": sum(path.stat().st_size for path in paths.values()) / 1e6,
+        **{stage: stages[stage] / len(samples) for stage in ("load", "extract", "score")},
+        "checkpoint": sum(file.stat().st_size for file in files) / 1e6,
     }
-
-
-def machine(device: str) -> str:
-    """What timings depend on, for people."""
-    return f"{environment(device)['device']}, threads: {torch.get_num_threads()}, PyTorch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -30,9 +30,7 @@ class Variant:
     branch: type[Branch]
     network: BackboneSpec
     settings: dict[str, Any]
-    train_ratio: float
-    holdout_ratio: float
-    seed: int
+    split: SplitSettings
     roi: RegionOfInterest | None = None
     bit_depth: int = 16
     checkpoint: Path | None = None
@@ -47,19 +45,11 @@ class Variant:
         try:
             if tiles_in(metadata) > 1:
                 raise InputError("it was trained with --tiles, and the tables are of whole frames; train without")
-            training = metadata["training"]
-            variant = cls(
-                BRANCHES[name],
-                BackboneSpec.from_dict(metadata["backbone"]),
-                metadata["settings"],
-                float(training.get("train_ratio", PUBLISHED_SHARE.get(name, 1.0))),
-                float(training.get("holdout_ratio", 0.0)),
-                int(training.get("seed", 22)),
-                region_in(metadata),
-                bit_depth_in(metadata),
-                path,
-                sha256_of_file(path),
-            )
+            known = {"train_ratio": PUBLISHED_SHARE.get(name, 1.0), "holdout_ratio": 0.0, "seed": 22}
+            training = {key: type(value)(metadata["training"].get(key, value)) for key, value in known.items()}
+            network, split = BackboneSpec.from_dict(metadata["backbone"]), SplitSettings(**training)
+            learned = BRANCHES[name], network, metadata["settings"], split, region_in(metadata), bit_depth_in(metadata)
+            variant = cls(*learned, path, sha256_of_file(path))
             variant.mapper()
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
@@ -69,64 +59,63 @@ class Variant:
             ) from None
         return variant
 
-    def changed(self, **changes: Any) -> Variant:
-        """This variant with other fields, `settings` or `image_size`; itself if the changes change no result."""
-        if "image_size" in changes:
-            changes["network"] = dataclasses.replace(self.network, image_size=changes.pop("image_size"))
-        if "settings" in changes:
-            changes["settings"] = {**self.settings, **changes["settings"]}
-        if "seed" in changes:
-            changes |= self._reseeded(changes["seed"])
-        other = dataclasses.replace(self, **changes, checkpoint=None, checkpoint_digest=None)
-        return self if other.fit_needs() == self.fit_needs() else other
+    @property
+    def values(self) -> dict[str, Any]:
+        """What `changed` can change."""
+        return {"image_size": self.network.image_size, **dataclasses.asdict(self.split), **self.settings}
 
-    def _reseeded(self, seed: int) -> dict[str, Any]:
-        """What --seed of the training scripts decides beside the choice of images."""
-        changes: dict[str, Any] = {}
-        if "seed" in self.settings:
-            changes["settings"] = {**self.settings, "seed": seed}
-        if self.network.weights == "random" and self.network.seed != seed:
-            changes["network"] = dataclasses.replace(self.network, seed=seed, fingerprint=None)
-        return changes
+    def changed(self, name: str, value: Any) -> Variant:
+        """The same with another value of a setting, of the split, or of the image size.
+
+        It keeps its checkpoint if the change has no part in the fit.
+        """
+        settings, split, network = self.settings, self.split, self.network
+        if name in settings:
+            settings = {**settings, name: value}
+        if hasattr(split, name):
+            split = dataclasses.replace(split, **{name: value})
+        if name == "image_size":
+            network = dataclasses.replace(network, image_size=value)
+        if name == "seed" and network.weights == "random" and network.seed != value:
+            network = dataclasses.replace(network, seed=value, fingerprint=None)
+        other = dataclasses.replace(self, settings=settings, split=split, network=network)
+        if other.fit_needs() == self.fit_needs():
+            return other
+        return dataclasses.replace(other, checkpoint=None, checkpoint_digest=None)
 
     def fit_needs(self) -> dict[str, Any]:
         """What the fit depends on beside the training images, as JSON values; the seed only where it matters."""
-        network = self.network.to_dict()
+        network, split = self.network.to_dict(), dataclasses.asdict(self.split)
         if network["weights"] != "random":
             del network["seed"]
         del network["file"]  # the fingerprint tells weights apart
-        chosen = self.train_ratio < 1 or self.holdout_ratio > 0
+        if split["train_ratio"] == 1 and not split["holdout_ratio"]:
+            del split["seed"]
         return {
             "branch": self.branch.name,
             "network": network,
             "settings": {name: value for name, value in self.settings.items() if name not in SCORING},
-            "train_ratio": self.train_ratio,
-            "holdout_ratio": self.holdout_ratio,
-            "seed": self.seed if chosen else None,
+            "split": split,
             "roi": self.roi and self.roi.to_text(),
             "bit_depth": self.bit_depth,
         }
 
     def fit(self, category: Category, run: RunSettings, weights: str | None) -> Branch:
         """Fit it, as the training scripts do."""
-        backbone = build_backbone(
-            self.network, run.device, weights=weights, precision=run.precision, flag=weights_flag(self.branch.name)
-        )
-        split = SplitSettings(self.train_ratio, self.holdout_ratio, self.seed)
+        flag = weights_flag(self.branch.name)
+        backbone = build_backbone(self.network, run.device, weights=weights, precision=run.precision, flag=flag)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # too few images for the covariance: the first training has warned
-            return fit_branch(run, category, split, self._built(backbone, self.settings))
+            return fit_branch(run, category, self.split, self._built(backbone))
 
-    def mapper(self, **scoring: Any) -> Branch:
-        """A branch without weights that makes maps of measured patch scores, perhaps with other `SCORING` settings."""
-        return self._built(_outline(self.network), self.settings | scoring)
+    def mapper(self) -> Branch:
+        """A branch without weights that makes maps of measured patch scores."""
+        return self._built(_outline(self.network))
 
-    def _built(self, backbone: Backbone, settings: dict[str, Any]) -> Branch:
-        branch = self.branch(backbone, **settings)
+    def _built(self, backbone: Backbone) -> Branch:
+        branch = self.branch(backbone, **self.settings)
         branch.roi, branch.bit_depth = self.roi, self.bit_depth
         return branch
 
 
-@functools.lru_cache(maxsize=16)
-def _outline(network: BackboneSpec):
-    return empty_backbone(network)
+_outline = functools.lru_cache(maxsize=16)(empty_backbone)

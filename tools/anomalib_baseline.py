@@ -1,31 +1,31 @@
 """Fit one of anomalib's models on given images and write its raw maps and scores of others.
 
-Run by reproduce_tables.py and benchmarks/patchcore.py, one process a model (utils/processes.py), with an interpreter
-that has anomalib (requirements-baselines.txt). The job names the model, its seed, weights and settings, the training
-and the test images, and the folder for scores.npy [N] float64 and maps.npy [N, h, w] float32. The numbers are those of
-the model itself: anomalib's post-processor, which rescales and clamps them, is left out.
+Run by reproduce_tables.py, one process a model (utils/processes.py), with an interpreter that has anomalib
+(requirements-baselines.txt). The job names the model, its seed and settings, the training and the test images, and the
+folder for scores.npy [N] float64 and maps.npy [N, h, w] float32; its "network" replaces the model's own. The numbers
+are those of the model itself: anomalib's post-processor, which rescales and clamps them, is left out.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from anomalib import models
 from anomalib.data import ImageBatch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datasets.images import Decoding, read_image
-from utils.errors import InputError
 from utils.processes import answer
 
 BARE = {"post_processor": False, "evaluator": False, "visualizer": False}
@@ -39,12 +39,12 @@ MODELS: dict[str, tuple[str, dict[str, int]]] = {
     "dinomaly": ("Dinomaly", {"max_steps": 5_000}),
     "anomaly_dino": ("AnomalyDINO", {"max_epochs": 1}),
 }
-BATCH = {"efficient_ad": 1}  # as its paper, and anomalib, demand
-VALIDATED = ("efficient_ad",)  # needs validation images for the quantiles of its maps
+STRIDES = {"padim": (4, 8, 16), "patchcore": (8, 16)}  # of the maps that they take of a network
+PADIM_CHANNELS = {"wide_resnet50_2": 550}  # its paper keeps so many, of smaller networks 100
 
 
 class Images(Dataset):
-    """Image files as batches for anomalib, resized and normalised as the model expects them."""
+    """Image files as tensors, resized and normalised as the model expects them."""
 
     def __init__(self, paths: list[str], transform: nn.Module, decoding: Decoding) -> None:
         self.paths, self.transform, self.decoding = paths, transform, decoding
@@ -60,74 +60,44 @@ def collate(images: list[torch.Tensor]) -> ImageBatch:
     return ImageBatch(image=torch.stack(images), gt_label=torch.zeros(len(images), dtype=torch.long))
 
 
-class TrainingImages(LightningDataModule):
-    """The training images; a tenth of them is kept for validation if the model asks for it."""
-
-    def __init__(self, images: Images, batch_size: int, workers: int, validated: bool) -> None:
-        super().__init__()
-        self.train_batch_size = batch_size
-        self.options = {"batch_size": batch_size, "num_workers": workers, "collate_fn": collate}
-        kept = max(1, len(images) // 10) if validated else 0
-        self.fitted = Subset(images, range(len(images) - kept))
-        self.kept = Subset(images, range(len(images) - kept, len(images)))
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.fitted, shuffle=True, **self.options)
-
-    def val_dataloader(self) -> DataLoader | list:
-        return DataLoader(self.kept, **self.options) if len(self.kept) else []
-
-
 def build(job: dict[str, Any]) -> nn.Module:
-    """The model, with the weights that the job asks for."""
-    name, weights = job["model"], job["weights"]
-    settings = dict(job["settings"])
-    if weights != ["pretrained"]:
-        settings["pre_trained"] = False
+    """The model, with the network that the job gives."""
+    name, network = job["model"], job["network"]
+    kind, settings = getattr(models, MODELS[name][0]), {}
+    if name == "patchcore":
+        settings = {"coreset_sampling_ratio": job["coreset_ratio"], "num_neighbors": job["neighbors"]}
     if name == "efficient_ad":
         settings["imagenet_dir"] = Path(torch.hub.get_dir()) / "imagenette"  # 1.5 GB, downloaded once
-    kind = getattr(models, MODELS[name][0])
-    if "image_size" in job:
-        settings["pre_processor"] = kind.configure_pre_processor((job["image_size"],) * 2)
-    model = kind(**BARE, **settings)
-    if weights not in (["pretrained"], ["random"]):
-        load_backbone(model.model.feature_extractor.feature_extractor, weights, model.model.backbone)
+    if not network:
+        return kind(**BARE, **settings)
+    available = timm.create_model(network["name"], features_only=True).feature_info.reduction()
+    settings |= {"backbone": network["name"], "pre_trained": False}
+    settings["layers"] = [available.index(stride) for stride in STRIDES[name]]
+    if name == "padim":
+        settings["n_features"] = PADIM_CHANNELS.get(network["name"], 100)
+    model = kind(**BARE, **settings, pre_processor=kind.configure_pre_processor((network["image_size"],) * 2))
+    net, tensors = model.model.feature_extractor.feature_extractor, load_file(network["weights"])
+    unknown = net.load_state_dict(tensors, strict=False).unexpected_keys  # layers behind the last map may be missing
+    if unknown:
+        raise ValueError(f"anomalib's {network['name']} has no {unknown[0]}")
     return model
 
 
-def load_backbone(net: nn.Module, files: list[str], name: str) -> None:
-    """Fill `net`, cut from timm's `name`, from the first of the files that fits it."""
-    needed = {key: value.shape for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
-    for file in files:
-        state = read_state(file)
-        if all(key in state and state[key].shape == shape for key, shape in needed.items()):
-            net.load_state_dict({key: state[key] for key in needed}, strict=False)
-            return
-    raise InputError(f"not run: none of the weight files given is for its network, {name}")
-
-
-def read_state(file: str) -> dict[str, torch.Tensor]:
-    if file.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    return state.get("state_dict", state)
-
-
-def main(job: dict[str, Any]) -> dict[str, Any]:
-    """Fit, predict, write; returns the settings in words, seconds, and the size of a memory bank."""
-    name, device = job["model"], job["device"]
-    start, processor = time.perf_counter(), time.process_time()
+def main(job: dict[str, Any]) -> str:
+    """Fit, predict, write; returns the settings in words."""
+    name, run = job["model"], job["run"]
     seed_everything(job["seed"])
     model = build(job)
     transform, model.pre_processor = model.pre_processor.transform, None  # applied image by image: sizes may differ
-    decoding = Decoding(**job.get("decoding", {}))
-    images = TrainingImages(
-        Images(job["train"], transform, decoding), BATCH.get(name, job["batch_size"]), job["workers"], name in VALIDATED
-    )
+    train, test = (Images(job[part], transform, Decoding(**job["decoding"])) for part in ("train", "test"))
+    batches = {"batch_size": run["batch_size"], "num_workers": run["workers"], "collate_fn": collate}
+    validation = None
+    if name == "efficient_ad":  # one image at a time, as its paper; a tenth gives the quantiles of its maps
+        batches["batch_size"], kept = 1, max(1, len(train) // 10)
+        validation = DataLoader(Subset(train, range(len(train) - kept, len(train))), **batches)
+        train = Subset(train, range(len(train) - kept))
     length = MODELS[name][1]
-    kind, _, number = device.partition(":")
+    kind, _, number = run["device"].partition(":")
     trainer = Trainer(
         **{**model.trainer_arguments, **length, "devices": [int(number)] if number else 1},
         accelerator=kind,
@@ -135,26 +105,22 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         enable_checkpointing=False,
         default_root_dir=job["out"],
     )
-    trainer.fit(model, datamodule=images)
-    fitted = time.perf_counter()
-    predict(model.model.to(device).eval(), Images(job["test"], transform, decoding), job)
-    seconds = {"fit": fitted - start, "test": time.perf_counter() - fitted, "cpu": time.process_time() - processor}
-    height, width = images.fitted[0].shape[-2:]
-    network = getattr(model.model, "backbone", None) or getattr(model.model, "encoder_name", None)
-    kind = {"random": "untrained", "pretrained": "pretrained"}.get(job["weights"][0], "weights from a file")
-    lengths = [f"{value} {unit.removeprefix('max_')}" for unit, value in length.items() if value > 1]
-    words = [f"{network} ({kind})" if isinstance(network, str) else kind, f"{width} x {height} px", *lengths]
-    return {"setting": ", ".join(words), **seconds, "bank": len(getattr(model.model, "memory_bank", ()))}
+    trainer.fit(model, DataLoader(train, shuffle=True, **batches), validation)
+    predict(model.model.to(run["device"]).eval(), test, run, Path(job["out"]))
+    height, width = train[0].shape[-2:]
+    network = job["network"]["name"] if job["network"] else getattr(model.model, "backbone", "")
+    words = ["the network of our PatchCore" if job["network"] else f"pretrained {network}".strip()]
+    words += [f"{width} x {height} px", *(f"{n} {unit.removeprefix('max_')}" for unit, n in length.items() if n > 1)]
+    words += [f"{key.replace('_', ' ')} {job[key]:g}" for key in ("coreset_ratio", "neighbors") if key in job]
+    return ", ".join(words)
 
 
-def predict(net: nn.Module, images: Images, job: dict[str, Any]) -> None:
+def predict(net: nn.Module, images: Images, run: dict[str, Any], out: Path) -> None:
     """Raw scores and maps of the test images, in their order."""
-    scores, maps = np.empty(len(images)), None
-    out = Path(job["out"])
-    start = 0
-    for batch in DataLoader(images, job["batch_size"], num_workers=job["workers"]):
+    scores, maps, start = np.empty(len(images)), None, 0
+    for batch in DataLoader(images, run["batch_size"], num_workers=run["workers"]):
         with torch.no_grad():
-            found = net(batch.to(job["device"]))
+            found = net(batch.to(run["device"]))
         found_maps = found.anomaly_map.float().reshape(len(batch), *found.anomaly_map.shape[-2:]).cpu().numpy()
         if maps is None:
             shape = (len(images), *found_maps.shape[1:])

@@ -1,0 +1,97 @@
+"""From the flags of reproduce_tables.py to the tables of each category."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from datasets.mvtec import Category, Sample
+from experiments import SWEEPS
+from experiments.baselines import Baselines, comparison, find_baselines
+from experiments.fusions import Fusion, ablation, sensitivity
+from experiments.measurements import Measurements
+from experiments.speed import speed
+from experiments.table import computed, write_table
+from experiments.variants import Variant
+from models.fusion.checkpoints import checkpoint_paths
+from training.categories import opened_categories
+from training.options import data_settings, fusion_options, fusion_record, record, run_settings, weights_by_branch
+from training.settings import RunSettings
+from utils.errors import InputError
+from utils.files import write_json
+from utils.machine import environment
+from utils.ownership import PROGRAM, mark_folder
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    """Write the tables of each category; `args` are the flags of reproduce_tables.py."""
+    run, data = run_settings(args), data_settings(args)
+    folders = {name: args.models_dir / name for name in data.categories}
+    options = fusion_options(args, folders.values())
+    fusions = {name: fusions_by_seed(folder, options, args.seeds) for name, folder in folders.items()}
+    rule = fusion_record(fusions[data.categories[0]][0].settings)
+    for sweep in args.sweeps or []:
+        if rule.get(sweep, 0) is None:
+            raise InputError(f"--sweeps {sweep} has no effect with --fusion {rule['fusion']}; leave it out")
+    baselines = find_baselines(args.baselines_python, args.baselines) if "comparison" in args.tables else None
+    fits = args.seeds or {"comparison", "sensitivity"} & set(args.tables)
+
+    def samples_of(category: Category) -> list[Sample]:
+        return category.test_samples() + (category.train_samples() if fits else [])
+
+    with opened_categories(data, samples_of, run.workers, results="tables") as categories:
+        for category in categories:
+            make_tables(args, category, run, fusions[category.name], baselines)
+
+
+def fusions_by_seed(folder: Path, options: dict[str, Any], seeds: list[int] | None) -> list[Fusion]:
+    """The fusion of the checkpoints in `folder`, once for each seed; raises InputError if it cannot be built."""
+    variants = {name: Variant.of_checkpoint(name, path) for name, path in checkpoint_paths(folder).items()}
+    fusion = Fusion(variants, options, tuple(variants)).settled()
+    return [fusion.changed("seed", seed) for seed in seeds] if seeds else [fusion]
+
+
+def make_tables(
+    args: argparse.Namespace,
+    category: Category,
+    run: RunSettings,
+    fusions: list[Fusion],
+    baselines: Baselines | None,
+) -> None:
+    """Compute the cells of one category's tables, and write each table as soon as its cells are there."""
+    folder = args.results_dir / category.name / "tables"
+    mark_folder(folder)
+    category.decoding = dataclasses.replace(category.decoding, bit_depth=fusions[0].variants["pc"].bit_depth)
+    measurements = Measurements(folder / "measured", category, run, weights_by_branch(args))
+    makers = {
+        "comparison": lambda: comparison(measurements, fusions, baselines),
+        "ablation": lambda: ablation(measurements, fusions),
+        "sensitivity": lambda: sensitivity(measurements, fusions, args.sweeps or list(SWEEPS)),
+        "speed": lambda: speed(measurements, fusions[0], args.models_dir / category.name),
+    }
+    tables = [makers[name]() for name in args.tables]
+    labels = [sample.label for sample in measurements.samples]
+    facts = {"category": category.name, "images": len(labels), "anomalous": sum(labels), "seeds": args.seeds}
+    rows = [row for table in tables for section in table.sections for row in section.rows]
+    with tqdm(total=len(rows), desc=category.name, unit="row", disable=None) as progress:
+        for table in tables:
+            progress.set_postfix_str(table.name)
+            found = []
+            for section in table.sections:
+                found.append([computed(folder / "cells", row) for row in section.rows])
+                progress.update(len(section.rows))
+            write_table(folder, table, found, facts)
+            tqdm.write(f"{category.name}: {folder / table.name}.md")
+    measurements.tidy()
+    settings = {**dataclasses.asdict(run), **fusion_record(fusions[0].settings), "category": category.name}
+    config = {
+        "program": PROGRAM,
+        "settings": record(args, **settings),
+        "left_out": category.left_out,
+        **environment(run.device),
+    }
+    write_json(folder / "config.json", config)
