@@ -4,7 +4,7 @@ python make_demo_data.py          # data/coal_demo: 160 training, 60 good and 90
 python make_demo_data.py --category small_demo --size 256 --train 40 --good 20 --anomalous 21
 
 Writes <data-root>/<category> in MVTec layout: train/good, test/{good,stick,rope,bag} and ground_truth.
-The same settings give the same files, however many processes draw them.
+The same settings give the same files, however many threads draw them.
 """
 
 from __future__ import annotations
@@ -13,22 +13,20 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
+from typing import NamedTuple
 
 import cv2
-import numpy as np
 from tqdm import tqdm
 
 from scenes.defects import DEFECTS
 from scenes.scenes import draw_scene
+from utils.command_line import Parser, category_name, number, run
 from utils.errors import InputError
 from utils.files import write_json
-from utils.signals import leave_signals_to_parent, signals_held
+from utils.locks import file_lock
 
 MARKER = ".usad_demo.json"
 
@@ -45,8 +43,7 @@ class Settings:
     version: int = 2
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """One frame to draw: its seed and file and, if it has a defect, the kind and the file of the mask."""
 
     seed: tuple[int, int, int]
@@ -74,37 +71,26 @@ def file_names(settings: Settings) -> set[str]:
 
 def draw(folder: Path, size: int, frame: Frame) -> None:
     """Draw one frame and write it, with its mask if it has a defect."""
-    cv2.setNumThreads(1)  # the processes share the cores already
-    image, mask = draw_scene(frame.seed, size, frame.kind)
-    (folder / frame.file).write_bytes(encode(image))
-    if frame.mask:
-        (folder / frame.mask).write_bytes(encode(mask))
+    for name, image in zip((frame.file, frame.mask), draw_scene(frame.seed, size, frame.kind), strict=True):
+        if name:
+            (folder / name).write_bytes(cv2.imencode(".png", image)[1].tobytes())
 
 
-def encode(image: np.ndarray) -> bytes:
-    return cv2.imencode(".png", image)[1].tobytes()
-
-
-def previous_settings(folder: Path) -> Settings | None:
-    """What the data set in `folder` was drawn with; None if there is no such folder.
+def is_drawn(folder: Path, settings: Settings) -> bool:
+    """Whether `folder` holds the whole data set.
 
     Raises InputError if the folder, or a file in it, was not made by this program.
     """
     if not folder.exists():
-        return None
+        return False
     try:
-        settings = Settings(**json.loads((folder / MARKER).read_text(encoding="utf-8")))
+        former = Settings(**json.loads((folder / MARKER).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise InputError(f"{folder} exists and was not drawn by this program; choose another --category") from None
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    foreign = sorted(present - file_names(settings) - {MARKER})
-    if foreign:
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {MARKER}
+    if foreign := sorted(present - file_names(former)):
         raise InputError(f"{folder / foreign[0]} was not drawn by this program; move it, or choose another --category")
-    return settings
-
-
-def is_whole(folder: Path, settings: Settings) -> bool:
-    return all((folder / name).is_file() for name in file_names(settings))
+    return former == settings and present == file_names(settings)
 
 
 def beside(folder: Path) -> tuple[Path, Path]:
@@ -123,45 +109,23 @@ def make(folder: Path, settings: Settings, workers: int) -> None:
     drawing, replaced = beside(folder)
     for name in file_names(settings):
         (drawing / name).parent.mkdir(parents=True, exist_ok=True)
+    cv2.setNumThreads(1)  # the frames share the cores already
+    pool = ThreadPoolExecutor(workers)  # NumPy and OpenCV let other threads run
     try:
-        draw_all(drawing, settings, workers)
+        todo = list(frames(settings))
+        drawn = pool.map(lambda frame: draw(drawing, settings.size, frame), todo)
+        for _ in tqdm(drawn, total=len(todo), desc="drawing", unit="frame", disable=None):
+            pass
         write_json(drawing / MARKER, asdict(settings))
         if folder.exists():
             folder.rename(replaced)
         drawing.rename(folder)
     finally:
+        pool.shutdown(cancel_futures=True)
         clear_leftovers(folder)
 
 
-def draw_all(folder: Path, settings: Settings, workers: int) -> None:
-    """Draw every frame into `folder` with `workers` processes; a single one means this process."""
-    todo = list(frames(settings))
-    task = partial(draw, folder, settings.size)
-    progress = partial(tqdm, total=len(todo), desc="drawing", unit="frame", disable=None)
-    if workers == 1:
-        for frame in progress(todo):
-            task(frame)
-        return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), follow_parent)
-    try:
-        with signals_held():
-            drawn = pool.map(task, todo, chunksize=4)
-        for _ in progress(drawn):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def follow_parent() -> None:
-    """A drawing process leaves signals to the script, and ends with it even if the script is killed."""
-    leave_signals_to_parent()
-    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-
-
 def main() -> None:
-    from utils.command_line import Parser, category_name, number
-    from utils.locks import file_lock
-
     parser = Parser(__doc__)
     count = number(int, 0, 99_999)
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="default: data")
@@ -173,7 +137,7 @@ def main() -> None:
     parser.add_argument("--good", type=count, default=60, help="test frames without a defect (default: 60)")
     parser.add_argument("--anomalous", type=count, default=90, help="test frames with a defect (default: 90)")
     parser.add_argument("--seed", type=number(int, 0, 2**63), default=22, help="default: 22")
-    parser.add_argument("--workers", type=number(int, 1, 256), help="processes (default: one per core, at most 16)")
+    parser.add_argument("--workers", type=number(int, 1, 256), help="threads (default: one per core, at most 16)")
     args = parser.parse_args()
     if args.data_root.exists() and not args.data_root.is_dir():
         raise InputError(f"--data-root {args.data_root} is a file; give a folder")
@@ -182,7 +146,7 @@ def main() -> None:
     settings = Settings(args.size, args.train, args.good, args.anomalous, args.seed)
     with file_lock(folder):
         clear_leftovers(folder)
-        if previous_settings(folder) == settings and is_whole(folder, settings):
+        if is_drawn(folder, settings):
             print(f"{folder} is already drawn with these settings")
             return
         make(folder, settings, args.workers or min(os.cpu_count() or 1, 16))
@@ -190,6 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from utils.command_line import run  # here: the drawing processes import this file, and need no torch
-
     run(main)

@@ -17,7 +17,7 @@ from datasets.images import stretched
 from datasets.mvtec import Sample
 from datasets.notes import Notes
 from datasets.region import RegionOfInterest
-from utils import distributed, gather
+from utils import distributed
 from utils.errors import InputError
 from utils.signals import leave_signals_to_parent, stoppable
 
@@ -111,12 +111,12 @@ class ImageLoader:
             for batch in stoppable(batches):
                 distributed.check()
                 if "error" in batch:
-                    raise batch["error"]
+                    raise batch.pop("error")  # this frame must not keep it: the loader, and its workers, would live on
                 for index, found in zip(batch["index"].tolist(), batch["notes"].tolist(), strict=True):
                     notes.add(found, samples[index].path, *samples[index].masks[:1])
                 yield batch
                 progress.update(len(batch["label"]))
-        notes.say(gather.all_entries)
+        notes.say()
 
 
 def find_unreadable(samples: Sequence[Sample], workers: int) -> dict[str, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from datasets.images import Note
 from utils import distributed
 from utils.command_line import warn_once
@@ -21,26 +19,21 @@ class Notes:
     """Counts the notes on many files, with an example of each kind."""
 
     def __init__(self) -> None:
-        self._counts = dict.fromkeys(Note, 0)
-        self._examples: dict[Note, object] = {}
+        self._found: dict[Note, tuple[int, str]] = {}
 
     def add(self, notes: int, image: object, mask: object = None) -> None:
         """Take in the notes on an image and its masks."""
         for note in Note:
             if note & notes:
-                self._counts[note] += 1
-                self._examples.setdefault(note, mask if note in Note.LABELS | Note.EMPTY else image)
+                count, example = self._found.get(note, (0, str(mask if note in Note.LABELS | Note.EMPTY else image)))
+                self._found[note] = count + 1, example
 
-    def say(self, share: Callable[[dict[str, str]], dict[str, str]] = dict) -> None:
-        """Warn of what was found: once a run, and of empty masks once for each data set.
-
-        With several processes `share` turns the entries of this one into those of all.
-        """
-        own = {note: f"{count} {self._examples[note]}" for note, count in self._counts.items() if count}
-        everything = share({f"{note.value} {distributed.rank()}": entry for note, entry in own.items()})
+    def say(self) -> None:
+        """Warn of what all processes have found: once a run, and of empty masks once for each data set."""
+        parts = distributed.gathered(self._found)
         for note, text in TEXTS.items():
-            entries = [entry.split(" ", 1) for key, entry in everything.items() if key.startswith(f"{note.value} ")]
-            if entries:
-                count, example = sum(int(count) for count, _ in entries), entries[0][1]
+            found = [part[note] for part in parts if note in part]
+            if found:
+                count, example = sum(count for count, _ in found), found[0][1]
                 key = example if note is Note.EMPTY else note
                 warn_once(key, f"{count} files, for instance {example}: {text}")

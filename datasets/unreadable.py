@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from datasets.loading import find_unreadable
 from datasets.mvtec import Category, Sample
-from utils import distributed, gather
+from utils import distributed
 from utils.command_line import warn
 from utils.errors import InputError, UnreadableError
 
@@ -17,7 +17,8 @@ SamplesOf = Callable[[Category], Sequence[Sample]]
 def leave_out_unreadable(category: Category, samples: Sequence[Sample], workers: int) -> None:
     """Remove samples that cannot be read from the category, and warn how many there are."""
     own = distributed.shard(len(samples), 1)
-    category.left_out |= gather.all_entries(find_unreadable(samples[own.start : own.stop], workers))
+    for part in distributed.gathered(find_unreadable(samples[own.start : own.stop], workers)):
+        category.left_out |= part
     if category.left_out:
         warn(f"{category.name}: {len(category.left_out)} of {len(samples)} images cannot be read and are left out")
 

@@ -1,7 +1,6 @@
 """Foreign objects on the belt: sticks, ropes and nets, bags. Each is a `Piece` like the lumps of coal.
 
 All take the random generator, the canvas, the centre, the tone (reflectance) and the dust on them, 0..1.
-They return None if no part of them would lie in the frame.
 """
 
 from __future__ import annotations
@@ -59,14 +58,11 @@ def tube(distance: Array, width: Array | float) -> Array:
     return width * np.sqrt(np.clip(1 - np.square(distance / width), 0, None))
 
 
-def stick(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) -> Piece | None:
+def stick(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) -> Piece:
     """A branch, a slat or a splinter of wood with the grain along its axis."""
     unit = canvas.unit
     length, width = int(rng.uniform(110, 430) * unit), rng.uniform(4.5, 17) * unit
-    box = canvas.box(centre, 0.5 * length + 2 * width)
-    if box is None:
-        return None
-    rows, columns, x, y = box
+    rows, columns, x, y = canvas.box(centre, 0.5 * length + 2 * width)
     points = curve(rng, length, rng.uniform(0, np.pi), rng.uniform(0.0, 0.12), 0.4 * length)
     arc, across = along(points, x, y)
     _, rough, fine = canvas.textures(rng, x, y)
@@ -86,14 +82,11 @@ def stick(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) 
     return Piece(rows, columns, shape, np.float32(height), albedo)
 
 
-def rope(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) -> Piece | None:
+def rope(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) -> Piece:
     """A twisted rope, or a bundle of loose strands that wander about one path."""
     unit = canvas.unit
     length, width = int(rng.uniform(160, 520) * unit), rng.uniform(3.5, 11) * unit
-    box = canvas.box(centre, 0.55 * length + 3 * width)
-    if box is None:
-        return None
-    rows, columns, x, y = box
+    rows, columns, x, y = canvas.box(centre, 0.55 * length + 3 * width)
     points = curve(rng, length, rng.uniform(0, np.pi), rng.uniform(0.4, 1.1), rng.uniform(60, 160) * unit)
     arc, across = along(points, x, y)
     place = np.clip(arc, 0, length - 1).astype(int)
@@ -119,14 +112,11 @@ def rope(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) -
     return Piece(rows, columns, shape, np.float32(height), albedo, drapes=True)
 
 
-def net(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) -> Piece | None:
+def net(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) -> Piece:
     """A torn piece of mesh; its holes show what lies below."""
     unit = canvas.unit
     radius = rng.uniform(50, 110) * unit
-    box = canvas.box(centre, 1.4 * radius)
-    if box is None:
-        return None
-    rows, columns, x, y = box
+    rows, columns, x, y = canvas.box(centre, 1.4 * radius)
     broad, rough, _ = canvas.textures(rng, x, y)
     u, v = turned(x, y, rng.uniform(0, np.pi))
     reach = np.hypot(u, v / rng.uniform(0.4, 0.9)) + 0.2 * radius * broad + 0.06 * radius * rough
@@ -142,14 +132,11 @@ def net(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) ->
     return Piece(rows, columns, shape, np.float32(height), albedo, drapes=True)
 
 
-def bag(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) -> Piece | None:
+def bag(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) -> Piece:
     """A crumpled bag of woven or smooth plastic, some torn open, some translucent."""
     unit = canvas.unit
     radius = rng.uniform(45, 105) * unit
-    box = canvas.box(centre, 1.5 * radius)
-    if box is None:
-        return None
-    rows, columns, x, y = box
+    rows, columns, x, y = canvas.box(centre, 1.5 * radius)
     broad, rough, fine = canvas.textures(rng, x, y)
     other = canvas.texture("broad", rng, x, y)
     u, v = turned(x, y, rng.uniform(0, np.pi))
@@ -185,7 +172,7 @@ def bag(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) ->
     return Piece(rows, columns, shape, height, albedo, rng.uniform(0.0, 0.4), opacity, drapes=True)
 
 
-DEFECTS: dict[str, tuple[Callable[..., Piece | None], ...]] = {
+DEFECTS: dict[str, tuple[Callable[..., Piece], ...]] = {
     "stick": (stick,),
     "rope": (rope, rope, net),
     "bag": (bag,),

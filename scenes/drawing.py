@@ -18,6 +18,10 @@ Array = np.ndarray
 Random = np.random.Generator
 
 
+class OutOfFrame(Exception):
+    """No part of a piece would lie in the frame."""
+
+
 @dataclass
 class Piece:
     """One thing on the belt. `rows` and `columns` say where its arrays [h, w] lie in the frame."""
@@ -68,13 +72,13 @@ class Canvas:
             "fine": fractal(rng, (size, size), 3.5 * self.unit, octaves=2),
         }
 
-    def box(self, centre: Point, radius: float) -> tuple[slice, slice, Array, Array] | None:
-        """Rows, columns and coordinates x, y [h, w] about its centre of a square in the frame, or None."""
+    def box(self, centre: Point, radius: float) -> tuple[slice, slice, Array, Array]:
+        """Rows, columns and coordinates x, y [h, w] about its centre of a square in the frame; raises OutOfFrame."""
         x, y = centre
         left, right = max(int(x - radius), 0), min(int(x + radius) + 1, self.size)
         top, bottom = max(int(y - radius), 0), min(int(y + radius) + 1, self.size)
         if right - left < 3 or bottom - top < 3:
-            return None
+            raise OutOfFrame
         across, down = np.meshgrid(np.arange(left, right), np.arange(top, bottom))
         return slice(top, bottom), slice(left, right), np.float32(across - x), np.float32(down - y)
 
@@ -95,12 +99,9 @@ def coat(shade: Array, tint: Array, settled: Array) -> Array:
     return np.float32(albedo + np.clip(settled, 0, 0.8)[..., None] * (DUST - albedo))
 
 
-def lump(rng: Random, canvas: Canvas, centre: Point, radius: float, tone: float, dust: float) -> Piece | None:
+def lump(rng: Random, canvas: Canvas, centre: Point, radius: float, tone: float, dust: float) -> Piece:
     """A stone: the lower envelope of random planes, warped and worn. Dust (0..1) lies where it is flat."""
-    box = canvas.box(centre, 1.35 * radius)
-    if box is None:
-        return None
-    rows, columns, x, y = box
+    rows, columns, x, y = canvas.box(centre, 1.35 * radius)
     unit = canvas.unit
     broad, rough, fine = canvas.textures(rng, x, y)
     u, v = turned(x, y, rng.uniform(0, np.pi))
@@ -117,7 +118,7 @@ def lump(rng: Random, canvas: Canvas, centre: Point, radius: float, tone: float,
         height = np.minimum(height, peak + rng.uniform(0.1, 0.7) * turned(u, v, rng.uniform(0, 2 * np.pi))[0])
     shape = height > 0
     if not shape.any():
-        return None
+        raise OutOfFrame
     flat = height > 0.6 * peak
     grit = rng.uniform(0.4, 1.3)
     height = cv2.GaussianBlur(np.float32(np.maximum(height, 0)), (0, 0), rng.uniform(0.7, 2.0) * unit)

@@ -6,13 +6,14 @@ the camera's blur and noise come last and are the same for all pieces: only its 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
 from scenes.defects import DEFECTS
-from scenes.drawing import Array, Canvas, Piece, Random, fractal, lump, wave
+from scenes.drawing import Array, Canvas, OutOfFrame, Piece, Random, fractal, lump, wave
 
 LEAST_VISIBLE = 0.0025  # of the frame, and half of the defect; a defect that shows less is laid on top of the coal
 
@@ -109,8 +110,9 @@ def draw_coal(rng: Random, canvas: Canvas) -> list[Piece]:
             x, y = rng.choice(heaps) + rng.normal(0, 75 * unit, 2)
         stone = rng.uniform(0.6, 0.85) if rng.random() < 0.03 else tone * rng.uniform(0.8, 1.25)
         settled = np.clip(dust + rng.normal(0, 0.1), 0, 0.8)
-        pieces.append(lump(rng, canvas, (x, y), radius, stone, settled))
-    return [piece for piece in pieces if piece is not None]
+        with contextlib.suppress(OutOfFrame):
+            pieces.append(lump(rng, canvas, (x, y), radius, stone, settled))
+    return pieces
 
 
 def draw_defect(rng: Random, canvas: Canvas, kind: str, coal: list[Piece]) -> tuple[Piece, int]:
@@ -124,7 +126,7 @@ def draw_defect(rng: Random, canvas: Canvas, kind: str, coal: list[Piece]) -> tu
             beside = coal[int(rng.integers(len(coal)))]
             x, y = (x + 3 * beside.columns.stop) / 4, (y + 3 * beside.rows.stop) / 4
         piece = draw(rng, canvas, (x, y), tone, rng.uniform(0, 0.45))
-        if piece is None or piece.shape.sum() < 1.5 * least:
+        if piece.shape.sum() < 1.5 * least:
             continue
         below = int(rng.integers(0, len(coal) + 1))
         visible = np.zeros((canvas.size, canvas.size), bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -190,6 +191,7 @@ def test_truncated_training_image(workplace, workers):
     truncate(workplace / "data/belt/train/good/005.png")
     flags = [*small_flags(workplace, "train_pc"), "--train-ratio", 1, "--workers", workers]
     refused(workplace, "train_pc", flags, "005.png", "cannot be read")
+    assert not multiprocessing.active_children()  # at the script's end they would be waited for in vain
 
 
 @pytest.mark.parametrize(
@@ -302,21 +304,6 @@ def test_json_that_is_no_dictionary(tmp_path):
         save_file({"bank": torch.ones(1)}, tmp_path / "pc.safetensors", {FORMAT: metadata})
         with pytest.raises(InputError, match=r"pc\.safetensors"):
             load_checkpoint(tmp_path / "pc.safetensors")
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_damaged_checkpoints_never_raise_anything_else(trained, tmp_path, seed):
-    content = (trained / "models/belt/pc.safetensors").read_bytes()
-    rng, path = np.random.default_rng(seed), tmp_path / "pc.safetensors"
-    for _ in range(100):
-        damaged = bytearray(content[: len(content) - rng.integers(0, 2) * rng.integers(0, len(content))])
-        for place in rng.integers(0, min(len(damaged) + 1, 3000), rng.integers(1, 5)):
-            damaged[place : place + 1] = bytes([rng.integers(0, 256)])
-        path.write_bytes(damaged)
-        try:
-            load_checkpoint(path)
-        except InputError as error:
-            assert str(path) in str(error)
 
 
 def test_no_held_out_statistics(workplace):

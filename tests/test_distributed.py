@@ -31,26 +31,17 @@ FLAGS = {
 }
 
 
-def torchrun(path: Path, *arguments) -> subprocess.CompletedProcess:
-    """Run a script in two processes on the CPU."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    return subprocess.run(
-        [sys.executable, *launcher, path, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-
-
 def flags_of(root: Path, script: str) -> list:
     """Small batches, so that both processes have images, except of the held-out ones."""
     return [*small_flags(root, script), *FLAGS[script], "--batch-size", 2, "--skip-unreadable"]
 
 
 @pytest.fixture(scope="module")
-def roots(tmp_path_factory) -> tuple[Path, Path]:
-    """The folders of one process and of two that ran all four scripts on the same data."""
+def runs(tmp_path_factory) -> tuple[Path, Path, subprocess.CompletedProcess]:
+    """The folders of one process and of two that ran all four scripts on the same data, and how the two ended.
+
+    At last they come to a file that cannot be read.
+    """
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     belt = draw_category(one / "data" / "belt", train=13)
     for part in ("train", "test"):
@@ -63,12 +54,27 @@ def roots(tmp_path_factory) -> tuple[Path, Path]:
     finally:
         torch.set_num_threads(threads)
     assert not any(run.code for run in finished), finished
-    commands = [list(map(str, [ROOT / f"{script}.py", *flags_of(two, script)])) for script in FLAGS]
-    both = torchrun(ROOT / "tests" / "in_turn.py", json.dumps(commands))
-    assert both.returncode == 0, both.stderr
+    spoilt = draw_category(two / "data" / "spoilt") / "train" / "good" / "007.png"  # the last one
+    spoilt.write_bytes(spoilt.read_bytes()[:100])
+    commands = [[ROOT / f"{script}.py", *flags_of(two, script)] for script in FLAGS]
+    flags = [*small_flags(two, "train_pc", "spoilt"), "--train-ratio", 1, "--batch-size", 2, "--no-eval"]
+    commands = json.dumps([list(map(str, command)) for command in (*commands, [ROOT / "train_pc.py", *flags])])
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    both = subprocess.run(
+        [sys.executable, *launcher, ROOT / "tests" / "in_turn.py", commands],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     printed = "".join(run.out for run in finished)
-    assert both.stdout == printed.replace(str(one), str(two))  # the second process says nothing
-    return one, two
+    assert both.stdout == printed.replace(str(one), str(two)), both.stderr  # the second process says nothing
+    return one, two, both
+
+
+@pytest.fixture
+def roots(runs) -> tuple[Path, Path]:
+    return runs[:2]
 
 
 def close(ours, theirs, tolerance: float) -> bool:
@@ -133,14 +139,11 @@ def test_report_and_operating_point(roots):
         assert points[1][name] == pytest.approx(points[0][name], rel=1e-6)
 
 
-def test_an_unreadable_file_of_the_second_process_ends_both_with_one_line(tmp_path):
-    spoilt = draw_category(tmp_path / "data" / "belt") / "train" / "good" / "007.png"  # the last one
-    spoilt.write_bytes(spoilt.read_bytes()[:100])
-    flags = [*small_flags(tmp_path, "train_pc"), "--train-ratio", 1, "--batch-size", 2, "--no-eval"]
-    finished = torchrun(ROOT / "train_pc.py", *flags)
-    errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-    assert finished.returncode not in (0, -9) and len(errors) == 1 and "007.png" in errors[0]
-    assert not finished.stdout and not (tmp_path / "models").exists()
+def test_an_unreadable_file_of_the_second_process_ends_both_with_one_line(runs):
+    _, two, both = runs
+    errors = [line for line in both.stderr.splitlines() if line.startswith("error: ")]
+    assert both.returncode not in (0, -9) and len(errors) == 1 and "007.png" in errors[0]
+    assert not (two / "models" / "spoilt").exists()
 
 
 def test_a_script_for_one_process_says_so(monkeypatch):
@@ -180,9 +183,8 @@ def test_every_process_gets_a_gpu_of_its_own(monkeypatch):
 
 def test_machines_with_different_images_are_refused(monkeypatch):
     monkeypatch.setattr(gather, "size", lambda: 2)
-    monkeypatch.setattr(gather, "all_rows", lambda mark: torch.cat([mark, other]))
-    other = torch.tensor([1])
+    monkeypatch.setattr(gather, "gathered", lambda mark: [mark, "another"])
     with pytest.raises(InputError, match="the machines do not have the same images"):
         gather.require_same("images", lambda: ["good/000.png"])
-    monkeypatch.setattr(gather, "all_rows", lambda mark: torch.cat([mark, mark]))
+    monkeypatch.setattr(gather, "gathered", lambda mark: [mark, mark])
     gather.require_same("images", lambda: ["good/000.png"])

@@ -9,7 +9,7 @@ import pytest
 
 import make_demo_data
 from scenes.defects import DEFECTS, along
-from scenes.drawing import Canvas, lump
+from scenes.drawing import Canvas, OutOfFrame, lump
 from scenes.scenes import LEAST_VISIBLE, Scene, draw_scene
 from utils.command_line import run
 
@@ -91,7 +91,8 @@ def test_any_size(size):
 
 def test_a_lump_outside_the_frame_is_nothing():
     rng = np.random.default_rng(0)
-    assert lump(rng, Canvas(rng, 64), (-500.0, 20.0), 30.0, 0.3, 0.1) is None
+    with pytest.raises(OutOfFrame):
+        lump(rng, Canvas(rng, 64), (-500.0, 20.0), 30.0, 0.3, 0.1)
 
 
 def test_along_a_straight_path_gives_its_axes():
@@ -130,7 +131,7 @@ def test_defaults_are_the_documented_data_set():
         assert sum(name.startswith(f"ground_truth/{kind}/") for name in names) == 30
 
 
-def test_the_number_of_processes_does_not_matter(monkeypatch, tmp_path):
+def test_the_number_of_threads_does_not_matter(monkeypatch, tmp_path):
     make(monkeypatch, tmp_path / "one", *SMALL)
     make(monkeypatch, tmp_path / "three", *SMALL, "--workers", "3")
     assert contents(tmp_path / "one") == contents(tmp_path / "three")

@@ -9,10 +9,11 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 PATIENCE = datetime.timedelta(days=7)  # the others wait while the main process selects, which may take hours
 FAILURES = "usad/failures"
+Value = TypeVar("Value")
 
 _store: Any = None  # torchrun's own key-value store, where there are several processes
 
@@ -86,6 +87,16 @@ def shard(count: int, batch_size: int) -> range:
     batches = -(-count // batch_size)
     start, stop = (-(-batches * part // size()) * batch_size for part in (rank(), rank() + 1))
     return range(min(start, count), min(stop, count))
+
+
+def gathered(value: Value) -> list[Value]:
+    """The values of all processes, in rank order, on every process; for small data on the CPU."""
+    values = [value] * size()
+    if size() > 1:
+        import torch.distributed as dist
+
+        dist.all_gather_object(values, value)
+    return values
 
 
 def check() -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils.distributed import is_main_process, local_rank, local_size, size
+from utils.distributed import gathered, is_main_process, local_rank, local_size, size
 from utils.errors import InputError
 from utils.files import digest_of_lines
 
@@ -50,30 +50,14 @@ def from_first(compute: Callable[[], State]) -> State:
 
 
 def all_rows(rows: Tensor) -> Tensor:
-    """The rows [n, ...] of all processes, in rank order, on every process; for small data on the CPU."""
-    if size() == 1:
-        return rows
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(size())]
-    dist.all_gather(counts, torch.tensor([len(rows)]))
-    parts = [rows.new_empty(max(counts), *rows.shape[1:]) for _ in counts]
-    padded = torch.cat([rows, rows.new_zeros(len(parts[0]) - len(rows), *rows.shape[1:])])
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def all_entries(entries: dict[str, str]) -> dict[str, str]:
-    """The entries of the dictionaries of all processes, in rank order, on every process."""
-    lines = "".join(json.dumps(entry) + "\n" for entry in entries.items())
-    everything = all_rows(torch.tensor(list(lines.encode()), dtype=torch.uint8))
-    return dict(json.loads(line) for line in everything.numpy().tobytes().splitlines())
+    """The rows [n, ...] of all processes, in rank order, on every process."""
+    return torch.cat(gathered(rows))
 
 
 def require_same(what: str, lines: Callable[[], Iterable[str]]) -> None:
     """Raise InputError if the processes do not have the same `lines`, for instance because machines' copies differ."""
-    if size() > 1:
-        mark = torch.tensor([int(digest_of_lines(lines())[:15], 16)])
-        if len(all_rows(mark).unique()) > 1:
-            raise InputError(f"the machines do not have the same {what}; share one disk, or copy it to all of them")
+    if size() > 1 and len(set(gathered(digest_of_lines(lines())))) > 1:
+        raise InputError(f"the machines do not have the same {what}; share one disk, or copy it to all of them")
 
 
 @contextlib.contextmanager
@@ -88,7 +72,7 @@ def one_per_machine_first() -> Iterator[None]:
 
 def barrier() -> None:
     """Wait until all processes have called this."""
-    all_rows(torch.zeros(0))
+    gathered(None)
 
 
 def own_gpu(name: str) -> str:

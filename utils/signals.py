@@ -1,14 +1,14 @@
-"""SIGINT and SIGTERM: a run ends after the current batch, or after a few seconds wherever it is."""
+"""SIGINT and SIGTERM: a run ends after the current batch, at a second signal wherever it is."""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator
 from typing import NoReturn, TypeVar
 
-GRACE = 4.0  # seconds that the current batch gets to finish
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Batch = TypeVar("Batch")
 
@@ -28,46 +28,33 @@ class _Script:
 def watch_signals() -> None:
     """Have SIGINT raise KeyboardInterrupt and SIGTERM raise Terminated; inside `stoppable` after the current batch."""
     _Script.process, _Script.loops, _Script.asked = os.getpid(), 0, None
-    with contextlib.suppress(ValueError):  # not in the main thread
-        for number in SIGNALS:
-            signal.signal(number, _on_signal)
+    _handle(_on_signal)
 
 
 def leave_signals() -> None:
-    """The run is over: from here on a signal ends the process silently."""
-    _set_alarm(0)
-    with contextlib.suppress(ValueError):
+    """The run is over: from here on a signal ends the process silently, and its workers at the next SIGTERM."""
+    _handle(signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+
+
+def _handle(handler) -> None:
+    with contextlib.suppress(ValueError):  # not in the main thread
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, handler)
 
 
-def leave_signals_to_parent(worker: int = 0) -> None:
+def leave_signals_to_parent() -> None:
     """For a worker process: Ctrl-C and a service manager's SIGTERM reach workers, too, but the script decides.
 
     If need be, the script ends its workers with a second SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    _mask(blocked=False)
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Hold signals back during the block; processes started in it get none before `leave_signals_to_parent`."""
-    _mask(blocked=True)
-    try:
-        yield
-    finally:
-        _mask(blocked=False)
-
-
-def _mask(blocked: bool) -> None:
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK if blocked else signal.SIG_UNBLOCK, SIGNALS)
 
 
 def stoppable(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield `batches`; a signal takes effect between two of them, or after GRACE seconds."""
+    """Yield `batches`; a signal takes effect between two of them."""
     _Script.loops += 1
     try:
         for batch in batches:
@@ -78,31 +65,20 @@ def stoppable(batches: Iterable[Batch]) -> Iterator[Batch]:
         _Script.loops -= 1
 
 
-def _on_signal(number: int, frame: object) -> None:
-    if os.getpid() != _Script.process:
-        leave_signals_to_parent()
-    elif _Script.loops == 0 or _Script.asked is not None or not _set_alarm(GRACE):
-        _stop(number)
-    else:
-        _Script.asked = number
-
-
-def _set_alarm(seconds: float) -> bool:
-    """Stop the run after `seconds` (0: never); False if the system has no such timer (Windows)."""
-    if not hasattr(signal, "setitimer"):
-        return False
-    with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGALRM, lambda *_: _stop_if_asked())
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    return True
-
-
 def _stop_if_asked() -> None:
     if _Script.asked is not None:
         _stop(_Script.asked)
 
 
+def _on_signal(number: int, frame: object) -> None:
+    if os.getpid() != _Script.process:
+        leave_signals_to_parent()
+    elif _Script.loops and _Script.asked is None:
+        _Script.asked = number
+    else:
+        _stop(number)
+
+
 def _stop(number: int) -> NoReturn:
-    _set_alarm(0)
     _Script.asked = None
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
