@@ -6,7 +6,6 @@ Whatever the file, its reader must return or raise InputError. `campaign` counts
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -157,49 +156,35 @@ def try_case(watch: Watch, target: Target, seed: Path, data: bytes, folder: Path
     return wrong + seen
 
 
-def _process(pipe, target: Target, seed: int, folder: Path) -> None:
-    """Run CHUNK cases and send what went wrong with each."""
+def _process(target: Target, seed: int, folder: Path) -> None:
+    """Run CHUNK cases; `case` is the present one, `log` has a line for each that is finished."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1), os.dup2(nowhere, 2)  # progress bars, and what C libraries print
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        limit = int(statm.read_text().split()[0]) * resource.getpagesize() + 2 * BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    rng, watch = random.Random(seed), Watch()
-    folder.mkdir()
-    for _ in range(CHUNK):
-        good = rng.choice(target.seeds)
-        data = rng.choice(target.mutations)(rng, good.read_bytes())
-        pipe.send(data)
-        pipe.send(try_case(watch, target, good, data, folder))
-    pipe.close()
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2 * BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    rng, watch, inside = random.Random(seed), Watch(), folder / "inside"
+    inside.mkdir()
+    with open(folder / "log", "a", buffering=1) as log:
+        for number in range(CHUNK):
+            good = rng.choice(target.seeds)
+            data = rng.choice(target.mutations)(rng, good.read_bytes())
+            (folder / "case").write_bytes(data)
+            if wrong := try_case(watch, target, good, data, inside):
+                (folder / f"finding {number}").write_bytes(data)
+            log.write(json.dumps(wrong) + "\n")
 
 
-def campaign(target: Target, cases: int, seed: int, folder: Path) -> Iterator[tuple[bytes, list[str]]]:
-    """About `cases` cases, each with what went wrong."""
-    context = multiprocessing.get_context("fork")
+def campaign(target: Target, cases: int, seed: int, folder: Path) -> Iterator[list[str]]:
+    """What went wrong with each of about `cases` cases; those that did are kept in `folder`, for a test."""
     for number in range(-(-cases // CHUNK)):
-        receiver, sender = context.Pipe(duplex=False)
-        arguments = (sender, target, hash((seed, number)), folder / f"chunk {number}")
-        process = context.Process(target=_process, args=arguments, daemon=True)
+        place = folder / f"chunk {number}"
+        place.mkdir(parents=True)
+        arguments = target, hash((seed, number)), place
+        process = multiprocessing.get_context("fork").Process(target=_process, args=arguments, daemon=True)
         process.start()
-        sender.close()
-        data = None
-        try:
-            while True:
-                data = receiver.recv()
-                yield data, receiver.recv()
-                data = None
-        except EOFError:
-            process.join()
-        if data is not None:
-            yield data, [f"the process ended with {process.exitcode}"]
-
-
-def save_finding(folder: Path, name: str, data: bytes, wrong: list[str]) -> None:
-    """Keep a case that went wrong, for a test."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{name} {hashlib.sha256(data).hexdigest()[:16]}".replace(" ", "_").replace("(", "").replace(")", "")
-    (folder / stem).write_bytes(data)
-    (folder / f"{stem}.json").write_text(json.dumps(wrong, indent=1))
+        process.join()
+        yield from map(json.loads, (place / "log").read_text().splitlines())
+        if process.exitcode:
+            (place / "case").rename(place / "finding at the end")
+            yield [f"the process ended with {process.exitcode}"]

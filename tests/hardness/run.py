@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch starts; forked processes must not inherit threads
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from hardness import camera, fuzzing, interruption, long_run  # noqa: E402
+from hardness import fuzzing, interruption, long_run  # noqa: E402
 from tiny import SMALL_NETWORKS, draw_category, run_in_process, small_flags  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -42,9 +42,9 @@ class Tally:
 
     def table(self) -> str:
         """One row a kind."""
-        rows = [f"{kind:<40}{count:>8}{self.failed[kind]:>8}" for kind, count in self.cases.items()]
-        total = f"{'all':<40}{self.cases.total():>8}{self.failed.total():>8}"
-        return "\n".join([f"{'kind of fault':<40}{'cases':>8}{'failed':>8}", *rows, total])
+        rows = [("kind of fault", "cases", "failed")]
+        rows += [(kind, count, self.failed[kind]) for kind, count in self.cases.items()]
+        return "\n".join(f"{kind:<40}{cases:>8}{failed:>8}" for kind, cases, failed in rows)
 
 
 def main() -> None:
@@ -76,13 +76,13 @@ def work(args, folder: Path, tally: Tally) -> None:
     if args.cases:
         fuzz(args, folder / "files", models / "belt", tally)
     if args.frames:
-        words, wrong = long_run.verdict(long_run.measure(folder, models, args.frames))
+        words, wrong = long_run.of_folder(folder, models, args.frames)
         print(words)
         tally.add(f"{args.frames} frames through predict.py", wrong)
     if args.pictures:
-        measured = camera.watch(folder / "watched", args.pictures)
-        print(camera.words(measured))
-        tally.add(f"{args.pictures} pictures of a camera", measured.wrong)
+        words, wrong = long_run.of_camera(folder / "watched", args.pictures)
+        print(words)
+        tally.add(f"{args.pictures} pictures of a camera", wrong)
 
 
 def disturb(args, folder: Path, tally: Tally) -> None:
@@ -108,12 +108,9 @@ def fuzz(args, folder: Path, models: Path, tally: Tally) -> None:
     targets = fuzzing.targets(folder, models)
     share = -(-args.cases // len(targets))
     for kind, target in targets.items():
-        runs = folder / "runs" / kind
-        runs.mkdir(parents=True)
-        for data, wrong in tqdm(fuzzing.campaign(target, share, args.seed, runs), total=share, desc=kind, disable=None):
+        cases = fuzzing.campaign(target, share, args.seed, (args.findings or folder / "runs") / kind)
+        for wrong in tqdm(cases, total=share, desc=kind, disable=None):
             tally.add(kind, wrong)
-            if wrong and args.findings:
-                fuzzing.save_finding(args.findings, kind, data, wrong)
 
 
 if __name__ == "__main__":
