@@ -6,10 +6,11 @@ import contextlib
 import errno
 import io
 import os
+import re
 import shutil
 import sys
 import tarfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -20,7 +21,8 @@ DATASET = "lyfjwp/CoalAD"
 ARCHIVES = ("coal_ad_train.tar", "coal_ad_test.tar")
 MAX_MEMBERS = 200_000
 MAX_READ = 1 << 24  # bytes; tarfile reads some headers in one go, however long they claim to be
-MAX_DEPTH = 8  # coal_ad/ground_truth/<defect>/<stem>_mask.png is four deep
+# Names of members: under coal_ad/ and portable, no path, drive or device; macOS adds ._ before a name.
+NAME = re.compile(rb"\.|(\./)*(\._)?coal_ad(/+(?!\.\.?(/|$))[^/\\:\x00-\x1f]{1,255}){0,7}")
 
 # The disk's own errors, which must not be mistaken for a failing network.
 STORAGE_ERRORS = {
@@ -180,30 +182,20 @@ def extract(archive: Path, folder: Path) -> None:
 
 
 def _extract_member(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    path = PurePosixPath(member.name)
-    if reason := _refusal(member, path):
-        raise InputError(f"{Path(tar.name).name} is refused: its member {member.name[:200]!a} {reason}")
-    if not path.parts or path.name.startswith("._") or path.name == ".DS_Store":
-        return  # the entry "./", and what macOS adds to an archive
-    try:
-        if member.isdir():
-            (folder / path).mkdir(parents=True, exist_ok=True)
-            return
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        with open(folder / path, "xb") as file:
-            shutil.copyfileobj(tar.extractfile(member), file, 1 << 20)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{Path(tar.name).name} is refused: it holds {member.name[:200]!a} twice") from None
-
-
-def _refusal(member: tarfile.TarInfo, path: PurePosixPath) -> str | None:
-    """Why a member must not be unpacked."""
+    archive, path = Path(tar.name).name, folder / member.name
     if not (member.isreg() or member.isdir()) or member.issparse() or member.size < 0:
-        return "is neither a plain file nor a folder"
-    if path.is_absolute() or ".." in path.parts or path.parts[:1] not in ((), (CATEGORY,), (f"._{CATEGORY}",)):
-        return f"lies outside of {CATEGORY}/"
-    if len(path.parts) > MAX_DEPTH or any(len(os.fsencode(part)) > 255 for part in path.parts):
-        return "has too long a name"
-    if any(char in "\\:" or ord(char) < 32 for char in member.name):  # a path of its own on Windows
-        return "has a name that is not portable"
-    return None
+        reason = "is neither a plain file nor a folder"
+    elif not NAME.fullmatch(os.fsencode(member.name)):
+        reason = f"has no plain name under {CATEGORY}/"
+    elif path == folder or path.name.startswith("._") or path.name == ".DS_Store":
+        return  # the entry "./", and what macOS adds to an archive
+    else:
+        try:
+            (path if member.isdir() else path.parent).mkdir(parents=True, exist_ok=True)
+            if member.isreg():
+                with open(path, "xb") as file:
+                    shutil.copyfileobj(tar.extractfile(member), file, 1 << 20)
+            return
+        except (FileExistsError, NotADirectoryError):
+            reason = "is in it twice"
+    raise InputError(f"{archive} is refused: its member {member.name[:200]!a} {reason}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import importlib
 import io
@@ -29,6 +30,8 @@ from machine import PATIENCE, require
 
 from datasets import coalad
 from utils.errors import InputError
+
+MEMBERS = 3 * (512 + 40_448)  # bytes of three members of 40,000, padded to whole blocks
 
 
 def make_tar(files: dict[str, bytes]) -> bytes:
@@ -67,7 +70,6 @@ class ModelScope(ThreadingHTTPServer):
         self.files = files
         self.listed = True
         self.cut: int | None = None
-        self.honours_range = True
         self.flip = False
         self.downloads: list[tuple[str, str | None]] = []  # (file, Range header) of each download request
 
@@ -111,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.flip:
             data = data[:-1] + bytes([data[-1] ^ 1])
         cut = self.server.cut if name == "coal_ad_train.tar" else None
-        if wanted and self.server.honours_range:
+        if wanted:
             start = int(wanted.removeprefix("bytes=").split("-")[0])
             headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
             self.reply(206, data[start:], headers, cut)
@@ -227,14 +229,6 @@ def test_a_cut_download_is_continued(tmp_path, server, content):
     assert call(data, address(server))[0] == "done"
     assert ("coal_ad_train.tar", f"bytes={received}-") in server.downloads
     assert tree(data) == content
-
-
-def test_a_server_without_ranges_sends_all_again(tmp_path, server, content):
-    server.cut, server.honours_range = 100_000, False
-    assert call(tmp_path / "data", address(server))[0] == "ConnectionError"
-    server.cut = None
-    assert call(tmp_path / "data", address(server))[0] == "done"
-    assert tree(tmp_path / "data") == content
 
 
 def test_bytes_that_differ_from_the_listing_are_refused(tmp_path, server):
@@ -383,15 +377,13 @@ def test_hostile_archives_are_refused(tmp_path, download, kind):
     data = tmp_path / "in/data"
     good = download["coal_ad_train.tar"]
     download["coal_ad_train.tar"] = followed(good, HOSTILE.get(kind, ()), RAW.get(kind, b""))
-    before = set(tmp_path.parent.rglob("*"))
     with pytest.raises(InputError, match=r"coal_ad_t(rain|est).tar is (refused|damaged)") as refusal:
         coalad.ensure_coalad(data)
     assert "\n" not in str(refusal.value)
     # Nothing but the hidden download folder, and the archive at fault is not kept.
     assert [path.name for path in data.iterdir()] == [".coal_ad.download"]
     assert not list(data.rglob("*.jpg"))
-    new = set(tmp_path.parent.rglob("*")) - before
-    assert {path for path in new if data not in path.parents} <= {data, data.parent}
+    assert {path for path in tmp_path.rglob("*") if data not in path.parents} <= {data, data.parent}
     assert not Path("/tmp/coal_ad_evil").exists()
     faulty = "coal_ad_test.tar" if kind == "file in both archives" else "coal_ad_train.tar"
     assert not (data / ".coal_ad.download" / faulty).exists()
@@ -411,19 +403,10 @@ def test_too_many_members_are_refused(tmp_path, download, monkeypatch):
         coalad.ensure_coalad(tmp_path)
 
 
-def test_a_compressed_archive_is_refused(tmp_path, download):
-    import gzip
-
-    download["coal_ad_test.tar"] = gzip.compress(download["coal_ad_test.tar"])
-    with pytest.raises(InputError, match=r"coal_ad_test.tar is damaged or not an uncompressed tar"):
-        coalad.ensure_coalad(tmp_path)
-
-
-@pytest.mark.parametrize("at_header", [True, False])
-def test_a_truncated_archive_is_refused(tmp_path, download, at_header):
-    size = 3 * (512 + 40_448)  # three members of 40,000 bytes, padded to whole blocks
-    download["coal_ad_train.tar"] = download["coal_ad_train.tar"][: size if at_header else size - 10_000]
-    with pytest.raises(InputError, match="damaged"):
+@pytest.mark.parametrize("spoil", [gzip.compress, lambda data: data[:MEMBERS], lambda data: data[: MEMBERS - 10_000]])
+def test_a_compressed_or_truncated_archive_is_refused(tmp_path, download, spoil):
+    download["coal_ad_train.tar"] = spoil(download["coal_ad_train.tar"])
+    with pytest.raises(InputError, match=r"coal_ad_train.tar is damaged or not an uncompressed tar"):
         coalad.ensure_coalad(tmp_path)
     assert not (tmp_path / "coal_ad").exists()
 
@@ -465,26 +448,3 @@ def test_a_killed_extraction_leaves_no_data_set(tmp_path, download, content):
     left.write_bytes(b"half")
     coalad.ensure_coalad(tmp_path)
     assert tree(tmp_path) == content
-
-
-def test_random_damage_is_refused_or_harmless(tmp_path, archives):
-    """Flipped bytes end in InputError or in files under coal_ad/, however tarfile reads them."""
-    rng = random.Random(22)
-    good = make_tar({f"coal_ad/train/good/{i}.jpg": rng.randbytes(100) for i in range(4)})
-    archive = tmp_path / "coal_ad_train.tar"
-    for i in range(300):
-        damaged = bytearray(good)
-        for _ in range(rng.randrange(1, 6)):
-            header = rng.randrange(4) * 1024
-            damaged[header + rng.randrange(512)] = rng.randrange(256)
-            block = damaged[header : header + 512]
-            block[148:156] = b"        "
-            damaged[header + 148 : header + 156] = b"%06o\0 " % sum(block)
-        archive.write_bytes(damaged)
-        folder = tmp_path / f"unpacked{i}"
-        folder.mkdir()
-        with contextlib.suppress(InputError):
-            coalad.extract(archive, folder)
-        assert {path.name for path in folder.iterdir()} <= {"coal_ad"}
-        shutil.rmtree(folder)
-    assert {path.name for path in tmp_path.iterdir()} == {"coal_ad_train.tar"}
