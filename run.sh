@@ -64,7 +64,7 @@ step "Fusion" test_fusion.py --category "$category" ${testing[@]+"${testing[@]}"
 results=result/$category/fusion
 echo
 echo "Done. Look at:"
-for name in report.html heatmaps metrics.json scores.csv config.json; do
+for name in report.html sheet.jpg heatmaps metrics.json scores.csv config.json; do
   [ ! -e "$results/$name" ] || echo "  $results/$name"
 done
 [ "$category" != coal_demo ] || echo "$DEMO_NOTE"

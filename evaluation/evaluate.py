@@ -14,6 +14,7 @@ import torch
 from datasets.loading import ImageLoader
 from evaluation.result_files import (
     REPORT,
+    SHEET,
     write_average,
     write_heatmaps,
     write_map,
@@ -26,8 +27,8 @@ from models.branches.branch import AS_PUBLISHED, Branch
 from models.branches.part import Part
 from models.fusion.operating_point import OperatingPoint
 from models.fusion.usad import USAD
+from reporting.heatmaps import Thumbnails
 from reporting.report import Threshold
-from reporting.visualize import Thumbnails
 from utils.distributed import is_main_process
 from utils.files import write_json
 from utils.gather import barrier, from_first
@@ -98,7 +99,8 @@ def evaluate(
         threshold = point and Threshold(point.threshold, point.pixel_threshold, point.source)
         write_test_report(folder, results, metrics, threshold, config)
     else:
-        (folder / REPORT).unlink(missing_ok=True)  # it would show the figures of an earlier run
+        for name in (REPORT, SHEET):
+            (folder / name).unlink(missing_ok=True)  # it would show the figures of an earlier run
     return metrics
 
 

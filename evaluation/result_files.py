@@ -15,15 +15,17 @@ from tqdm import tqdm
 from datasets.mvtec import Sample
 from evaluation.results import Results
 from metrics import protocols
+from reporting.heatmaps import Thumbnails, strip
+from reporting.pictures import write_picture
 from reporting.report import Threshold, write_report
-from reporting.visualize import Thumbnails, strip, write_png
+from reporting.sheet import write_sheet
 from utils.csv_cells import safe_cell
 from utils.errors import InputError
 from utils.files import atomic_write, write_json, write_text
 from utils.ownership import PROGRAM, is_ours
 from utils.signals import stoppable
 
-REPORT = "report.html"
+REPORT, SHEET = "report.html", "sheet.jpg"
 
 
 def average_path(results_dir: Path, name: str) -> Path:
@@ -70,13 +72,16 @@ def write_heatmaps(folder: Path, samples: Sequence[Sample], thumbnails: Thumbnai
     pairs = zip(samples, thumbnails, strict=True)
     bar = tqdm(pairs, desc="heat maps", total=len(samples), unit="image", leave=False, disable=None)
     for sample, image in stoppable(bar):
-        write_png(_result_path(folder, sample, ".png"), strip(sample, image, scale))
+        write_picture(_result_path(folder, sample, ".png"), strip(sample, image, scale))
 
 
 def write_test_report(
     folder: Path, results: Results, metrics: dict[str, Any], threshold: Threshold | None, config: dict[str, Any]
 ) -> None:
-    """report.html of a fusion's test; without a threshold it shows the one of the highest F1, and says so."""
+    """report.html and sheet.jpg of a fusion's test; without a threshold they show that of the highest F1, and say so.
+
+    Without any threshold there is no sheet.
+    """
     settings = config.get("settings", {})
     weights = sorted({branch["backbone"]["weights"] for branch in config.get("branches", {}).values()})
     facts = {
@@ -90,6 +95,10 @@ def write_test_report(
     title = str(settings.get("category", folder.parent.name))
     threshold = threshold or results.best_threshold()
     write_report(folder / REPORT, title, results.gallery, metrics, results.curves(), threshold, config, facts)
+    if threshold:
+        write_sheet(folder / SHEET, title, results.gallery, threshold)
+    else:
+        (folder / SHEET).unlink(missing_ok=True)
 
 
 def _result_path(folder: Path, sample: Sample, suffix: str) -> Path:

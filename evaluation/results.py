@@ -12,8 +12,8 @@ from datasets.region import RegionOfInterest
 from metrics import METRICS
 from models.branches.part import Part
 from reporting.gallery import Entry, Gallery, Pictures
+from reporting.heatmaps import Thumbnails
 from reporting.report import Curves, Threshold
-from reporting.visualize import Thumbnails
 from utils.command_line import warn_once
 from utils.errors import InputError
 from utils.gather import collect

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import random
@@ -12,13 +11,13 @@ from collections.abc import Callable, Mapping
 
 import cv2
 import numpy as np
-from PIL import Image
+
+from reporting.pictures import encode, fitted, outline
 
 LIMIT = 500  # entries with pictures
-HIGHEST = 200  # of these, the ones with the highest scores; the others are a sample of the rest
+EXTREME = 100  # of these, the highest scores of images not known to be anomalous, and as many lowest of anomalous ones
 MAP_SIDE = 128
-MAX_BORDERS, MAX_PATH = 40, 4000
-QUALITIES = (80, 60, 40, 20)  # of WebP; the first whose bytes fit is taken
+Loops = list[list[list[float]]]  # an outline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +53,15 @@ class Kept:
     frame: bytes  # WebP
     size: tuple[int, int]  # of the frame, width and height
     maps: dict[str, np.ndarray]  # float32, of the frame's shape, no side longer than MAP_SIDE
-    truth: str  # outline as an SVG path in pixels of the frame; "" without a region
+    truth: Loops  # outline in pixels of the frame; empty without a region
 
-    def contour(self, level: float) -> str:
+    def contour(self, level: float) -> Loops:
         """The outline of the main map's pixels from `level` on."""
         return outline(cv2.resize(next(iter(self.maps.values())), self.size) >= level, self.size)
 
 
 class Gallery:
-    """Takes entries one by one; keeps those with the highest scores, and a seeded sample of the rest.
+    """Takes entries one by one; keeps the EXTREME ones, which may be mistaken, and a seeded sample of the rest.
 
     `expected` is the number of images if it is known; fewer images are kept at a higher resolution. `first` is the
     number of the first entry: galleries of consecutive shares, merged, choose what a single one would. The pictures of
@@ -70,13 +69,13 @@ class Gallery:
     """
 
     def __init__(
-        self, expected: int | None = None, limit: int = LIMIT, highest: int = HIGHEST, seed: int = 22, first: int = 0
+        self, expected: int | None = None, limit: int = LIMIT, extreme: int = EXTREME, seed: int = 22, first: int = 0
     ) -> None:
-        self.limit, self.highest, self.seed, self.first = limit, highest, seed, first
+        self.limit, self.extreme, self.seed, self.first = limit, extreme, seed, first
         few = expected is not None and expected <= 200
         self.frame_side, self.frame_bytes = (720, 70_000) if few else (512, 24_000)
         self.scores, self.labels, self.alarms = array("d"), array("b"), array("b")  # -1: None
-        self._draws: dict[int, tuple[float, float]] = {}  # score and chance of the entries chosen, by number
+        self._chances: dict[int, float] = {}  # of the entries chosen, by number
         self._kept: dict[int, Kept] = {}
 
     def __len__(self) -> int:
@@ -93,7 +92,7 @@ class Gallery:
         self.scores.append(entry.score)
         self.labels.append(-1 if entry.label is None else entry.label)
         self.alarms.append(-1 if entry.alarm is None else entry.alarm)
-        self._offer(number, entry.score, lambda: self._shrink(entry, pictures()))
+        self._offer(number, lambda: self._shrink(entry, pictures()))
 
     def by_score(self) -> list[Kept]:
         """The chosen entries, highest score first; ties in order of arrival."""
@@ -117,62 +116,29 @@ class Gallery:
         for number, entry, size, parts, truth in json.loads(arrays["texts"].tobytes()):
             maps = {part: arrays[f"{number} {part}"] for part in parts}
             kept = Kept(Entry(**entry), arrays[f"{number} frame"].tobytes(), tuple(size), maps, truth)
-            self._offer(number, kept.entry.score, lambda kept=kept: kept)
+            self._offer(number, lambda kept=kept: kept)
 
-    def _offer(self, number: int, score: float, make: Callable[[], Kept]) -> None:
-        """Choose the entry; if that is one too many, drop the lowest draw among all but the highest scores."""
-        chance = random.Random(f"{self.seed} {number}").random()  # depends on its number alone, not on scores
-        self._draws[number] = score, chance
-        if len(self._draws) > self.limit:
-            loser = min(self._ranking()[self.highest :], key=lambda number: self._draws[number][1])
-            del self._draws[loser]
+    def _offer(self, number: int, make: Callable[[], Kept]) -> None:
+        """Choose the entry; if that is one too many, drop the lowest chance among all but the extreme ones."""
+        # The chance depends on the number alone, not on scores.
+        self._chances[number] = random.Random(f"{self.seed} {number}").random()
+        if len(self._chances) > self.limit:
+            ranking = self._ranking()
+            anomalous = [other for other in ranking if self.labels[other - self.first] == 1]
+            others = [other for other in ranking if self.labels[other - self.first] != 1]
+            loser = min(anomalous[: -self.extreme] + others[self.extreme :], key=self._chances.__getitem__)
+            del self._chances[loser]
             self._kept.pop(loser, None)
-        if number in self._draws:
+        if number in self._chances:
             self._kept[number] = make()
 
     def _ranking(self) -> list[int]:
-        return sorted(self._draws, key=lambda number: (-self._draws[number][0], number))
+        return sorted(self._chances, key=lambda number: (-self.scores[number - self.first], number))
 
     def _shrink(self, entry: Entry, pictures: Pictures) -> Kept:
         size = fitted(pictures.frame.shape[1::-1], self.frame_side)
         frame = cv2.resize(pictures.frame, size, interpolation=cv2.INTER_AREA)
         map_size = fitted(size, MAP_SIDE)
         maps = {part: cv2.resize(full.astype(np.float32), map_size) for part, full in pictures.maps.items()}
-        truth = "" if pictures.truth is None else outline(pictures.truth, size)
+        truth = [] if pictures.truth is None else outline(pictures.truth, size)
         return Kept(entry, encode(frame, self.frame_bytes), size, maps, truth)
-
-
-def fitted(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """The size (w, h) of a picture that is made as small as `side`."""
-    scale = min(1.0, side / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-def encode(image: np.ndarray, budget: int) -> bytes:
-    """RGB uint8 [H, W, 3] as WebP of at most `budget` bytes, at lower quality and resolution if need be."""
-    while True:
-        for quality in QUALITIES:
-            data = io.BytesIO()
-            # Method 1 takes a third of the time of the default, 4, for a tenth more bytes.
-            Image.fromarray(image).save(data, "WEBP", quality=quality, method=1)
-            if data.tell() <= budget or max(image.shape[:2]) < 16:
-                return data.getvalue()
-        image = cv2.resize(image, None, fx=0.7, fy=0.7, interpolation=cv2.INTER_AREA)
-
-
-def outline(region: np.ndarray, size: tuple[int, int]) -> str:
-    """The borders of a bool region [H, W], holes included, as an SVG path in a frame of `size` (w, h).
-
-    The longest borders are drawn, and as exactly as MAX_PATH characters allow.
-    """
-    borders, _ = cv2.findContours(region.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    scale = np.array([size[0] / region.shape[1], size[1] / region.shape[0]])
-    longest = sorted(borders, key=len, reverse=True)[:MAX_BORDERS]
-    scaled = [((border + 0.5) * scale).astype(np.float32) for border in longest]
-    tolerance = 0.6  # pixels of the frame
-    while True:
-        loops = [cv2.approxPolyDP(border, tolerance, True)[:, 0] for border in scaled]
-        path = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in loop) + "Z" for loop in loops)
-        if len(path) <= MAX_PATH:
-            return path
-        tolerance *= 2

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import cv2
 import numpy as np
 
 from metrics import protocols
 from metrics.pixel import FPR_LIMIT
 from reporting import charts
-from reporting.gallery import Entry, Gallery, encode
-from reporting.visualize import color_scale, colorize
+from reporting.gallery import Entry, Gallery, Kept, Loops
+from reporting.pictures import color_scale, colorize, encode
 from utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ CHARTS = (  # key in `Curves`, title, the figure of metrics.json that sums it up
     ("pixel_pr", "Pixel precision–recall", "pixel_ap", "recall", "precision", 1.0),
     ("pixel_pro", "Region overlap (PRO)", "aupro", "false positive rate", "mean region overlap", FPR_LIMIT),
 )
-COLORS = cv2.COLORMAP_INFERNO  # even in lightness, so that it reads without colour vision and in print
 MAP_BYTES = 3_500
 Curves = Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]
 
@@ -69,11 +67,6 @@ def write_report(
     script but its own.
     """
     kept = gallery.by_score()
-    parts = list(kept[0].maps) if kept else []
-    scales = {
-        part: color_scale(np.concatenate([item.maps[part][::2, ::2].ravel() for item in kept]))
-        for part in (*parts[1:], *parts[:1])  # the branches, then what they make together
-    }
     kinds = [kind_of(item.entry, threshold) for item in kept]
     page = templates().get_template("report.html")
     pieces = page.generate(
@@ -86,7 +79,7 @@ def write_report(
         columns={"fusion": metrics, **metrics.get("branches", {})} if metrics else {},
         kept=list(zip(kept, kinds, strict=True)),
         filters=_filters(kinds),
-        scales=scales,
+        scales=color_scales(kept),
         config=config and json.dumps(config, indent=2, ensure_ascii=False),
     )
     # Bytes of a file name that are no UTF-8 become "?".
@@ -101,10 +94,20 @@ def templates() -> Environment:
     folder = Path(__file__).parent
     options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), **options)
-    environment.filters |= {"part_title": part_title, "digest": _digest, "uri": _uri, "colored": _colored}
+    environment.filters |= {"part_title": part_title, "digest": _digest, "uri": _uri}
+    environment.filters |= {"colored": _colored, "path": _path}
     environment.globals |= {name: (folder / f"report.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     environment.globals |= {"protocols": protocols(), "ramp": np.linspace(0, 1, 256)[None].repeat(8, 0)}
     return environment
+
+
+def color_scales(kept: list[Kept]) -> dict[str, tuple[float, float]]:
+    """The range of each part's colours: the branches, then what they make together."""
+    parts = list(kept[0].maps) if kept else []
+    return {
+        part: color_scale(np.concatenate([item.maps[part][::2, ::2].ravel() for item in kept]))
+        for part in (*parts[1:], *parts[:1])
+    }
 
 
 def part_title(part: str) -> str:
@@ -119,6 +122,12 @@ def kind_of(entry: Entry, threshold: Threshold | None) -> str:
     if alarm is None and threshold is not None:
         alarm = entry.score >= threshold.score
     return KINDS[entry.label][2 if alarm is None else int(alarm)]
+
+
+def alarms_of(gallery: Gallery, threshold: Threshold | None) -> np.ndarray:
+    """Of all images of the gallery, 1 with an alarm, 0 without; -1 where there is no threshold."""
+    scores, alarms = np.asarray(gallery.scores), np.asarray(gallery.alarms)
+    return alarms if threshold is None else np.where(alarms < 0, scores >= threshold.score, alarms)
 
 
 def _filters(kinds: list[str]) -> dict[str, int]:
@@ -138,9 +147,7 @@ def _tiles(
         best = max((pair for pair in branches if pair[0] is not None), default=None)
         note = f"best branch {best[0]:.3f}, {part_title(best[1])}" if best else ""
         yield protocols()[key].partition(", ")[0], value, "", note
-    scores, labels, alarms = (np.asarray(numbers) for numbers in (gallery.scores, gallery.labels, gallery.alarms))
-    if threshold is not None:
-        alarms = np.where(alarms < 0, scores >= threshold.score, alarms)
+    scores, labels, alarms = np.asarray(gallery.scores), np.asarray(gallery.labels), alarms_of(gallery, threshold)
     for label, name in ((1, "anomalies found"), (0, "false alarms"), (-1, "alarms")):
         own = alarms[labels == label]
         if (own >= 0).any():
@@ -179,7 +186,12 @@ def _charts(
 
 
 def _colored(anomaly_map: np.ndarray, scale: tuple[float, float]) -> bytes:
-    return encode(colorize(anomaly_map, scale, COLORS)[..., ::-1], MAP_BYTES)
+    return encode(colorize(anomaly_map, scale), MAP_BYTES)
+
+
+def _path(loops: Loops) -> str:
+    """An outline as an SVG path."""
+    return "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in loop) + "Z" for loop in loops)
 
 
 def _uri(content: bytes, kind: str) -> str:

@@ -26,8 +26,10 @@ from tiny import run_in_process, small_flags
 
 from metrics import protocols
 from reporting import charts
-from reporting.gallery import Entry, Gallery, Pictures, encode, outline
+from reporting.gallery import Entry, Gallery, Pictures
+from reporting.pictures import HEADER, encode, outline
 from reporting.report import Threshold, write_report
+from reporting.sheet import HEIGHT, MOST, TRUTH, chosen, heading, write_sheet
 
 PARTS = ("fusion", "ma_clu", "ma2patch", "pc")
 HOSTILE = (
@@ -139,9 +141,11 @@ def test_report_of_a_test_run(workplace):
     assert page.cards("kind") == [kinds[pair] for pair in zip(labels, scores >= best, strict=True)]
     assert f"<b>{page.cards('kind').count(HIT)}</b> of {int(labels.sum())}" in page.source
     # A branch has no report, nor a run without images: an earlier run's would be taken for its own.
-    assert not (workplace / "result" / "belt" / "pc" / "report.html").exists()
+    names = {"report.html", "sheet.jpg"}
+    assert names <= {path.name for path in folder.iterdir()}
+    assert not names & {path.name for path in (workplace / "result" / "belt" / "pc").iterdir()}
     assert run_in_process("test_fusion", *flags, "--no-images").code == 0
-    assert not (folder / "report.html").exists()
+    assert not names & {path.name for path in folder.iterdir()}
 
 
 def test_given_threshold_is_not_called_orientation(tmp_path):
@@ -203,7 +207,7 @@ def test_report_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_reporting_waits_with_its_large_imports():
-    modules = "reporting.report, reporting.charts, reporting.visualize"
+    modules = "reporting.report, reporting.charts, reporting.sheet, reporting.heatmaps"
     large = "{'torch', 'matplotlib', 'jinja2', 'scipy'}"
     subprocess.run([sys.executable, "-c", f"import sys, {modules}; assert not {large} & set(sys.modules)"], check=True)
 
@@ -248,8 +252,8 @@ def test_page_allows_its_own_script_only_and_refers_to_nothing(report):
 # Pictures
 
 
-def test_gallery_keeps_the_highest_and_a_sample_of_the_rest():
-    calls, gallery = [], Gallery(limit=20, highest=8)
+def test_gallery_keeps_what_may_be_mistaken_and_a_sample_of_the_rest():
+    calls, gallery = [], Gallery(limit=20, extreme=8)
     scores = np.random.default_rng(7).permutation(np.repeat(np.arange(150.0), 2))  # with ties
 
     def load(index):
@@ -257,10 +261,11 @@ def test_gallery_keeps_the_highest_and_a_sample_of_the_rest():
         return pictures()
 
     for index, score in enumerate(scores):
-        gallery.add(entry(index, score), lambda index=index: load(index))
-    kept = [float(item.entry.score) for item in gallery.by_score()]
-    assert kept == sorted(kept, reverse=True) and len(kept) == 20
-    assert kept[:8] == sorted(scores, reverse=True)[:8]
+        gallery.add(entry(index, score, index % 2), lambda index=index: load(index))
+    kept = [item.entry for item in gallery.by_score()]
+    assert [e.score for e in kept] == sorted([e.score for e in kept], reverse=True) and len(kept) == 20
+    assert [e.score for e in kept if e.label == 0][:8] == sorted(scores[::2], reverse=True)[:8]
+    assert [e.score for e in kept if e.label == 1][-8:] == sorted(scores[1::2], reverse=True)[-8:]
     assert len({item.entry.name for item in gallery.by_score()}) == 20
     assert len(gallery) == 300 and sorted(gallery.scores) == sorted(scores)
     assert len(calls) == len(set(calls)) < 150  # pictures are asked for only where they may be shown
@@ -276,8 +281,8 @@ def test_galleries_of_two_processes_choose_what_one_chooses():
             gallery.add(given, lambda number=number: pictures(number, truth=True))
         return gallery
 
-    one = filled(Gallery(limit=20, highest=8), range(90))
-    first, second, third = (Gallery(limit=20, highest=8, first=start) for start in (0, 37, 90))
+    one = filled(Gallery(limit=20, extreme=8), range(90))
+    first, second, third = (Gallery(limit=20, extreme=8, first=start) for start in (0, 37, 90))
     filled(first, range(37)), filled(second, range(37, 90))
     for other in (second, third):
         first.merge({name: torch.from_numpy(values) for name, values in other.state().items()})
@@ -293,7 +298,7 @@ def test_sample_of_the_rest_is_uniform_and_decided_by_the_seed():
     picture, counts = pictures(), np.zeros(60)
 
     def choose(seed):
-        gallery = Gallery(limit=20, highest=5, seed=seed)
+        gallery = Gallery(limit=20, extreme=5, seed=seed)
         gallery._shrink = lambda entry, _: type("Small", (), {"entry": entry})
         for index, score in enumerate(scores):
             gallery.add(entry(index, score), lambda: picture)
@@ -309,12 +314,12 @@ def test_sample_of_the_rest_is_uniform_and_decided_by_the_seed():
 
 
 def test_all_images_are_shown_up_to_the_limit_and_a_sample_is_stated(tmp_path):
-    page = written(tmp_path, small_gallery([0] * 20, limit=20, highest=8))
+    page = written(tmp_path, small_gallery([0] * 20, limit=20, extreme=8))
     assert len(page.cards()) == 20 and "drawn at random" not in page.source
-    page = written(tmp_path, small_gallery([0] * 50, limit=20, highest=8))
+    page = written(tmp_path, small_gallery([0] * 50, limit=20, extreme=8))
     assert len(page.cards()) == 20
     words = " ".join(page.source.split())
-    assert "the 8 highest scores and 12 of the other 42 images, drawn at random with seed 22" in words
+    assert "20 of 50 images. These are the 8 highest scores, and others drawn at random with seed 22" in words
 
 
 def test_scores_that_are_not_finite_are_refused():
@@ -339,11 +344,10 @@ def test_outline_lies_on_the_region_at_the_frames_own_scale():
     region[20:60, 200:280] = 1
     for hole in (slice(0), slice(220, 260)):
         region[30:50, hole] = 0
-        path = outline(region > 0, (600, 150))
-        loops = [re.findall(r"([\d.]+) ([\d.]+)", loop) for loop in path.split("Z")[:-1]]
+        loops = outline(region > 0, (600, 150))
         drawn = cv2.fillPoly(np.zeros((150, 600), np.uint8), [np.array(x, float).astype(int) for x in loops], 1)
         assert (drawn != cv2.resize(region, (600, 150), interpolation=cv2.INTER_NEAREST)).sum() < 0.12 * drawn.sum()
-    assert outline(np.zeros((5, 5), bool), (5, 5)) == ""
+    assert outline(np.zeros((5, 5), bool), (5, 5)) == []
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e12])
@@ -369,6 +373,40 @@ def test_pictures_show_the_frame_and_the_maps_on_one_scale(tmp_path, scale):
     # The contour of the high map begins in its middle; the low map reaches the threshold nowhere.
     paths = [attrs["d"] for attrs in page.all("path") if "id" not in attrs]
     assert min(float(x) for x in re.findall(r"[ML]([\d.]+)", paths[0])) == pytest.approx(30, abs=1.5) and not paths[1]
+
+
+# The sheet
+
+
+def test_sheet_shows_the_worst_first(tmp_path):
+    gallery = Gallery()
+    for index in range(60):
+        label = int(index % 4 > 0)
+        name = HOSTILE[index % len(HOSTILE)]
+        gallery.add(entry(index, float(index), label, name=name), lambda label=label: pictures(truth=label == 1))
+    threshold = Threshold(29.5, 0.9, "given", on_test_set=True)
+    scores = {kind: [] for kind in MOST}
+    for kind, item in chosen(gallery.by_score(), threshold):
+        scores[kind].append(item.entry.score)
+    assert list(scores) == ["miss", "false alarm", "hit"]
+    assert scores["miss"] == [1, 2, 3, 5, 6, 7, 9, 10] and scores["false alarm"] == [56, 52, 48, 44, 40, 36, 32]
+    assert len(scores["hit"]) == 4 and scores["hit"][0] == 30 and scores["hit"][-1] == 59
+    first, second, _ = heading("belt", gallery, threshold)
+    assert first == "belt: 22 of 45 anomalous images missed, 7 false alarms among 15 normal images"
+    assert second == "Threshold 29.5: given, on these test images"
+    write_sheet(tmp_path / "sheet.jpg", "belt", gallery, threshold)
+    sheet = cv2.imread(str(tmp_path / "sheet.jpg"))[..., ::-1]
+    rows = sum(map(len, scores.values()))
+    assert sheet.shape[0] == 3 * HEADER + rows * (2 * HEADER + HEIGHT + 2)
+    frame = sheet[5 * HEADER : 5 * HEADER + HEIGHT, 2:200].astype(int)  # of the worst miss, with its outline
+    assert (np.abs(frame - TRUTH).max(-1) < 40).any()
+
+
+@pytest.mark.parametrize("labels", [[0, 0], [1, 1]])
+def test_sheet_of_a_test_without_mistakes(tmp_path, labels):
+    gallery = small_gallery(labels)
+    write_sheet(tmp_path / "sheet.jpg", "belt", gallery, Threshold(2.0 * (1 - labels[0]), None, "given"))
+    assert cv2.imread(str(tmp_path / "sheet.jpg")) is not None
 
 
 # Charts

@@ -197,7 +197,7 @@ def choose_device(name: str, precision: str) -> str:
 def add_output_flags(parser: Parser) -> None:
     """What a test writes beside its figures."""
     group = parser.add_argument_group("output")
-    group.add_argument("--no-images", action="store_true", help="write no heat maps and no report")
+    group.add_argument("--no-images", action="store_true", help="write no heat maps, report or sheet")
     group.add_argument("--save-maps", action="store_true", help="write the raw float32 maps as TIFF")
 
 
