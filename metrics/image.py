@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from metrics.metric import Metric
-from metrics.ranking import Ranking, Step, count_at, roc_knots
+from metrics.ranking import CURVE_POINTS, Curve, Ranking, count_at, curves, spread
 
 
 class ImageMetrics(Metric):
@@ -35,15 +35,23 @@ class ImageMetrics(Metric):
         self._labels = np.append(self._labels, anomalous)
 
     def compute(self) -> dict[str, float | None]:
-        return image_metrics(self._scores, self._labels)
+        """`image_auroc`, `image_ap` and `image_f1_max`; None if a class is missing."""
+        return {f"image_{name}": value for name, value in self._ranking().result().items()}
 
-    def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        found = image_curves(self._scores, self._labels)
-        return {f"image_{name}": tuple(points.values()) for name, points in found.items()}
+    def curves(self) -> dict[str, Curve]:
+        if not self._ranking().defined:
+            return {}
+        everything, positives = np.sort(self._scores), np.sort(self._scores[self._labels])
+        chosen = [scores[spread(scores.size, CURVE_POINTS // 2)] for scores in (everything, positives)]
+        thresholds = np.unique(np.concatenate(chosen))[::-1]
+        tp, at_or_above = (s.size - np.searchsorted(s, thresholds, side="left") for s in (positives, everything))
+        own = np.isin(thresholds, positives)
+        found = curves(tp, at_or_above - tp, positives.size, everything.size - positives.size, own)
+        return {f"image_{name}": points for name, points in found.items()}
 
     def f1_threshold(self) -> float | None:
         """The threshold of the highest F1 (scores at or above it are anomalous); None if a class is missing."""
-        return image_f1_threshold(self._scores, self._labels)
+        return self._ranking().f1_threshold
 
     def state(self) -> dict[str, np.ndarray]:
         return {"scores": self._scores, "labels": self._labels}
@@ -52,45 +60,17 @@ class ImageMetrics(Metric):
         self._scores = np.append(self._scores, state["scores"])
         self._labels = np.append(self._labels, np.asarray(state["labels"], bool))
 
+    def _ranking(self) -> Ranking:
+        scores, labels = self._scores, self._labels
+        ranking = Ranking(int(labels.sum()), int((~labels).sum()))
+        if ranking.defined:
+            distinct, count = np.unique(scores[labels], return_counts=True)
+            ranking.add(count_at(distinct[::-1], count[::-1], 0, np.sort(scores)))
+        return ranking
+
 
 def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """`image_auroc`, `image_ap` and `image_f1_max` of scores [n] for labels [n] (0 normal, 1 anomalous).
-
-    All are None if a class is missing. Raises ValueError if a score is NaN or infinite.
-    """
-    ranking, _ = _rank_images(scores, labels)
-    return {f"image_{name}": value for name, value in ranking.result().items()}
-
-
-def image_f1_threshold(scores: np.ndarray, labels: np.ndarray) -> float | None:
-    """The threshold of the highest F1 (scores at or above it are anomalous); None if a class is missing."""
-    return _rank_images(scores, labels)[0].f1_threshold
-
-
-def image_curves(scores: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
-    """The ROC and precision-recall curves of image scores, in the form of `PixelMetrics.points`, not thinned."""
-    ranking, step = _rank_images(scores, labels)
-    if step is None:
-        return {}
-    recall, n_negative = step.tp / ranking.n_positive, ranking.n_negative
-    roc = roc_knots(step.fp_above / n_negative, step.fp / n_negative, recall, np.zeros(2))
-    roc = np.hstack([roc, np.ones((2, 1))])
-    return {
-        "roc": {"fpr": roc[0], "tpr": roc[1]},
-        "pr": {"recall": recall, "precision": step.tp / (step.tp + step.fp)},
-    }
-
-
-def _rank_images(scores: np.ndarray, labels: np.ndarray) -> tuple[Ranking, Step | None]:
-    """Ranks image scores [n]; counts at the distinct scores of anomalous images, None if a class is missing."""
-    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, bool)
-    if scores.ndim != 1 or scores.shape != labels.shape:
-        raise ValueError(f"scores {scores.shape} and labels {labels.shape} are not two vectors of one length")
-    if not np.isfinite(scores).all():
-        raise ValueError(f"the score of image {np.flatnonzero(~np.isfinite(scores))[0]} is not finite")
-    ranking, step = Ranking(int(labels.sum()), int((~labels).sum())), None
-    if ranking.defined:
-        distinct, count = np.unique(scores[labels], return_counts=True)
-        step = count_at(distinct[::-1], count[::-1], 0, np.sort(scores))
-        ranking.add(step)
-    return ranking, step
+    """`ImageMetrics.compute` of scores [n] for labels [n] (0 normal, 1 anomalous)."""
+    metric = ImageMetrics()
+    metric.merge({"scores": scores, "labels": labels})
+    return metric.compute()

@@ -9,18 +9,19 @@ PRO as published    the USAD authors' own protocol (published_pro.py)
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
 
 from metrics.metric import Metric
 from metrics.published_pro import PublishedPro, region_areas
-from metrics.ranking import Ranking, Step, count_at, roc_knots
+from metrics.ranking import CURVE_POINTS, Curve, Ranking, Step, count_at, curves, spread
 
 FPR_LIMIT = 0.3
 CHUNK = 1 << 15  # region pixels ranked at a time: few enough for the processor's cache
-CURVE_POINTS = 400  # of a curve that is drawn
 
 
 class PixelMetrics(Metric):
@@ -40,11 +41,11 @@ class PixelMetrics(Metric):
     needs_masks = True
 
     def __init__(self) -> None:
-        self._scores = _Buffer(np.float32)  # of all pixels
-        self._regions = _Buffer(np.int64)  # score and region area of defect pixels, see _pack
-        self._n_images = self._n_regions = 0
+        self._scores = array("f")  # of all pixels
+        self._regions = array("q")  # score and region area of defect pixels, see _pack
+        self._n_regions = 0
         self._published = PublishedPro()
-        self._sorted = False
+        self._is_sorted = False
 
     def update(
         self,
@@ -54,92 +55,68 @@ class PixelMetrics(Metric):
         scores: np.ndarray | None = None,
         inside: np.ndarray | None = None,
     ) -> None:
-        """Add anomaly maps [B, H, W] (float32), defect masks [B, H, W] (bool) and image labels [B] (bool).
+        """Add finite anomaly maps [B, H, W] (float32), defect masks [B, H, W] (bool) and image labels [B] (bool).
 
-        Image scores play no part.
-
-        Arrays or CPU tensors; other number types are rounded to float32. An anomalous image with an empty
-        mask has no region; all its pixels are background. Raises ValueError, and adds nothing, on shapes that
-        do not fit, on a map that is not finite, and on a normal image whose mask marks a defect.
+        Arrays or CPU tensors; other number types are rounded to float32; image scores play no part. An anomalous image
+        with an empty mask has no region; all its pixels are background. Raises ValueError on shapes that do not fit.
         """
         maps, masks = np.asarray(maps, np.float32), np.asarray(masks, bool)
         anomalous = np.asarray(anomalous, bool)
         if maps.ndim != 3 or maps.shape != masks.shape or maps.shape[:1] != anomalous.shape:
             shapes = f"maps {maps.shape}, masks {masks.shape}, labels {anomalous.shape}"
             raise ValueError(f"{shapes} do not fit together")
-        for i, (pixels, mask, is_anomalous) in enumerate(zip(maps, masks, anomalous, strict=True)):
-            if not np.isfinite(pixels).all():
-                raise ValueError(f"the anomaly map of image {self._n_images + i} is not finite")
-            if mask.any() and not is_anomalous:
-                raise ValueError(f"image {self._n_images + i} is labelled normal but its mask marks a defect")
         masks = masks if inside is None else masks & inside
         for pixels, mask, is_anomalous in zip(maps, masks, anomalous, strict=True):
             areas, n_regions = region_areas(mask)
             if inside is not None:
                 pixels, mask = pixels[inside], mask[inside]
-            self._scores.append(pixels.ravel())
-            self._regions.append(_pack(pixels[mask], areas))
+            self._scores.frombytes(np.ascontiguousarray(pixels).data.cast("B"))
+            self._regions.frombytes(_pack(pixels[mask], areas).data.cast("B"))
             self._n_regions += n_regions
             if is_anomalous:
                 self._published.update(pixels, mask, areas, n_regions)
-        self._n_images += len(maps)
-        self._sorted = False
+        self._is_sorted = False
 
     def compute(self) -> dict[str, float | None]:
         """`pixel_auroc`, `pixel_ap`, `pixel_f1_max`, `aupro` and `pro_as_published` of what was added so far.
 
         All are None without a defect region or without a background pixel; for the last, see `PublishedPro`.
         """
-        n_background = self._scores.size - self._regions.size
-        ranking = Ranking(self._regions.size, n_background)
+        n_background = len(self._scores) - len(self._regions)
+        ranking = Ranking(len(self._regions), n_background)
         aupro = None
         if ranking.defined:
             area, end = 0.0, np.zeros(2)
             for step, overlap in self._steps():
                 ranking.add(step)
-                knots = roc_knots(step.fp_above / n_background, step.fp / n_background, overlap, end)
+                knots = _knots(step.fp_above / n_background, step.fp / n_background, overlap, end)
                 area, end = area + _area_below(knots, FPR_LIMIT), knots[:, -1]
             # Below the lowest region score every region is found and only the false positives still grow.
             aupro = (area + max(0.0, FPR_LIMIT - float(end[0]))) / FPR_LIMIT
         figures = {f"pixel_{name}": value for name, value in ranking.result().items()}
         return {**figures, "aupro": aupro, "pro_as_published": self._published.compute()}
 
-    def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        found = self.points(CURVE_POINTS)
-        return {f"pixel_{name}": tuple(values.values()) for name, values in found.items()}
+    def curves(self, points: int = CURVE_POINTS) -> dict[str, Curve]:
+        """About `points` exact points of the ROC, precision-recall and PRO curves, both ends included.
 
-    def points(self, max_points: int = 1000) -> dict[str, dict[str, np.ndarray]]:
-        """Points of the ROC, precision-recall and PRO curves, at most `max_points` (2 or more) of each.
-
-        {"roc": {"fpr", "tpr"}, "pr": {"recall", "precision"}, "pro": {"fpr", "pro"}}: float64 vectors, from
-        the highest threshold to the lowest. The points are exact, thinned evenly along the curve, both ends
-        included. Empty if there is no region or no background.
+        They are spread evenly over the ranks of all pixels and of defect pixels. Empty if either are missing.
         """
-        n_region = self._regions.size
-        n_background = self._scores.size - n_region
+        n_region, n_background = len(self._regions), len(self._scores) - len(self._regions)
         if not (n_region and n_background):
             return {}
-        roc, pr, pro = [], [], []
-        roc_end = pro_end = np.zeros(2)
-        for step, overlap in self._steps():
-            fpr_above, fpr, recall = step.fp_above / n_background, step.fp / n_background, step.tp / n_region
-            roc.append(_thin_rising(roc_knots(fpr_above, fpr, recall, roc_end), max_points))
-            pro.append(_thin_rising(roc_knots(fpr_above, fpr, overlap, pro_end), max_points))
-            pr.append(_thin(np.stack([recall, step.tp / (step.tp + step.fp)]), recall, max_points))
-            roc_end, pro_end = roc[-1][:, -1], pro[-1][:, -1]
-        corner = np.ones((2, 1))
-        roc, pro = (_thin_rising(np.hstack([*points, corner]), max_points) for points in (roc, pro))
-        pr = np.hstack(pr)
-        pr = _thin(pr, pr[0], max_points)
-        return {
-            "roc": {"fpr": roc[0], "tpr": roc[1]},
-            "pr": {"recall": pr[0], "precision": pr[1]},
-            "pro": {"fpr": pro[0], "pro": pro[1]},
-        }
+        everything, keys = self._sorted()
+        chosen = everything[spread(everything.size, points // 2)], _unpack(keys[spread(keys.size, points // 2)])[0]
+        thresholds = np.unique(np.concatenate(chosen))[::-1]
+        tp = np.searchsorted(keys, _pack(thresholds, 0) + (1 << 32))
+        fp = everything.size - np.searchsorted(everything, thresholds, side="left") - tp
+        gains = [np.sum(1.0 / _unpack(keys[start:stop])[1]) for start, stop in pairwise([0, *tp])]
+        found = curves(tp, fp, n_region, n_background, np.isin(thresholds, chosen[1]))
+        overlap = np.minimum(np.append(0.0, np.cumsum(gains)) / self._n_regions, 1.0)
+        return {**{f"pixel_{name}": curve for name, curve in found.items()}, "pixel_pro": (found["roc"][0], overlap)}
 
     def f1_threshold(self) -> float | None:
         """The threshold of the highest F1 (a score at or above it is defect); None where F1 is undefined."""
-        ranking = Ranking(self._regions.size, self._scores.size - self._regions.size)
+        ranking = Ranking(len(self._regions), len(self._scores) - len(self._regions))
         if ranking.defined:
             for step, _ in self._steps():
                 ranking.add(step)
@@ -148,9 +125,9 @@ class PixelMetrics(Metric):
     def state(self) -> dict[str, np.ndarray]:
         """What was added so far as plain arrays (copies), to be stored or sent to another process."""
         return {
-            "scores": self._scores.values().copy(),
-            "regions": self._regions.values().copy(),
-            "counts": np.array([self._n_images, self._n_regions]),
+            "scores": np.array(self._scores),
+            "regions": np.array(self._regions),
+            "n_regions": np.array([self._n_regions]),
             "published_background": self._published.background.copy(),
             "published_overlap": self._published.overlap.copy(),
         }
@@ -158,23 +135,27 @@ class PixelMetrics(Metric):
     def merge(self, state: Mapping[str, np.ndarray]) -> None:
         """Add the images of another PixelMetrics, given its `state()`, as arrays or CPU tensors."""
         arrays = {name: np.asarray(values) for name, values in state.items()}
-        n_images, n_regions = (int(n) for n in arrays["counts"])
-        self._scores.append(arrays["scores"])
-        self._regions.append(arrays["regions"])
-        self._n_images += n_images
+        self._scores.frombytes(arrays["scores"].tobytes())
+        self._regions.frombytes(arrays["regions"].tobytes())
+        n_regions = int(arrays["n_regions"].item())
         self._n_regions += n_regions
         self._published.background += arrays["published_background"]
         self._published.overlap += arrays["published_overlap"]
         self._published.n_regions += n_regions
-        self._sorted = False
+        self._is_sorted = False
+
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        """All scores, rising, and the defect pixels' keys, rising, whose scores fall."""
+        everything, keys = np.frombuffer(self._scores, np.float32), np.frombuffer(self._regions, np.int64)
+        if not self._is_sorted:
+            everything.sort()
+            keys.sort()
+            self._is_sorted = True
+        return everything, keys
 
     def _steps(self) -> Iterator[tuple[Step, np.ndarray]]:
         """Yield counts at the distinct region scores, highest first, and the mean overlap [K] there."""
-        everything, keys = self._scores.values(), self._regions.values()
-        if not self._sorted:
-            everything.sort()
-            keys.sort()
-            self._sorted = True
+        everything, keys = self._sorted()
         start, overlap = 0, 0.0
         while start < keys.size:
             last_rank = keys[min(start + CHUNK, keys.size) - 1] >> 32
@@ -185,6 +166,15 @@ class PixelMetrics(Metric):
             overlaps = np.minimum(overlap + np.cumsum(gains), 1.0)
             yield count_at(scores[first], np.diff(first, append=stop - start), start, everything), overlaps
             start, overlap = stop, float(overlaps[-1])
+
+
+def _knots(fpr_above: np.ndarray, fpr: np.ndarray, overlap: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Corners [2, 1 + 2K] of the curve of `overlap` [K] over FPR that continues from the point `start` [2].
+
+    Between two region scores only false positives grow (a level stroke); ties at a score give a sloping stroke.
+    """
+    x = np.append(start[0], np.stack([fpr_above, fpr], axis=1))
+    return np.stack([x, np.repeat(np.append(start[1], overlap), 2)[:-1]])
 
 
 def _area_below(points: np.ndarray, limit: float) -> float:
@@ -200,20 +190,7 @@ def _area_below(points: np.ndarray, limit: float) -> float:
     return float(np.sum(np.diff(x) * (y[1:] + y[:-1])) / 2)
 
 
-def _thin(points: np.ndarray, position: np.ndarray, max_points: int) -> np.ndarray:
-    """Of points [2, K], the first in each equal bin of their rising `position` [K] (0 to 1), and the last point."""
-    bins = np.minimum((position * (max_points - 1)).astype(np.int64), max_points - 2)
-    kept = np.diff(bins, prepend=-1) != 0
-    kept[-1] = True
-    return points[:, kept]
-
-
-def _thin_rising(points: np.ndarray, max_points: int) -> np.ndarray:
-    """Thin a curve both of whose coordinates rise from 0 to 1."""
-    return _thin(points, points.mean(axis=0), max_points)
-
-
-def _pack(scores: np.ndarray, areas: np.ndarray) -> np.ndarray:
+def _pack(scores: np.ndarray, areas: np.ndarray | int) -> np.ndarray:
     """Scores (float32) and areas [K] as int64 keys that rise where the scores fall: one sort moves both."""
     bits = (scores + np.float32(0)).view(np.int32)  # -0 becomes 0, with which it ties
     rank = ~_flip_negatives(bits)
@@ -228,22 +205,3 @@ def _unpack(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _flip_negatives(bits: np.ndarray) -> np.ndarray:
     """Turn the bits of float32 numbers into int32 numbers of the same order, and back."""
     return bits ^ (bits >> 31 & 0x7FFFFFFF)
-
-
-class _Buffer:
-    """A vector that grows in place, so that a large test set is never held twice."""
-
-    def __init__(self, dtype: type) -> None:
-        self._bytes, self._dtype = bytearray(), np.dtype(dtype)
-
-    @property
-    def size(self) -> int:
-        return len(self._bytes) // self._dtype.itemsize
-
-    def append(self, values: np.ndarray) -> None:
-        """Add elements; raises BufferError while a view from `values` is in use."""
-        self._bytes += np.ascontiguousarray(values, self._dtype).data.cast("B")
-
-    def values(self) -> np.ndarray:
-        """The elements, as a view."""
-        return np.frombuffer(self._bytes, self._dtype)

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+CURVE_POINTS = 400  # of a curve that is drawn
+Curve = tuple[np.ndarray, np.ndarray]  # x and y of its points
+
 
 class Step(NamedTuple):
     """Counts at distinct scores of positives, highest first; vectors [K]."""
@@ -56,11 +59,16 @@ class Ranking:
         return {"auroc": auroc, "ap": self._ap, "f1_max": self._f1_max}
 
 
-def roc_knots(fpr_above: np.ndarray, fpr: np.ndarray, hits: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Corners [2, 1 + 2K] of the curve of `hits` [K] over FPR that continues from the point `start` [2].
+def spread(size: int, most: int) -> np.ndarray:
+    """At most `most` places in an array of `size`, both ends included, evenly spaced."""
+    return np.linspace(0, size - 1, min(most, size)).astype(int)
 
-    Between two region scores only false positives grow (a level stroke); ties at a score give a sloping stroke.
+
+def curves(tp: np.ndarray, fp: np.ndarray, n_positive: int, n_negative: int, own: np.ndarray) -> dict[str, Curve]:
+    """The ROC and precision-recall curves from counts [K] at falling thresholds, down to the lowest score.
+
+    Precision is best, for its recall, where a threshold is a positive's `own` [K] score.
     """
-    x = np.append(start[0], np.stack([fpr_above, fpr], axis=1))
-    y = np.repeat(np.append(start[1], hits), 2)[:-1]
-    return np.stack([x, y])
+    recall = tp / n_positive
+    roc = np.append(0.0, fp / n_negative), np.append(0.0, recall)
+    return {"roc": roc, "pr": (recall[own], (tp / (tp + fp))[own])}

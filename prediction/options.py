@@ -16,18 +16,18 @@ class PredictionSettings:
 
     sources: tuple[str, ...]
     out: Path
-    max_megapixels: float  # of an image file
-    every: int  # 2 looks at every second frame
-    smooth: int  # frames in a row that switch the alarm
-    threshold: float | None  # of the score; None: the model's own
-    pixel_threshold: float | None  # of the map; None: the model's own
-    min_area: int  # pixels that a region needs to count
-    overlays: str | None  # "anomalous", "all" or "none"; None: no pictures at all
-    json_lines: bool
-    freeze: float | None  # seconds with nothing new after which a camera's connection is broken; None: the default
-    give_up: float | None  # seconds without a picture after which a camera's run ends; None: never
-    watch: bool  # the source is a folder that fills
-    webhook: str | None  # where alarms are sent
+    max_megapixels: float = MAX_MEGAPIXELS  # of an image file
+    every: int = 1  # 2 looks at every second frame
+    smooth: int = 1  # frames in a row that switch the alarm
+    threshold: float | None = None  # of the score; None: the model's own
+    pixel_threshold: float | None = None  # of the map; None: the model's own
+    min_area: int = 0  # pixels that a region needs to count
+    overlays: str | None = "anomalous"  # or "all" or "none"; None: no pictures at all
+    json_lines: bool = False
+    freeze: float | None = None  # seconds with nothing new after which a camera's connection is broken
+    give_up: float | None = None  # seconds without a picture after which a camera's run ends; None: never
+    watch: bool = False  # the source is a folder that fills
+    webhook: str | None = None  # where alarms are sent
 
 
 def add_prediction_flags(parser: Parser) -> None:
@@ -84,19 +84,7 @@ def prediction_settings(parser: Parser, args: argparse.Namespace) -> PredictionS
         parser.error("--overlays has no effect with --no-images; drop one of them")
     if args.watch and args.every > 1:
         parser.error("--every has no effect with --watch, which looks at every file; drop one of them")
-    return PredictionSettings(
-        tuple(args.sources),
-        args.out,
-        args.max_megapixels,
-        args.every,
-        args.smooth,
-        args.threshold,
-        args.pixel_threshold,
-        args.min_area,
-        None if args.no_images else args.overlays or "anomalous",
-        args.json_lines,
-        args.freeze,
-        args.give_up,
-        args.watch,
-        args.webhook,
-    )
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(PredictionSettings)}
+    settings["sources"] = tuple(args.sources)
+    settings["overlays"] = None if args.no_images else args.overlays or "anomalous"
+    return PredictionSettings(**settings)

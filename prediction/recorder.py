@@ -8,6 +8,7 @@ import os
 import re
 import time
 import unicodedata
+from collections import deque
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,20 +20,19 @@ from datasets.images import Picture
 from datasets.incoming import Incoming
 from datasets.sources import Source, Video
 from models.fusion.prediction import Model, Prediction
-from prediction.latency import Latency
 from prediction.table import Table, values_of
 from prediction.webhook import Webhook
 from reporting.gallery import Entry, Gallery, Pictures
+from reporting.pictures import write_picture
 from reporting.report import Threshold, write_report
 from utils.errors import InputError
-from utils.files import atomic_write, check_writable
+from utils.files import check_writable
 
 SCRIPT = "predict.py"  # the mark by which a later run knows its own folder
 TABLE, REPORT, OVERLAYS, VIDEOS = "predictions.csv", "report.html", "overlays", "videos"
-CONTOUR, BOX, QUIET = (0, 0, 255), (0, 220, 255), (80, 200, 80)  # BGR
+CONTOUR, BOX, QUIET = (255, 0, 0), (255, 220, 0), (80, 200, 80)
 NAME_BYTES = 120  # of a source's name within a file name; file systems take 143 to 255
-CODECS = ((cv2.CAP_ANY, "mp4v", ".mp4"), (cv2.CAP_OPENCV_MJPEG, "MJPG", ".avi"))
-AVI_BYTES = 2 << 30  # then an AVI is closed and another one begun: it cannot grow beyond 4 GB
+TIMED = 100_000  # frames, the latest, whose latency counts
 
 
 class Alarm:
@@ -52,8 +52,8 @@ class Alarm:
 
 
 def draw(image: np.ndarray, prediction: Prediction, alarm: bool | None, pixel_threshold: float | None) -> np.ndarray:
-    """The frame (RGB [H, W, 3]) with contours, boxes and score, as BGR."""
-    canvas = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    """The frame (RGB [H, W, 3]) with contours, boxes and score."""
+    canvas = np.ascontiguousarray(image).copy()
     if canvas.shape[:2] != prediction.map.shape:  # decoded at a reduced scale
         canvas = cv2.resize(canvas, prediction.map.shape[::-1])
     line = max(1, round(min(canvas.shape[:2]) / 320))
@@ -68,15 +68,7 @@ def draw(image: np.ndarray, prediction: Prediction, alarm: bool | None, pixel_th
     (width, height), below = cv2.getTextSize(text, font, scale, line)
     cv2.rectangle(canvas, (0, 0), (width + 2 * pad, height + below + pad), (24, 24, 24), cv2.FILLED)
     color = CONTOUR if alarm else QUIET
-    cv2.putText(canvas, text, (pad, height + pad // 2), font, scale, color, line, cv2.LINE_AA)
-    return canvas
-
-
-def write_overlay(folder: Path, row: int, frame: Frame, picture: np.ndarray) -> None:
-    """Write <folder>/<row>_<name>.jpg; `row` is the frame's row in predictions.csv, counted from 1."""
-    name = f"{row:06d}_{safe_name(frame.source)}"
-    with atomic_write(folder / f"{name}.jpg") as temporary:
-        temporary.write_bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
+    return cv2.putText(canvas, text, (pad, height + pad // 2), font, scale, color, line, cv2.LINE_AA)
 
 
 def safe_name(source: str) -> str:
@@ -88,46 +80,29 @@ def safe_name(source: str) -> str:
 
 
 class VideoFile:
-    """An annotated video. It gets its name when it is closed, so that a file with that name is complete.
+    """An annotated MP4. It gets its name when it is closed, so that a file with that name is complete.
 
-    FFmpeg's encoders, behind OpenCV, cut an odd width or height; OpenCV's own, for AVI, does not.
+    The encoder would cut an odd width or height; such frames are stretched by a pixel.
     """
 
-    def __init__(self, folder: Path, name: str, fps: float) -> None:
-        self.stem = folder / name
-        self.fps = fps
-        self.frames = 0
-        self._writer: cv2.VideoWriter | None = None
+    def __init__(self, path: Path, fps: float, first: np.ndarray) -> None:
+        """All frames get the size of the `first`, which is not written yet."""
+        self.path, self.frames = path, 0
+        self.size = tuple(side + side % 2 for side in first.shape[1::-1])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = path.with_name(".video.partial.mp4")  # ASCII, which the encoder takes everywhere
+        self._writer = cv2.VideoWriter(str(self._partial), cv2.VideoWriter_fourcc(*"mp4v"), fps, self.size)
+        if not self._writer.isOpened():
+            raise InputError("this OpenCV writes no MP4; pass --no-images for the table alone")
 
     def add(self, picture: np.ndarray) -> None:
-        """Append a frame (BGR); all have the size of the first."""
-        if self._writer is None:
-            self.size = picture.shape[1::-1]
-            self._open()
-        self._writer.write(picture if picture.shape[1::-1] == self.size else cv2.resize(picture, self.size))
+        """Append a frame [H, W, 3]."""
+        picture = picture if picture.shape[1::-1] == self.size else cv2.resize(picture, self.size)
+        self._writer.write(picture[..., ::-1])
         self.frames += 1
-
-    def _open(self) -> None:
-        self.stem.parent.mkdir(parents=True, exist_ok=True)
-        odd = any(side % 2 for side in self.size)
-        for backend, codec, suffix in CODECS[1:] if odd else CODECS:
-            self.path = self.stem.with_name(self.stem.name + suffix)
-            self._partial = self.path.with_name(f".video.partial{suffix}")  # ASCII, which encoders take everywhere
-            code = cv2.VideoWriter_fourcc(*codec)
-            self._writer = cv2.VideoWriter(str(self._partial), backend, code, self.fps, self.size)
-            if self._writer.isOpened():
-                return
-        raise InputError("this OpenCV writes neither MP4 nor AVI; pass --no-images for the table alone")
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it is an AVI of the largest size."""
-        return self.path.suffix == ".avi" and self._partial.stat().st_size > AVI_BYTES
 
     def close(self) -> None:
         """Finish the file; raises OSError if it could not be written completely."""
-        if self._writer is None:
-            return
         self._writer.release()
         check = cv2.VideoCapture(str(self._partial))
         whole = check.isOpened() and check.get(cv2.CAP_PROP_FRAME_COUNT) >= self.frames
@@ -158,7 +133,8 @@ class Recorder:
         self.webhook = webhook
         self.table = Table(folder / TABLE, json_lines, former_rows)
         self.gallery = Gallery()
-        self.latency = Latency()
+        self.frames = 0  # that were looked at
+        self._seconds: deque[float] = deque(maxlen=TIMED)  # from reading a frame to its row
         self._alarm = Alarm(smooth)
         self._video: VideoFile | None = None
         self._names: set[str] = set()
@@ -193,20 +169,27 @@ class Recorder:
         self.table.add(values)
         if self.webhook and alarm and not was_on:
             self.webhook.send(values)
-        self.latency.add(time.perf_counter() - frame.read)
+        self.frames += 1
+        self._seconds.append(time.perf_counter() - frame.read)
+
+    def latency(self) -> dict[str, float] | None:
+        """Median and 99th percentile in milliseconds; None without frames."""
+        if not self._seconds:
+            return None
+        median, high = np.percentile(1000 * np.array(self._seconds), (50, 99)).round(3).tolist()
+        return {"p50": median, "p99": high}
 
     def _add_pictures(self, frame: Frame, prediction: Prediction, alarm: bool | None) -> None:
         wanted = self.overlays == "all" or (self.overlays == "anomalous" and bool(alarm))
-        image = frame.pixels
-        if wanted or isinstance(self._source, Video):
+        image, is_video = frame.pixels, isinstance(self._source, Video)
+        if wanted or is_video:
             picture = draw(image, prediction, alarm, self.model.pixel_threshold)
-            if wanted:
-                write_overlay(self.folder / OVERLAYS, self.table.rows + 1, frame, picture)
-            if isinstance(self._source, Video):
-                self._video = self._video or self._new_video(frame)
-                self._video.add(picture)
-                if self._video.is_full:
-                    self._close_video()
+        if wanted:
+            name = f"{self.table.rows + 1:06d}_{safe_name(frame.source)}.jpg"
+            write_picture(self.folder / OVERLAYS / name, picture)
+        if is_video:
+            self._video = self._video or self._new_video(frame, picture)
+            self._video.add(picture)
         scores = {name: score for name, (score, _) in prediction.branches.items()}
         maps = {name: branch_map for name, (_, branch_map) in prediction.branches.items()}
         self.gallery.add(
@@ -220,12 +203,13 @@ class Recorder:
             lambda: Pictures(image, {self.model.name: prediction.map, **maps}),
         )
 
-    def _new_video(self, frame: Frame) -> VideoFile:
+    def _new_video(self, frame: Frame, picture: np.ndarray) -> VideoFile:
         stem = safe_name(frame.source)
         names = itertools.chain([stem], (f"{stem}_{index}" for index in itertools.count(2)))
         name = next(name for name in names if name.casefold() not in self._names)  # some disks ignore case
         self._names.add(name.casefold())
-        return VideoFile(self.folder / VIDEOS, name, max(self._source.fps / self._every, 1.0))
+        path = self.folder / VIDEOS / f"{name}.mp4"
+        return VideoFile(path, max(self._source.fps / self._every, 1.0), picture)
 
     def _close_video(self) -> None:
         video, self._video = self._video, None
@@ -241,8 +225,13 @@ class Recorder:
             threshold = Threshold(self.model.threshold, self.model.pixel_threshold, source, on_test_set=False)
         facts = {key: str(config[key]) for key in ("frames", "anomalous", "dropped") if config.get(key) is not None}
         if config["latency_ms"]:
-            facts["latency"] = self.latency.words()
+            facts["latency"] = latency_words(config["latency_ms"])
         write_report(self.folder / REPORT, "Predictions", self.gallery, threshold=threshold, config=config, facts=facts)
+
+
+def latency_words(latency: dict[str, float] | None) -> str:
+    """`Recorder.latency` for people; empty without frames."""
+    return ", ".join(f"{name} {value:.3g} ms" for name, value in (latency or {}).items())
 
 
 def check_output(folder: Path, sources: list[Source] | list[Incoming]) -> None:
@@ -251,26 +240,27 @@ def check_output(folder: Path, sources: list[Source] | list[Incoming]) -> None:
     for path in (path for source in sources for path in source.paths):
         if folder.resolve() in path.resolve().parents:
             raise InputError(f"SOURCE {path} lies in --out {folder}; choose another folder for the results")
-    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        try:
-            script = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("script")
-        except (OSError, ValueError, AttributeError):
-            script = None
-        if script != SCRIPT:
-            raise InputError(f"--out {folder} holds files that {SCRIPT} did not make; choose another folder")
+    used = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if used and former_config(folder).get("script") != SCRIPT:
+        raise InputError(f"--out {folder} holds files that {SCRIPT} did not make; choose another folder")
+
+
+def former_config(folder: Path) -> dict[str, Any]:
+    """The config.json of an earlier run; empty if there is none."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def goes_on(folder: Path) -> bool:
     """Whether `folder` has the rows of an earlier run that watched a folder."""
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
-        return bool(settings.get("watch")) and (folder / TABLE).stat().st_size > 0
-    except (OSError, ValueError, KeyError):
-        return False
+    table = folder / TABLE
+    return bool(former_config(folder).get("settings", {}).get("watch")) and table.is_file() and table.stat().st_size > 0
 
 
 def clear_output(folder: Path) -> None:
     """Remove what an earlier run left in `folder`."""
-    for pattern in (REPORT, TABLE, f"{OVERLAYS}/*.jpg", f"{VIDEOS}/*.mp4", f"{VIDEOS}/*.avi", "**/.*.partial.*"):
+    for pattern in (REPORT, TABLE, f"{OVERLAYS}/*.jpg", f"{VIDEOS}/*.mp4", "**/.*.partial.*"):
         for stale in folder.glob(pattern):
             stale.unlink()

@@ -20,7 +20,7 @@ from datasets.incoming import Incoming
 from datasets.sources import Source, find_sources
 from models.fusion.prediction import Model
 from prediction.options import PredictionSettings
-from prediction.recorder import SCRIPT, TABLE, Recorder, check_output, clear_output, goes_on
+from prediction.recorder import SCRIPT, TABLE, Recorder, check_output, clear_output, goes_on, latency_words
 from prediction.table import read_former
 from prediction.webhook import Webhook
 from utils.command_line import warn
@@ -109,11 +109,11 @@ def look(
             raise
     config |= {
         "finished": not isinstance(end, CameraLost),
-        "frames": recorder.latency.frames,
+        "frames": recorder.frames,
         "anomalous": None if model.threshold is None else recorder.table.alarms,
         "dropped": sum(source.dropped for source in sources),
         "statuses": dict(recorder.table.statuses),
-        "latency_ms": recorder.latency.figures(),
+        "latency_ms": recorder.latency(),
         "webhook": webhook and {"sent": webhook.sent, "given_up": webhook.given_up},
         "unreadable": [problem for source in sources for problem in source.problems],
         "operating_point": point_in_force(model),
@@ -123,7 +123,7 @@ def look(
     write_json(settings.out / "config.json", config)
     if settings.overlays:
         recorder.write_report(config)
-    summarize(settings, config, recorder.latency.words())
+    summarize(settings, config)
     if isinstance(end, Terminated | CameraLost):
         raise end
 
@@ -178,7 +178,7 @@ def batches(frames: Iterable[Frame | None], size: int) -> Iterator[list[Frame]]:
         yield [frame for frame in batch if frame is not None]
 
 
-def summarize(settings: PredictionSettings, config: dict[str, Any], latency: str) -> None:
+def summarize(settings: PredictionSettings, config: dict[str, Any]) -> None:
     """Print the last line; raises InputError if some files could not be read."""
     line = f"{config['frames']} frames"
     if config["anomalous"] is not None:
@@ -187,8 +187,8 @@ def summarize(settings: PredictionSettings, config: dict[str, Any], latency: str
         line += f", {config['dropped']} dropped because they came faster than they could be looked at"
     if config["webhook"]:
         line += f", {config['webhook']['sent']} alarms sent and {config['webhook']['given_up']} given up"
-    if latency:
-        line += f", {latency} from frame to row"
+    if config["latency_ms"]:
+        line += f", {latency_words(config['latency_ms'])} from frame to row"
     print(f"{line}; results in {settings.out}", file=sys.stderr if settings.json_lines else sys.stdout, flush=True)
     problems = config["unreadable"]
     for problem in problems:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import random
 from array import array
 from collections.abc import Callable, Mapping
@@ -82,12 +81,7 @@ class Gallery:
         return len(self.scores)
 
     def add(self, entry: Entry, pictures: Callable[[], Pictures]) -> None:
-        """Add an entry; `pictures` is called at once, and only if the entry is chosen for now.
-
-        Raises ValueError if a score is not finite.
-        """
-        if not all(map(math.isfinite, entry.scores.values())):
-            raise ValueError(f"a score of {entry.name} is not finite: {entry.scores}")
+        """Add an entry; `pictures` is called at once, and only if the entry is chosen for now."""
         number = self.first + len(self)
         self.scores.append(entry.score)
         self.labels.append(-1 if entry.label is None else entry.label)

@@ -12,7 +12,7 @@ from scipy import ndimage
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
 from metrics import pixel
-from metrics.image import ImageMetrics, image_curves, image_f1_threshold, image_metrics
+from metrics.image import ImageMetrics, image_metrics
 from metrics.pixel import PixelMetrics
 
 DATA = Path(__file__).parent / "data"
@@ -115,11 +115,6 @@ def test_image_metrics_of_one_class_are_undefined(labels):
     assert found == {"image_auroc": None, "image_ap": None, "image_f1_max": None}
 
 
-def test_image_metrics_refuse_nan():
-    with pytest.raises(ValueError, match="image 1 is not finite"):
-        image_metrics([0.0, np.nan, 1.0], [0, 1, 1])
-
-
 @pytest.mark.parametrize("scale", [1.0, -1.0, 1e-30, 1e30])
 @pytest.mark.parametrize("levels", [None, 8, 40])
 @pytest.mark.parametrize("chunk", [1 << 18, 5])
@@ -203,15 +198,13 @@ def test_update_after_compute_and_merge_of_shards():
     first, second = PixelMetrics(), PixelMetrics()
     first.update(maps[:3], masks[:3], labels[:3])
     first.compute()
-    first.points()
+    first.curves()
     first.update(maps[3:5], masks[3:5], labels[3:5])
     assert first.compute() == compute(maps[:5], masks[:5], labels[:5])
     second.update(maps[5:], masks[5:], labels[5:])
     first.merge(second.state())
     expected = compute(maps, masks, labels)
     assert first.compute() == pytest.approx(expected, abs=1e-12)
-    with pytest.raises(ValueError, match="image 12 is not finite"):
-        first.update(np.full((1, 4, 4), np.inf, np.float32), np.zeros((1, 4, 4), bool), [False])
 
 
 def test_images_of_several_sizes():
@@ -230,7 +223,7 @@ def test_pixel_metrics_of_one_class_are_undefined(fill):
     pixels = PixelMetrics()
     pixels.update(maps, np.full_like(masks, fill), np.ones(len(maps), bool))
     assert pixels.compute() == dict.fromkeys(PIXEL_KEYS)
-    assert pixels.points() == {}
+    assert pixels.curves() == {}
 
 
 def test_nothing_added():
@@ -248,25 +241,6 @@ def test_an_empty_mask_on_an_anomalous_image_is_background():
     assert with_it["pro_as_published"] != without_it["pro_as_published"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda maps, masks, labels: maps[4].__setitem__((2, 3), np.nan), "map of image 11 is not finite"),
-        (lambda maps, masks, labels: maps[1].__setitem__((0, 0), -np.inf), "map of image 8 is not finite"),
-        (lambda maps, masks, labels: masks[0].__setitem__((0, 0), True), "image 7 is labelled normal"),
-    ],
-)
-def test_a_bad_image_is_named_and_its_batch_left_out(change, message):
-    good, bad = draw(seed=14), draw(seed=15)
-    pixels = PixelMetrics()
-    pixels.update(*good)
-    before = pixels.compute()
-    change(*bad)
-    with pytest.raises(ValueError, match=message):
-        pixels.update(*bad)
-    assert pixels.compute() == before
-
-
 def test_shapes_must_fit():
     maps, masks, labels = draw(seed=16)
     for bad in ((maps[0], masks[0], labels), (maps, masks[:, 1:], labels), (maps, masks, labels[1:])):
@@ -274,30 +248,32 @@ def test_shapes_must_fit():
             PixelMetrics().update(*bad)
 
 
-@pytest.mark.parametrize("chunk", [1 << 18, 7])
-def test_curves_are_exact_and_keep_their_ends(monkeypatch, chunk):
-    monkeypatch.setattr(pixel, "CHUNK", chunk)
+def test_curves_are_exact_and_keep_their_ends():
     maps, masks, labels = draw(seed=17, levels=60)
     pixels = PixelMetrics()
     pixels.update(maps, masks, labels)
-    full, thin = pixels.points(max_points=10**6), pixels.points(max_points=20)
+    full, thin = (
+        {name: np.stack(curve, axis=1) for name, curve in pixels.curves(points).items()} for points in (10**6, 20)
+    )
     figures = pixels.compute()
-
-    def points(curves, name):
-        return np.stack(list(curves[name].values()), axis=1)
-
-    for name in ("roc", "pr", "pro"):
-        every, some = points(full, name), points(thin, name)
-        assert 5 < len(some) <= 20 < len(every)
-        assert {tuple(point) for point in some} <= {tuple(point) for point in every}
-        np.testing.assert_array_equal(some[[0, -1]], every[[0, -1]])
+    assert full.keys() == thin.keys() == {"pixel_roc", "pixel_pr", "pixel_pro"}
+    for name, every in full.items():
+        some = thin[name]
+        assert 5 < len(some) <= 21 < len(every)
+        assert max(np.abs(every - point).max(1).min() for point in some) < 1e-12
+        np.testing.assert_array_equal(some[-1], every[-1])
         assert np.all(np.diff(some[:, 0]) >= 0)
-    for name in ("roc", "pro"):
-        assert points(thin, name)[[0, -1]].tolist() == [[0, 0], [1, 1]]
-    assert full["pr"]["recall"][-1] == 1.0
-    assert auc(full["roc"]["fpr"], full["roc"]["tpr"]) == pytest.approx(figures["pixel_auroc"], abs=1e-12)
-    best = 2 / (1 / full["pr"]["recall"] + 1 / full["pr"]["precision"])
-    assert best.max() == pytest.approx(figures["pixel_f1_max"], abs=1e-12)
+    for name in ("pixel_roc", "pixel_pro"):
+        assert thin[name][[0, -1]] == pytest.approx(np.array([[0, 0], [1, 1]]), abs=1e-12)
+    recall, precision = full["pixel_pr"].T
+    assert recall[-1] == 1.0
+    assert auc(*full["pixel_roc"].T) == pytest.approx(figures["pixel_auroc"], abs=1e-12)
+    assert np.max(2 / (1 / recall + 1 / precision)) == pytest.approx(figures["pixel_f1_max"], abs=1e-12)
+    regions = regions_of(masks)
+    for threshold in np.unique(maps)[::5]:  # every point of the PRO curve is one of plain counting
+        predicted = maps >= threshold
+        point = predicted[~masks].mean(), np.mean([predicted[i][region].mean() for i, region in regions])
+        assert np.abs(full["pixel_pro"] - point).max(1).min() < 1e-12
 
 
 def test_memory_stays_near_four_bytes_a_pixel(monkeypatch):
@@ -312,7 +288,7 @@ def test_memory_stays_near_four_bytes_a_pixel(monkeypatch):
         for _ in range(n_batches):
             pixels.update(rng.random((8, 200, 200), np.float32), masks, labels)
         pixels.compute()
-        pixels.points()
+        pixels.curves()
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -324,35 +300,19 @@ def test_memory_stays_near_four_bytes_a_pixel(monkeypatch):
 @pytest.mark.parametrize("levels", [None, 12])
 def test_f1_thresholds_reach_the_best_f1(levels):
     maps, masks, labels = draw(11, n=9, levels=levels)
-    pixels = PixelMetrics()
-    pixels.update(maps, masks, labels)
+    pixels, images = PixelMetrics(), ImageMetrics()
     scores = maps.max((1, 2))
-    for threshold, values, truth in (
-        (pixels.f1_threshold(), maps.ravel(), masks.ravel()),
-        (image_f1_threshold(scores, labels), scores, labels),
-    ):
-        predicted = values >= threshold
+    for metric in (pixels, images):
+        metric.update(maps, masks, labels, scores)
+    for metric, values, truth in ((pixels, maps.ravel(), masks.ravel()), (images, scores, labels)):
+        predicted = values >= metric.f1_threshold()
         f1 = 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum())
         assert f1 == pytest.approx(f1_max(truth, values), rel=1e-12)
-    assert PixelMetrics().f1_threshold() is None
-    assert image_f1_threshold(scores, np.zeros(9, bool)) is None
+        assert type(metric)().f1_threshold() is None
 
 
 @pytest.mark.parametrize("levels", [None, 4])
-def test_image_curves_enclose_the_image_figures(levels):
-    maps, _, labels = draw(12, n=30, levels=levels)
-    scores = maps.mean((1, 2))
-    curves = image_curves(scores, labels)
-    roc, pr = curves["roc"], curves["pr"]
-    assert auc(roc["fpr"], roc["tpr"]) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-    ap = np.sum(np.diff(pr["recall"], prepend=0) * pr["precision"])
-    assert ap == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
-    assert (roc["fpr"][-1], roc["tpr"][-1], pr["recall"][-1]) == (1, 1, 1)
-    assert image_curves(scores, np.ones(30, bool)) == {}
-
-
-@pytest.mark.parametrize("levels", [None, 4])
-def test_shards_of_image_metrics_are_merged(levels):
+def test_shards_of_image_metrics_and_curves_that_enclose_their_figures(levels):
     rng = np.random.default_rng(9)
     scores, labels = rng.normal(size=40), rng.integers(0, 2, 40).astype(bool)
     if levels:
@@ -363,5 +323,9 @@ def test_shards_of_image_metrics_are_merged(levels):
     for part in parts[1:]:
         parts[0].merge(part.state())
     assert parts[0].compute() == image_metrics(scores, labels)
-    assert parts[0].f1_threshold() == image_f1_threshold(scores, labels)
-    assert set(parts[0].curves()) == {"image_roc", "image_pr"}
+    (fpr, tpr), (recall, precision) = parts[0].curves().values()
+    assert auc(fpr, tpr) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    ap = np.sum(np.diff(recall, prepend=0) * precision)
+    assert ap == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
+    assert (fpr[0], tpr[0], fpr[-1], tpr[-1], recall[-1]) == (0, 0, 1, 1, 1)
+    assert ImageMetrics().curves() == {}

@@ -6,23 +6,17 @@ import csv
 import json
 import random
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy import stats
+from tiny import SMALL_NETWORKS, draw_category, run_in_process, small_flags
 
-import predict
-import test_fusion
-import train_ma2patch
-import train_ma_clu
-import train_pc
 from datasets.loading import ImageDataset
+from datasets.mvtec import Category
 from models import USAD
 from models.fusion.operating_point import OperatingPoint, exceedance, images_to_promise, quantile, rank
-from utils.command_line import run
 from utils.errors import InputError
 
 HELD = 12  # of 24
@@ -154,43 +148,24 @@ def test_other_files_are_refused(tmp_path, change):
 def root(tmp_path_factory):
     """A drawn category, and its three small branches trained with half of the images held out."""
     root = tmp_path_factory.mktemp("operating_point")
-    rng = np.random.default_rng(6)
-    folder = root / "data" / "belt"
-    for name, count, red in (("train/good", 2 * HELD, 0), ("test/good", 8, 0), ("test/rod", 6, 1)):
-        (folder / name).mkdir(parents=True)
-        for index in range(count):
-            image = rng.integers(0, 90, (70, 100, 3), dtype=np.uint8)
-            if red:
-                image[20:50, 30:60] = (255, 40, 40)
-            Image.fromarray(image).save(folder / name / f"{index:03d}.png")
-    (folder / "ground_truth" / "rod").mkdir(parents=True)
-    mask = np.zeros((70, 100), np.uint8)
-    mask[20:50, 30:60] = 255
-    for index in range(6):
-        Image.fromarray(mask).save(folder / "ground_truth" / "rod" / f"{index:03d}_mask.png")
-    vit = ("--backbone", "vit_tiny_patch16_224", "--image-size", "64")
-    for script, flags in (
-        (train_ma_clu, vit),
-        (train_ma2patch, vit),
-        (train_pc, (*vit[2:], "--backbone", "resnet18")),
-    ):
-        flags = (*flags, "--weights", "random", "--no-eval", "--holdout-ratio", "0.5")
-        assert call(script, root, "--models-dir", root / "models", *flags) == 0
+    draw_category(root / "data" / "belt", train=2 * HELD, good=8, anomalous=6)
+    for script in SMALL_NETWORKS:
+        assert train(root, script, root / "models", "--holdout-ratio", 0.5).code == 0
     return root
 
 
-def call(script, root, *flags):
-    """Run a script on the drawn category in this process; returns the exit code."""
-    common = ("--category", "belt", "--device", "cpu")
-    if script is not predict:
-        common += ("--workers", "0", "--data-root", str(root / "data"))
-    before, sys.argv = sys.argv, [script.__name__, *map(str, flags), *common]
-    try:
-        with pytest.raises(SystemExit) as exit_:
-            run(script.main)
-    finally:
-        sys.argv = before
-    return exit_.value.code
+def train(root, script, models, *flags):
+    return run_in_process(script, *small_flags(root, script), "--models-dir", models, "--no-eval", *flags)
+
+
+def fuse(root, models, results, *flags):
+    places = ("--models-dir", models, "--results-dir", results)
+    return run_in_process("test_fusion", *small_flags(root, "test_fusion"), *places, "--no-images", *flags)
+
+
+def predict(models, source, out, *flags):
+    places = ("--models-dir", models, "--category", "belt", "--device", "cpu", "--out", out)
+    return run_in_process("predict", source, *places, *flags)
 
 
 @pytest.fixture
@@ -199,36 +174,27 @@ def models(root, tmp_path):
     return shutil.copytree(root / "models", tmp_path / "models")
 
 
-def fuse(root, models, results, *flags):
-    return call(test_fusion, root, "--models-dir", models, "--results-dir", results, "--no-images", *flags)
-
-
 @pytest.mark.parametrize("fusion", ["paper", "standardized"])
 def test_thresholds_come_from_the_held_out_images_alone(root, models, tmp_path, fusion):
-    assert fuse(root, models, tmp_path, "--fusion", fusion, "--false-alarm-rate", "0.2") == 0
+    assert fuse(root, models, tmp_path, "--fusion", fusion, "--false-alarm-rate", "0.2").code == 0
     stored = OperatingPoint.read(models / "belt")
     usad = USAD.load(models / "belt")
     assert usad.rule.name == fusion and usad.threshold == stored.threshold
     names = sorted(path.name for path in (root / "data/belt/train/good").iterdir())
-    held = [names[i] for i in sorted(random.Random("holdout 22").sample(range(2 * HELD), HELD))]
-    results = usad([root / "data/belt/train/good" / name for name in held])
+    held = sorted(random.Random("holdout 22").sample(range(2 * HELD), HELD))
+    results = usad([root / "data/belt/train/good" / names[index] for index in held])
     scores = np.array([result.score for result in results])
     allowed = int(0.2 * (HELD + 1)) - 1  # of the held-out images above the threshold
     assert stored.images == HELD and (scores >= stored.threshold).sum() == allowed
     assert np.sort(scores)[-allowed - 1] == pytest.approx(stored.threshold)
-    images = torch.stack([ImageDataset.__getitem__(dataset_of(root, usad), i)["image"] for i in range(2 * HELD)])
-    peaks = usad.predict(images[[names.index(name) for name in held]])[1].amax((1, 2)).sort().values
+    dataset = ImageDataset(Category(root / "data", "belt").train_samples(), usad.image_size, "bicubic")
+    images = torch.stack([dataset[index]["image"] for index in held])
+    peaks = usad.predict(images)[1].amax((1, 2)).sort().values
     assert float(peaks[-allowed - 1]) == pytest.approx(stored.pixel_threshold, rel=1e-5)
 
 
-def dataset_of(root, usad):
-    from datasets.mvtec import Category
-
-    return ImageDataset(Category(root / "data", "belt").train_samples(), usad.image_size, "bicubic")
-
-
 def test_metrics_at_the_point_and_predict_agree_with_the_scores(root, models, tmp_path):
-    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 0
+    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1").code == 0
     metrics = json.loads((tmp_path / "belt/fusion/metrics.json").read_text())["operating_point"]
     with open(tmp_path / "belt/fusion/scores.csv", newline="") as file:
         table = list(csv.DictReader(file))
@@ -239,7 +205,7 @@ def test_metrics_at_the_point_and_predict_agree_with_the_scores(root, models, tm
     assert metrics["images"] == HELD
 
     out = tmp_path / "predictions"
-    assert call(predict, root, root / "data/belt/test", "--models-dir", models, "--out", out, "--no-images") == 0
+    assert predict(models, root / "data/belt/test", out, "--no-images").code == 0
     with open(out / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["source"].endswith(t["path"]) for row, t in zip(rows, table, strict=True)] == [True] * 14
@@ -250,79 +216,57 @@ def test_metrics_at_the_point_and_predict_agree_with_the_scores(root, models, tm
     assert stored["threshold"] == metrics["threshold"] and stored["false_alarm_rate"] == 0.1
 
 
-@pytest.mark.parametrize(("threshold", "pixel_threshold"), [(400.0, 60.0), (400.0, None), (None, 60.0), (-1.5, 0.0)])
-def test_given_thresholds_take_the_place_of_the_stored_point(root, models, tmp_path, threshold, pixel_threshold):
-    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 0
+def test_given_thresholds_take_the_place_of_the_stored_point(root, models, tmp_path):
+    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1").code == 0
     stored = OperatingPoint.read(models / "belt")
-    given = {"threshold": threshold, "pixel_threshold": pixel_threshold}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
-    source, out = root / "data/belt/test/good/000.png", tmp_path / "out"
-    assert call(predict, root, source, "--models-dir", models, "--out", out, *flags) == 0
-    expected = {key: getattr(stored, key) if value is None else value for key, value in given.items()}
-    assert json.loads((out / "config.json").read_text())["operating_point"] == expected
-    report = (out / "report.html").read_text()
-    assert "--threshold" in report and "held-out normal images: expected" not in report
+    for threshold, pixel_threshold in ((400.0, 60.0), (400.0, None), (None, 60.0), (-1.5, 0.0)):
+        given = {"threshold": threshold, "pixel_threshold": pixel_threshold}
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+        out = tmp_path / "out"
+        assert predict(models, root / "data/belt/test/good/000.png", out, *flags).code == 0
+        expected = {key: getattr(stored, key) if value is None else value for key, value in given.items()}
+        assert json.loads((out / "config.json").read_text())["operating_point"] == expected
+        report = (out / "report.html").read_text()
+        assert "--threshold" in report and "held-out normal images: expected" not in report
 
 
 def test_a_stored_point_serves_later_tests_with_the_same_settings(root, models, tmp_path):
-    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 0
+    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1").code == 0
     first = (tmp_path / "belt/fusion/metrics.json").read_text()
-    assert fuse(root, models, tmp_path) == 0
+    assert fuse(root, models, tmp_path).code == 0
     assert (tmp_path / "belt/fusion/metrics.json").read_text() == first
-    assert fuse(root, models, tmp_path, "--lambda-map", "2") == 0
+    assert fuse(root, models, tmp_path, "--lambda-map", "2").code == 0
     assert "operating_point" not in json.loads((tmp_path / "belt/fusion/metrics.json").read_text())
 
 
-def test_other_checkpoints_are_noticed(root, models, tmp_path, capsys):
-    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 0
-    flags = (
-        "--weights",
-        "random",
-        "--no-eval",
-        "--holdout-ratio",
-        "0.5",
-        "--neighbors",
-        "2",
-        "--image-size",
-        "64",
-    )
-    assert call(train_pc, root, "--models-dir", models, "--backbone", "resnet18", *flags) == 0
-    source = root / "data/belt/test/good/000.png"
-    assert call(predict, root, source, "--models-dir", models, "--out", tmp_path / "out") == 2
-    assert "--false-alarm-rate" in capsys.readouterr().err
-    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 0
-    assert call(predict, root, source, "--models-dir", models, "--out", tmp_path / "out", "--no-images") == 0
+def test_other_checkpoints_are_noticed(root, models, tmp_path):
+    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1").code == 0
+    assert train(root, "train_pc", models, "--holdout-ratio", 0.5, "--neighbors", 2).code == 0
+    source, out = root / "data/belt/test/good/000.png", tmp_path / "out"
+    refused = predict(models, source, out)
+    assert refused.code == 2 and "--false-alarm-rate" in refused.err
+    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1").code == 0
+    assert predict(models, source, out, "--no-images").code == 0
 
 
-def test_without_held_out_images(root, models, tmp_path, capsys):
-    flags = ("--backbone", "resnet18", "--image-size", "64", "--weights", "random", "--no-eval")
-    assert call(train_pc, root, "--models-dir", models, *flags) == 0
-    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 2
-    assert "--holdout-ratio" in capsys.readouterr().err
-    assert call(train_pc, root, "--models-dir", models, *flags, "--holdout-ratio", "0.25") == 0
-    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 2
-    assert "same images" in capsys.readouterr().err
+def test_images_that_were_not_held_out_by_all(root, models, tmp_path):
+    for flags, told in (((), "--holdout-ratio"), (("--holdout-ratio", 0.25), "same images")):
+        assert train(root, "train_pc", models, *flags).code == 0
+        refused = fuse(root, models, tmp_path, "--false-alarm-rate", "0.1")
+        assert refused.code == 2 and told in refused.err
     assert not (models / "belt/usad.json").exists()
 
 
-def test_held_out_images_that_are_gone_are_noticed(root, models, tmp_path, capsys):
-    data = shutil.copytree(root / "data", tmp_path / "data")
+def test_held_out_images_that_are_gone_are_noticed(root, models, tmp_path):
+    shutil.copytree(root / "data", tmp_path / "data")
     held = random.Random("holdout 22").sample(range(2 * HELD), HELD)[0]
-    (data / f"belt/train/good/{held:03d}.png").rename(data / "belt/train/good/zzz.png")
-    flags = (
-        "--models-dir",
-        models,
-        "--results-dir",
-        tmp_path / "r",
-        "--no-images",
-        "--false-alarm-rate",
-        "0.1",
-    )
-    assert call(test_fusion, tmp_path, *flags) == 2
-    assert "training images" in capsys.readouterr().err
+    good = tmp_path / "data/belt/train/good"
+    (good / f"{held:03d}.png").rename(good / "zzz.png")
+    refused = fuse(tmp_path, models, tmp_path / "r", "--false-alarm-rate", "0.1")
+    assert refused.code == 2 and "training images" in refused.err
 
 
 def test_a_foreign_file_is_left_alone(root, models, tmp_path):
     (models / "belt/usad.json").write_text('{"mine": 1}')
-    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1") == 2
+    assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1").code == 2
     assert (models / "belt/usad.json").read_text() == '{"mine": 1}'

@@ -322,11 +322,6 @@ def test_all_images_are_shown_up_to_the_limit_and_a_sample_is_stated(tmp_path):
     assert "20 of 50 images. These are the 8 highest scores, and others drawn at random with seed 22" in words
 
 
-def test_scores_that_are_not_finite_are_refused():
-    with pytest.raises(ValueError, match="not finite"):
-        Gallery().add(entry(0, float("nan")), pictures)
-
-
 def test_500_images_of_noise_stay_under_30_mb(tmp_path):
     rng, gallery = np.random.default_rng(4), Gallery()
     noise = rng.integers(0, 255, (700, 900, 3), dtype=np.uint8)
