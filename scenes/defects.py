@@ -172,8 +172,4 @@ def bag(rng: Random, canvas: Canvas, centre: Point, tone: float, dust: float) ->
     return Piece(rows, columns, shape, height, albedo, rng.uniform(0.0, 0.4), opacity, drapes=True)
 
 
-DEFECTS: dict[str, tuple[Callable[..., Piece], ...]] = {
-    "stick": (stick,),
-    "rope": (rope, rope, net),
-    "bag": (bag,),
-}
+DEFECTS: dict[str, tuple[Callable[..., Piece], ...]] = {"stick": (stick,), "rope": (rope, rope, net), "bag": (bag,)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import SMALL_NETWORKS, draw_category, run_in_process, small_flags
+from tiny import SMALL_NETWORKS, draw_category, succeed
 from torch import nn
 
 DATA = Path(__file__).parent / "data"
@@ -73,8 +73,7 @@ def trained(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("trained")
     draw_category(root / "data" / "belt")
     for script in SMALL_NETWORKS:
-        finished = run_in_process(script, *small_flags(root, script), "--holdout-ratio", 0.25, "--save-maps")
-        assert finished.code == 0, finished.err
+        succeed(root, script, "--holdout-ratio", 0.25, "--save-maps")
     return root
 
 

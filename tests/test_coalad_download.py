@@ -346,10 +346,7 @@ HOSTILE = {
     "pipe": [member("coal_ad/train/good/p", type=tarfile.FIFOTYPE)],
     "unknown kind": [member("coal_ad/train/good/u", type=b"Z")],
     "twice": [member("coal_ad/train/good/t.jpg", b"a"), member("coal_ad/train/good/t.jpg", b"b")],
-    "twice, other spelling": [
-        member("coal_ad/train/good/t.jpg", b"a"),
-        member("./coal_ad//train/good/t.jpg", b"b"),
-    ],
+    "twice, other spelling": [member("coal_ad/train/good/t.jpg", b"a"), member("./coal_ad//train/good/t.jpg", b"b")],
     "file as folder": [member("coal_ad/train/good/t", b"a"), member("coal_ad/train/good/t/u", b"b")],
     "folder as file": [member("coal_ad/train/good/t/u", b"a"), member("coal_ad/train/good/t", b"b")],
     "file in both archives": [member("coal_ad/test/good/000.jpg", b"a")],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 import re
 import shutil
@@ -17,18 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import draw_category, draw_frame, run_in_process, small_flags
+from tiny import SMALL_NETWORKS, draw_category, draw_frame, read_json, read_rows, run_in_process, small_flags, succeed
 
 from datasets.images import Decoding, Note, find_files, read_image, read_mask, read_picture
 from datasets.loading import ImageDataset, ImageLoader, mask_to_tensor, to_tensor
-from datasets.mvtec import (
-    Category,
-    Sample,
-    default_holdout,
-    defects_without_masks,
-    find_categories,
-    split_training,
-)
+from datasets.mvtec import Category, Sample, default_holdout, defects_without_masks, find_categories, split_training
 from metrics import protocols
 from models import USAD
 from utils.errors import InputError, UnreadableError
@@ -368,21 +359,9 @@ def touch(path: Path) -> None:
 
 
 def test_files_of_a_category(tmp_path):
-    names = [
-        "test/good/b.PNG",
-        "test/good/a.jpeg",
-        "test/crack/1.bmp",
-        "test/crack/2.Tif",
-        "test/a b/é煤.JPG",
-    ]
+    names = ["test/good/b.PNG", "test/good/a.jpeg", "test/crack/1.bmp", "test/crack/2.Tif", "test/a b/é煤.JPG"]
     masks = ["ground_truth/crack/1_mask.png", "ground_truth/crack/2_mask.TIF", "ground_truth/a b/é煤.png"]
-    ignored = [
-        "test/good/.hidden.png",
-        "test/good/notes.txt",
-        "test/.cache/x.png",
-        "test/stray.png",
-        "test/good/x.npy",
-    ]
+    ignored = ["test/good/.hidden.png", "test/good/notes.txt", "test/.cache/x.png", "test/stray.png", "test/good/x.npy"]
     for name in [*names, *masks, *ignored]:
         touch(tmp_path / "belt" / name)
     (tmp_path / "belt/test/good/folder.png").mkdir()
@@ -536,7 +515,11 @@ def test_default_holdout_gives_way_where_images_are_few():
 
 
 def figures(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
+    return read_json(folder / "metrics.json")
+
+
+def scores(table: Path) -> list[float]:
+    return [float(row["score"]) for row in read_rows(table)]
 
 
 def test_images_of_one_name_in_several_sub_folders(tmp_path):
@@ -546,15 +529,12 @@ def test_images_of_one_name_in_several_sub_folders(tmp_path):
             target = path.with_name(f"cam{index % 2}") / path.name.replace(f"{index:03d}", f"{index // 2:03d}")
             target.parent.mkdir(exist_ok=True)
             path.rename(target)
-    finished = run_in_process("train_pc", *small_flags(tmp_path, "train_pc"), "--save-maps", "--train-ratio", 1)
-    assert finished.code == 0 and finished.err == ""
+    assert succeed(tmp_path, "train_pc", "--save-maps", "--train-ratio", 1).err == ""
     folder = tmp_path / "result/belt/pc"
-    with open(folder / "scores.csv") as file:
-        names = [row["path"] for row in csv.DictReader(file)]
     expected = [
         f"{kind}/cam{c}/00{i}" for kind, count in (("good", 1), ("rope", 2)) for c in range(2) for i in range(count)
     ]
-    assert names == [f"test/{name}.png" for name in expected]
+    assert [row["path"] for row in read_rows(folder / "scores.csv")] == [f"test/{name}.png" for name in expected]
     for part, suffix in (("anomaly_maps", ".tiff"), ("heatmaps", ".png")):
         written = {path.relative_to(folder / part).as_posix(): path.read_bytes() for path in find_files(folder / part)}
         assert sorted(written) == sorted(f"{name}{suffix}" for name in expected)
@@ -571,24 +551,18 @@ def test_without_masks_the_figures_of_pixels_are_null(workplace, masked):
         (workplace / "other/test/rope").rename(belt / "test/wood")
     else:
         shutil.rmtree(belt / "ground_truth")
-    finished = run_in_process("test_fusion", *small_flags(workplace, "test_fusion"), "--save-maps")
     kind = "wood" if masked else "rope"
-    (line,) = finished.err.splitlines()
-    assert finished.code == 0 and line.startswith(f"warning: no masks of {kind} (for instance ")
+    (line,) = succeed(workplace, "test_fusion", "--save-maps").err.splitlines()
+    assert line.startswith(f"warning: no masks of {kind} (for instance ")
     folder = workplace / "result/belt/fusion"
     for found in (figures(folder), figures(folder)["branches"]["pc"]):
-        assert {key for key, value in found.items() if value is None} == set(protocols()) - {
-            "image_auroc",
-            "image_ap",
-            "image_f1_max",
-        }
+        missing = {key for key, value in found.items() if value is None}
+        assert missing == set(protocols()) - {"image_auroc", "image_ap", "image_f1_max"}
     for name in (f"heatmaps/{kind}/000.png", f"anomaly_maps/{kind}/000.tiff", "report.html"):
         assert (folder / name).stat().st_size > 1000
-    flags = [*small_flags(workplace, "reproduce_tables"), "--tables", "ablation"]
-    assert run_in_process("reproduce_tables", *flags).code == 0
-    with open(workplace / "result/belt/tables/ablation.csv") as file:
-        for row in csv.DictReader(file):
-            assert row["image_auroc"] and not row["pixel_auroc"] + row["aupro"]
+    succeed(workplace, "reproduce_tables", "--tables", "ablation")
+    for row in read_rows(workplace / "result/belt/tables/ablation.csv"):
+        assert row["image_auroc"] and not row["pixel_auroc"] + row["aupro"]
 
 
 def test_what_is_said_of_masks_is_said_once(workplace):
@@ -597,69 +571,58 @@ def test_what_is_said_of_masks_is_said_once(workplace):
         mask = np.asarray(Image.open(truth / f"{name}_mask.png"))
         Image.fromarray((mask > 0).astype(np.uint8) if name != "003" else mask * 0).save(truth / f"{name}_mask.png")
     before = figures(workplace / "result/belt/pc")
-    finished = run_in_process("train_pc", *small_flags(workplace, "train_pc"), "--skip-unreadable", "--workers", 1)
-    labels, empty = finished.err.splitlines()
+    labels, empty = succeed(workplace, "train_pc", "--skip-unreadable", "--workers", 1).err.splitlines()
     assert labels.startswith(f"warning: 2 files, for instance {truth / '000_mask.png'}: the masks hold labels")
     assert empty.startswith(f"warning: 1 files, for instance {truth / '003_mask.png'}: the masks mark nothing")
     after = figures(workplace / "result/belt/pc")
     assert after["pixel_auroc"] is not None and after["pixel_auroc"] != before["pixel_auroc"]
 
 
-def scores(folder: Path) -> list[float]:
-    with open(folder / "scores.csv") as file:
-        return [float(row["score"]) for row in csv.DictReader(file)]
-
-
 def test_a_12_bit_camera_is_kept_in_mind_from_training_to_prediction(workplace):
     """The same frames, stored as 12 of 16 bits, give the same scores."""
-    folder, models = workplace / "result/belt", workplace / "models/belt"
-    assert run_in_process("test_fusion", *small_flags(workplace, "test_fusion"), "--no-images").code == 0
-    before = {part: scores(folder / part) for part in ("pc", "fusion")}
+    tables = [workplace / f"result/belt/{part}/scores.csv" for part in ("pc", "fusion")]
+    succeed(workplace, "test_fusion", "--no-images")
+    before = [scores(table) for table in tables]
     for path in find_files(workplace / "data/belt"):
         if "ground_truth" not in path.parts:
             cv2.imwrite(str(path), (cv2.imread(str(path)) / 255 * 4095).round().astype(np.uint16))
-    finished = run_in_process("test_fusion", *small_flags(workplace, "test_fusion"), "--no-images")
-    (line,) = finished.err.splitlines()
+    (line,) = succeed(workplace, "test_fusion", "--no-images").err.splitlines()
     assert line.startswith("warning: 7 files, for instance ") and "--bit-depth" in line
-    for script in ("train_ma_clu", "train_ma2patch", "train_pc"):
-        flags = [*small_flags(workplace, script), "--holdout-ratio", 0.25, "--bit-depth", 12]
-        finished = run_in_process(script, *flags, "--no-images")
-        assert finished.code == 0 and "--bit-depth" not in finished.err
-    assert run_in_process("test_fusion", *small_flags(workplace, "test_fusion"), "--no-images").code == 0
-    assert {part: scores(folder / part) for part in ("pc", "fusion")} == before
-    (found,) = USAD.load(models)(workplace / "data/belt/test/good/000.png")
-    assert found.score == pytest.approx(before["fusion"][0], rel=1e-6)
+    for script in SMALL_NETWORKS:
+        finished = succeed(workplace, script, "--holdout-ratio", 0.25, "--bit-depth", 12, "--no-images")
+        assert "--bit-depth" not in finished.err
+    succeed(workplace, "test_fusion", "--no-images")
+    assert [scores(table) for table in tables] == before
+    (found,) = USAD.load(workplace / "models/belt")(workplace / "data/belt/test/good/000.png")
+    assert found.score == pytest.approx(before[1][0], rel=1e-6)
     flags = ["--category", "belt", "--models-dir", workplace / "models", "--device", "cpu", "--no-images"]
     finished = run_in_process("predict", workplace / "data/belt/test/good", *flags, "--out", workplace / "out")
     assert finished.code == 0 and "--bit-depth" not in finished.err
-    with open(workplace / "out/predictions.csv") as file:
-        rows = [float(row["score"]) for row in csv.DictReader(file)]
-    assert rows == pytest.approx(before["fusion"][:3], rel=1e-6)
+    assert scores(workplace / "out/predictions.csv") == pytest.approx(before[1][:3], rel=1e-6)
 
-    finished = run_in_process("train_pc", *small_flags(workplace, "train_pc"), "--train-ratio", 1, "--no-eval")
-    assert finished.code == 0 and finished.err.startswith("warning: 8 files, ") and finished.err.count("\n") == 1
+    said = succeed(workplace, "train_pc", "--train-ratio", 1, "--no-eval").err
+    assert said.startswith("warning: 8 files, ") and said.count("\n") == 1
     finished = run_in_process("test_fusion", *small_flags(workplace, "test_fusion"))
     assert finished.code == 2 and "--bit-depth" in finished.err
 
 
 def test_the_limit_of_the_size_is_a_flag(tmp_path):
     belt = draw_category(tmp_path / "data/belt", 4, 1, 1)
-    flags = [*small_flags(tmp_path, "train_pc"), "--train-ratio", 1, "--no-eval", "--max-megapixels", 0.004]
-    finished = run_in_process("train_pc", *flags)
+    flags = "--train-ratio", 1, "--no-eval", "--max-megapixels", 0.004
+    finished = run_in_process("train_pc", *small_flags(tmp_path, "train_pc"), *flags)
     assert finished.code == 2 and "72x56" in finished.err and finished.err.count("raise it with --max-megapixels") == 4
     assert "repair" not in finished.err
     for path in (belt / "train/good").iterdir():
         Image.open(path).save(path.with_suffix(".jpg"))
         path.unlink()
-    finished = run_in_process("train_pc", *flags)
-    assert finished.code == 0 and finished.err.startswith("warning: 4 files, for instance ")
+    assert succeed(tmp_path, "train_pc", *flags).err.startswith("warning: 4 files, for instance ")
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_few_training_images_with_the_demo_network(tmp_path, count):
     """Its default holds images out where there are enough; thresholds and the standardized fusion need them."""
     draw_category(tmp_path / "data/belt", count, 2, 2)
-    for script in ("train_ma_clu", "train_ma2patch", "train_pc"):
+    for script in SMALL_NETWORKS:
         flags = [*small_flags(tmp_path, "test_fusion"), "--weights", "demo", "--image-size", 96, "--no-eval"]
         finished = run_in_process(script, *flags)
         said = finished.err.splitlines()
@@ -670,9 +633,8 @@ def test_few_training_images_with_the_demo_network(tmp_path, count):
         expected = "2 are held out" if count == 7 else "none are held out: no thresholds"
         assert said[0].startswith(f"warning: belt: of only {count} training images {expected}")
     if count > 1:
-        flags = [*small_flags(tmp_path, "test_fusion"), "--no-images"]
-        assert run_in_process("test_fusion", *flags).code == 0
-        settings = json.loads((tmp_path / "result/belt/fusion/config.json").read_text())["settings"]
+        succeed(tmp_path, "test_fusion", "--no-images")
+        settings = read_json(tmp_path / "result/belt/fusion/config.json")["settings"]
         assert settings["fusion"] == ("standardized" if count == 7 else "paper")
-        finished = run_in_process("test_fusion", *flags, "--false-alarm-rate", 0.3)
-        assert finished.code == (0 if count == 7 else 2)
+        flags = [*small_flags(tmp_path, "test_fusion"), "--no-images", "--false-alarm-rate", 0.3]
+        assert run_in_process("test_fusion", *flags).code == (0 if count == 7 else 2)

@@ -15,7 +15,6 @@ import tarfile
 import zlib
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -163,12 +162,6 @@ def test_decompression_bombs(tmp_path, watch, width, height):
 def test_odd_sizes_are_taken(tmp_path, size):
     Image.new("RGB", size, (9, 8, 7)).save(tmp_path / "odd.png")
     assert read_image(tmp_path / "odd.png").size == size
-
-
-def test_all_sixteen_bits_become_eight_as_division_by_257_rounds(tmp_path):
-    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    Image.fromarray(values).save(tmp_path / "all.png")
-    assert (np.asarray(read_image(tmp_path / "all.png"))[..., 0] == (values / 257).round()).all()
 
 
 # Names

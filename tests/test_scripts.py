@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import csv
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 from sklearn.metrics import average_precision_score, roc_auc_score
-from tiny import SMALL_NETWORKS, draw_category, run_in_process, small_flags
+from tiny import SMALL_NETWORKS, draw_category, read_json, read_rows, run_in_process, succeed
 
 from models import USAD
 from utils.checkpoint import load_checkpoint
@@ -31,27 +30,20 @@ IMAGE_SIZE = {"ma_clu": 64, "ma2patch": 96, "pc": 64, "fusion": 96}
 NAMES = [*(f"good/{index:03d}" for index in range(3)), *(f"rope/{index:03d}" for index in range(4))]
 
 
-def fuse(root: Path, *flags, category: str = "belt"):
-    """Run test_fusion.py on `root`'s models."""
-    return run_in_process("test_fusion", *small_flags(root, "test_fusion", category), *flags)
-
-
 @pytest.fixture(scope="module")
 def fused(trained, tmp_path_factory) -> Path:
     """A copy of the trained folder after test_fusion.py --save-maps."""
     root = shutil.copytree(trained, tmp_path_factory.mktemp("fused") / "belt of coal 煤")
-    finished = fuse(root, "--save-maps")
-    assert finished.code == 0, finished.err
+    succeed(root, "test_fusion", "--save-maps")
     return root
 
 
 def read_scores(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "scores.csv", encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(folder / "scores.csv")
 
 
 def figures_of(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return read_json(folder / "metrics.json")
 
 
 # What a run leaves behind
@@ -132,7 +124,7 @@ def test_heat_maps(fused):
 
 def test_config(fused):
     for part in ("ma_clu", "ma2patch", "pc"):
-        config = json.loads((fused / "result" / "belt" / part / "config.json").read_text(encoding="utf-8"))
+        config = read_json(fused / "result" / "belt" / part / "config.json")
         settings = config["settings"]
         assert settings["seed"] == 22 and settings["image_size"] == IMAGE_SIZE[part]
         assert settings["batch_size"] == 4 and settings["workers"] == 0 and settings["device"] == "cpu"
@@ -142,7 +134,7 @@ def test_config(fused):
         assert {"python", "torch", "torchvision", "timm", "numpy"} <= set(config["versions"])
         assert config["device"].startswith("cpu") and config["peak_memory_mb"]["host"] > 50
         assert all(config["seconds"][stage] > 0 for stage in ("load", "extract", "score", "total"))
-    config = json.loads((fused / "result/belt/fusion/config.json").read_text(encoding="utf-8"))
+    config = read_json(fused / "result/belt/fusion/config.json")
     assert config["settings"]["lambda_obj"] == 0.01 and config["settings"]["fusion"] == "paper"
     assert set(config["branches"]) == {"ma_clu", "ma2patch", "pc"}
     assert config["branches"]["ma_clu"]["training"]["images"] == 6
@@ -168,9 +160,8 @@ def test_checkpoints_hold_tensors_and_json(trained):
 def test_same_seed_same_files(trained, fused, tmp_path):
     shutil.copytree(trained / "data", tmp_path / "data")
     for script in SMALL_NETWORKS:
-        finished = run_in_process(script, *small_flags(tmp_path, script), "--holdout-ratio", 0.25, "--batch-size", 4)
-        assert finished.code == 0, finished.err
-    assert fuse(tmp_path, "--save-maps").code == 0
+        succeed(tmp_path, script, "--holdout-ratio", 0.25, "--batch-size", 4)
+    succeed(tmp_path, "test_fusion", "--save-maps")
     for script, branch in BRANCH_OF.items():
         name = f"models/belt/{branch}.safetensors"
         assert (tmp_path / name).read_bytes() == (trained / name).read_bytes(), script
@@ -185,35 +176,27 @@ def test_same_seed_same_files(trained, fused, tmp_path):
 def test_another_seed_another_bank(workplace):
     path = workplace / "models" / "belt" / "pc.safetensors"
     before = path.read_bytes()
-    assert run_in_process("train_pc", *small_flags(workplace, "train_pc"), "--seed", 23, "--no-eval").code == 0
+    succeed(workplace, "train_pc", "--seed", 23, "--no-eval")
     assert path.read_bytes() != before
 
 
 def test_what_is_printed(workplace):
-    finished = run_in_process("train_pc", *small_flags(workplace, "train_pc"))
-    assert finished.code == 0
-    for line in (
-        "wrote",
-        "image AUROC",
-        "pixel AUROC",
-        "AUPRO",
-        "authors' protocol",
-        "7 images, 4 anomalous",
-    ):
+    finished = succeed(workplace, "train_pc")
+    for line in ("wrote", "image AUROC", "pixel AUROC", "AUPRO", "authors' protocol", "7 images, 4 anomalous"):
         assert line in finished.out
     assert str(workplace / "result" / "belt" / "pc") in finished.out
 
 
 def test_standardized_fusion_and_factors(workplace):
     paper = read_scores(workplace / "result" / "belt" / "ma_clu")
-    assert fuse(workplace, "--fusion", "standardized", "--no-images").code == 0
+    succeed(workplace, "test_fusion", "--fusion", "standardized", "--no-images")
     folder = workplace / "result" / "belt" / "fusion"
     assert not (folder / "heatmaps").exists() and not (folder / "report.html").exists()
     usad = USAD.load(workplace / "models" / "belt", fusion="standardized")
     for row in read_scores(folder):
         (prediction,) = usad(workplace / "data" / "belt" / row["path"])
         assert float(row["score"]) == pytest.approx(prediction.score, rel=1e-4)
-    assert fuse(workplace, "--lambda-obj", 0, "--lambda-map", 0, "--no-images").code == 0
+    succeed(workplace, "test_fusion", "--lambda-obj", 0, "--lambda-map", 0, "--no-images")
     for row in read_scores(folder):
         assert float(row["score"]) == pytest.approx(float(row["pc"]), rel=1e-12)
     assert len(paper) == 7
@@ -222,14 +205,11 @@ def test_standardized_fusion_and_factors(workplace):
 def test_several_categories_and_their_average(workplace):
     draw_category(workplace / "data" / "second", seed=5, size=(40, 64))
     draw_category(workplace / "data" / "third", seed=6, anomalous=0)
-    for script in SMALL_NETWORKS:
-        finished = run_in_process(script, *small_flags(workplace, script, "all"), "--no-images")
-        assert finished.code == 0 and "average of 3 categories" in finished.out
-    flags = small_flags(workplace, "test_fusion", "belt", "second", "third")
-    finished = run_in_process("test_fusion", *flags, "--no-images")
-    assert finished.code == 0 and "average of 3 categories" in finished.out
+    for script in (*SMALL_NETWORKS, "test_fusion"):
+        categories = ("belt", "second", "third") if script == "test_fusion" else ("all",)
+        assert "average of 3 categories" in succeed(workplace, script, "--no-images", categories=categories).out
     for part in (*BRANCH_OF.values(), "fusion"):
-        average = json.loads((workplace / "result" / f"average_{part}.json").read_text(encoding="utf-8"))
+        average = read_json(workplace / "result" / f"average_{part}.json")
         metrics = [figures_of(workplace / "result" / name / part) for name in ("belt", "second", "third")]
         for key in FIGURES[:-2]:
             values = [figures[key] for figures in metrics if figures[key] is not None]
@@ -240,8 +220,7 @@ def test_several_categories_and_their_average(workplace):
 def test_without_anomalous_images_figures_are_null(workplace):
     for folder in ("test/rope", "ground_truth"):
         shutil.rmtree(workplace / "data" / "belt" / folder)
-    finished = fuse(workplace)
-    assert finished.code == 0, finished.err
+    succeed(workplace, "test_fusion")
     metrics = figures_of(workplace / "result" / "belt" / "fusion")
     for figures in (metrics, *metrics["branches"].values()):
         assert [figures[key] for key in FIGURES] == [None] * 8 + [3, 0]
@@ -250,38 +229,30 @@ def test_without_anomalous_images_figures_are_null(workplace):
 
 def test_only_anomalous_images(workplace):
     shutil.rmtree(workplace / "data" / "belt" / "test" / "good")
-    assert fuse(workplace).code == 0
+    succeed(workplace, "test_fusion")
     metrics = figures_of(workplace / "result" / "belt" / "fusion")
     assert metrics["image_auroc"] is None and metrics["pixel_auroc"] is not None
     assert (metrics["n_images"], metrics["n_anomalous"]) == (4, 4)
 
 
 def test_different_training_files_are_noticed(workplace):
-    assert "different" not in fuse(workplace, "--no-images").err
+    assert "different" not in succeed(workplace, "test_fusion", "--no-images").err
     (workplace / "data/belt/train/good/000.png").unlink()
-    flags = small_flags(workplace, "train_pc")
-    assert run_in_process("train_pc", *flags, "--holdout-ratio", 0.25, "--no-eval").code == 0
-    finished = fuse(workplace, "--no-images")
-    assert finished.code == 0
-    (line,) = finished.err.splitlines()
+    succeed(workplace, "train_pc", "--holdout-ratio", 0.25, "--no-eval")
+    (line,) = succeed(workplace, "test_fusion", "--no-images").err.splitlines()
     assert line.startswith("warning:") and "different lists of files" in line
 
 
 def test_fewer_images_than_channels_is_one_line_of_warning(workplace):
-    finished = run_in_process("train_ma_clu", *small_flags(workplace, "train_ma_clu"), "--no-eval")
-    assert finished.code == 0
-    (line,) = finished.err.splitlines()
+    (line,) = succeed(workplace, "train_ma_clu", "--no-eval").err.splitlines()
     assert line.startswith("warning: 8 training images for 64 channels") and "ledoit-wolf" in line
-    finished = run_in_process(
-        "train_ma_clu", *small_flags(workplace, "train_ma_clu"), "--no-eval", "--covariance", "ledoit-wolf"
-    )
-    assert (finished.code, finished.err) == (0, "")
+    assert succeed(workplace, "train_ma_clu", "--no-eval", "--covariance", "ledoit-wolf").err == ""
 
 
 def test_no_eval_writes_the_checkpoint_only(workplace):
     shutil.rmtree(workplace / "result")
     shutil.rmtree(workplace / "data" / "belt" / "test")
-    assert run_in_process("train_pc", *small_flags(workplace, "train_pc"), "--no-eval").code == 0
+    succeed(workplace, "train_pc", "--no-eval")
     assert not (workplace / "result").exists()
 
 
@@ -290,7 +261,7 @@ def test_a_second_run_replaces_the_first_ones_results_only(workplace):
     note = folder / "heatmaps" / "good" / "my notes.png"
     note.write_bytes(b"mine")
     before = (folder / "config.json").read_bytes()
-    assert run_in_process("train_pc", *small_flags(workplace, "train_pc")).code == 0
+    succeed(workplace, "train_pc")
     assert note.read_bytes() == b"mine" and (folder / "config.json").read_bytes() != before
 
 
@@ -299,8 +270,7 @@ def test_names_of_any_kind(tmp_path):
     folder = draw_category(root / "data" / "皮带 no. 1")
     long = "长" * 80 + ".png"
     (folder / "test/good/000.png").rename(folder / "test/good" / long)
-    finished = run_in_process("train_pc", *small_flags(root, "train_pc", "皮带 no. 1"), "--save-maps")
-    assert finished.code == 0, finished.err
+    succeed(root, "train_pc", "--save-maps", categories=["皮带 no. 1"])
     result = root / "result" / "皮带 no. 1" / "pc"
     assert f"test/good/{long}" in [row["path"] for row in read_scores(result)]
     assert (result / "anomaly_maps" / "good" / long).with_suffix(".tiff").exists()
@@ -314,8 +284,7 @@ def test_file_names_that_are_not_text(tmp_path):
         source.rename(os.fsdecode(os.fsencode(folder) + b"/test/good/\xff\xfe.png"))
     except OSError:
         pytest.skip("this file system takes UTF-8 only")
-    finished = run_in_process("train_pc", *small_flags(tmp_path, "train_pc"))
-    assert finished.code == 0, finished.err
+    succeed(tmp_path, "train_pc")
     assert len(read_scores(tmp_path / "result" / "belt" / "pc")) == 7
 
 
@@ -374,14 +343,7 @@ def test_nothing_unpickles():
             if called == "torch.load":
                 keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert keywords.get("weights_only") == "True", path
-            assert called not in (
-                "eval",
-                "exec",
-                "pickle.load",
-                "pickle.loads",
-                "joblib.load",
-                "dill.load",
-            ), path
+            assert called not in ("eval", "exec", "pickle.load", "pickle.loads", "joblib.load", "dill.load"), path
             if called in ("np.load", "numpy.load"):
                 assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}, path
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from safetensors.torch import load_file
-from tiny import draw_category, run_in_process, small_flags
+from tiny import SMALL_NETWORKS, draw_category, read_json, run_in_process, small_flags, succeed
 
 from datasets.mvtec import Category
 from models import BRANCHES
 from utils.checkpoint import load_checkpoint
 
-TRAIN = ("train_ma_clu", "train_ma2patch", "train_pc")
 HELD = ("--holdout-ratio", 0.25, "--train-ratio", 1)
-
-
-def fusion(root, *flags):
-    return run_in_process("test_fusion", *small_flags(root, "test_fusion"), "--no-images", *flags)
 
 
 def break_some(belt, train: int, good: int, masks: int) -> set[str]:
@@ -44,10 +37,9 @@ def spoilt(tmp_path_factory):
 def skipped(spoilt):
     """The same after three trainings with --skip-unreadable."""
     root, broken = spoilt
-    for script in TRAIN:
-        finished = run_in_process(script, *small_flags(root, script), *HELD, "--skip-unreadable")
-        assert finished.code == 0, finished.err
-        assert "belt: 30 of 50 images cannot be read and are left out" in finished.err
+    for script in SMALL_NETWORKS:
+        said = succeed(root, script, *HELD, "--skip-unreadable").err
+        assert "belt: 30 of 50 images cannot be read and are left out" in said
     return root, broken
 
 
@@ -66,10 +58,10 @@ def test_one_list_of_thirty(spoilt, workers):
 def test_what_was_left_out_is_recorded(skipped):
     root, broken = skipped
     for branch in BRANCHES.values():
-        config = json.loads((root / "result/belt" / branch.name / "config.json").read_text())
+        config = read_json(root / "result/belt" / branch.name / "config.json")
         assert set(config["left_out"]) == broken and all(config["left_out"].values())
         assert config["settings"]["skip_unreadable"] is True
-        figures = json.loads((root / "result/belt" / branch.name / "metrics.json").read_text())
+        figures = read_json(root / "result/belt" / branch.name / "metrics.json")
         assert (figures["n_images"], figures["n_anomalous"]) == (8, 4)
         _, metadata = load_checkpoint(root / f"models/belt/{branch.name}.safetensors")
         assert metadata["training"]["left_out"] == sorted(name for name in broken if name.startswith("train"))
@@ -82,7 +74,7 @@ def test_the_rest_is_trained_as_if_the_broken_files_were_not_there(skipped, tmp_
     draw_category(belt, train=24, good=12, anomalous=14)
     for name in broken:
         (belt / name).unlink()
-    assert run_in_process("train_pc", *small_flags(tmp_path, "train_pc"), *HELD).code == 0
+    succeed(tmp_path, "train_pc", *HELD)
     ours, other = (load_file(where / "models/belt/pc.safetensors") for where in (root, tmp_path))
     assert all((ours[name] == other[name]).all() for name in ours)
     result = "result/belt/pc/scores.csv"
@@ -91,13 +83,13 @@ def test_the_rest_is_trained_as_if_the_broken_files_were_not_there(skipped, tmp_
 
 def test_held_out_images_are_found_again(skipped):
     root, broken = skipped
-    finished = fusion(root, "--fusion", "standardized", "--false-alarm-rate", 0.25, "--skip-unreadable")
-    assert finished.code == 0, finished.err
-    point = json.loads((root / "models/belt/usad.json").read_text())
+    flags = "--no-images", "--false-alarm-rate", 0.25
+    succeed(root, "test_fusion", *flags, "--fusion", "standardized", "--skip-unreadable")
+    point = read_json(root / "models/belt/usad.json")
     assert point["images"] == 3
-    config = json.loads((root / "result/belt/fusion/config.json").read_text())
+    config = read_json(root / "result/belt/fusion/config.json")
     assert set(config["left_out"]) == set(broken)  # the training images, too, which the thresholds take
-    finished = fusion(root, "--false-alarm-rate", 0.25)
+    finished = run_in_process("test_fusion", *small_flags(root, "test_fusion"), *flags)
     assert finished.code == 2 and len(finished.err.splitlines()) == 32  # without the flag; one warns of few images
 
 

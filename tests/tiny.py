@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib
 import io
+import json
 import signal
 import sys
 from pathlib import Path
@@ -92,3 +94,20 @@ def small_flags(root: Path, script: str, *categories: str) -> list:
         *("--category", *(categories or ("belt",)), "--device", "cpu", "--workers", 0),
         *(("--weights", "random", *SMALL_NETWORKS[script]) if trained else ()),
     ]
+
+
+def succeed(root: Path, script: str, *flags, categories=()) -> Finished:
+    """Run a script with its small flags and others; it must end well."""
+    finished = run_in_process(script, *small_flags(root, script, *categories), *flags)
+    assert finished.code == 0, finished.err
+    return finished
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
