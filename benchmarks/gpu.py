@@ -70,8 +70,8 @@ def program(bench: Bench, count: int) -> Iterator[Row]:
     run_python(["make_demo_data.py", *place, *counts])
     flags = [*place, "--models-dir", bench.checkpoints.parent, "--results-dir", bench.work / "result", "--no-images"]
     flags += ["--device", bench.device, "--precision", bench.precision]
-    seconds = min(run_python(["test_fusion.py", *flags]).seconds for _ in range(2))  # the first warms the file cache
-    imports = run_python(["-c", "import torch, torchvision, timm"]).seconds
+    seconds = min(run_python(["test_fusion.py", *flags]) for _ in range(2))  # the first warms the file cache
+    imports = run_python(["-c", "import torch, torchvision, timm"])
     config = json.loads((bench.work / "result/belt/fusion/config.json").read_text(encoding="utf-8"))
     remark = f"imports {imports:.1f} s; stages {json.dumps(config['seconds'])}"
     yield {"stage": "test_fusion.py, whole process", "size": f"{count} images", "ours": seconds, "remark": remark}

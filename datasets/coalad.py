@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import os
@@ -12,6 +11,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from utils.errors import InputError
@@ -45,24 +45,18 @@ def ensure_coalad(data_root: str | os.PathLike) -> Path:
         return target
     download = target.with_name(f".{CATEGORY}.download")
     download.mkdir(parents=True, exist_ok=True)
-    with _turn(download / "lock"):
+    lock = FileLock(download / "lock")
+    try:
+        turn = lock.acquire(timeout=0)
+    except Timeout:
+        print("Another run is downloading CoalAD: waiting for it.", file=sys.stderr)
+        turn = lock.acquire()
+    with turn:
         if not os.path.lexists(target):
             _download(download, target)
             _unpack(download, target)
     shutil.rmtree(download, ignore_errors=True)
     return target
-
-
-def _turn(path: Path) -> contextlib.AbstractContextManager:
-    """The lock at `path`, once no other run holds it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        print("Another run is downloading CoalAD: waiting for it.", file=sys.stderr)
-        return lock.acquire()
 
 
 def _by_hand(target: Path) -> str:

@@ -10,7 +10,7 @@ from utils.errors import InputError
 from utils.processes import answer
 
 
-def work(job: dict) -> dict:
+def work(job: dict) -> int:
     """As the job says: fill some megabytes, fail in some way, or leave."""
     filled = np.ones(job.get("megabytes", 0) * 125_000)
     print("not the result")
@@ -20,7 +20,7 @@ def work(job: dict) -> dict:
         raise ValueError(job["error"])
     if "code" in job:
         os._exit(job["code"])
-    return {"numbers": len(filled), "threads": os.environ.get("OMP_NUM_THREADS")}
+    return len(filled)
 
 
 if __name__ == "__main__":

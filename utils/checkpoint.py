@@ -78,15 +78,13 @@ def check_replaceable(path: Path) -> None:
     Raises as `check_writable` does if nothing can be written to its folder.
     """
     check_writable(path.parent)
-    if not path.exists():
-        return
-    try:
-        with safe_open(path, framework="pt") as file:
-            ours = FORMAT in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        ours = False
-    if not ours:
-        raise InputError(f"{path} exists and is not a USAD checkpoint; move it away or choose another --models-dir")
+    if path.exists():
+        try:
+            read_metadata(path)
+        except (InputError, OSError):
+            raise InputError(
+                f"{path} exists and is not a USAD checkpoint; move it away or choose another --models-dir"
+            ) from None
 
 
 def take(tensors: dict[str, Tensor], name: str, *shape: int | None) -> Tensor:

@@ -31,22 +31,18 @@ SIZE = (23, 17)  # of the images, width and height
 NETWORK = "test_resnet"
 
 
-def published(folder: Path) -> Path:
-    """The authors' four files."""
+def published(folder: Path, dims: tuple[int, int, int] = (6, 8, 10), seed: int = 3) -> Path:
+    """The authors' four files, for networks of so many channels."""
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(3)
-    for name, dim in ((MA_CLU, 6), (MA2PATCH, 8)):
+    generator = torch.Generator().manual_seed(seed)
+    for name, dim in zip((MA_CLU, MA2PATCH), dims[:2], strict=True):
         matrix = torch.eye(dim)
-        gaussian = {
-            "mean_vector": torch.randn(dim, generator=generator),
-            "cov_matrix": matrix,
-            "inv_cov_matrix": matrix,
-        }
-        torch.save(gaussian, folder / name)
-    bank = {"memory_bank": torch.randn(9, 10, generator=generator), "k_nearest": 3, "backbone": "wide_resnet50_2"}
-    torch.save(bank, folder / PATCHCORE)
-    points = np.random.default_rng(3).normal(size=(30, 6))
-    kmeans = {"kmeans": KMeans(2, random_state=42, n_init=1).fit(points), "foreground_cluster": 0}
+        mean = torch.randn(dim, generator=generator)
+        torch.save({"mean_vector": mean, "cov_matrix": matrix, "inv_cov_matrix": matrix}, folder / name)
+    bank = torch.randn(20, dims[2], generator=generator)
+    torch.save({"memory_bank": bank, "k_nearest": 3, "backbone": "wide_resnet50_2"}, folder / PATCHCORE)
+    points = np.random.default_rng(seed).normal(size=(40, dims[0]))
+    kmeans = {"kmeans": KMeans(2, random_state=seed, n_init=1).fit(points), "foreground_cluster": 0}
     (folder / KMEANS).write_bytes(pickle.dumps(kmeans))
     return folder
 

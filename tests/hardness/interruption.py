@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
-import torch
+from hardness import corpus
 from tiny import SMALL_NETWORKS, draw_category, small_flags
 
-from models.published.checkpoints import FILES, KMEANS_FILE, MA_CLU, PATCHCORE
 from utils.command_line import run
 
 SECONDS = 10  # after which an interrupted script has ended
@@ -45,22 +44,6 @@ def commands(root: Path, seed: int) -> dict[str, list]:
         "make_demo_data": ["--data-root", root / "data", "--category", "demo", *drawn],
         "convert_published": [root / f"published {seed}", "--models-dir", root / "converted", *networks],
     }
-
-
-def write_published(folder: Path, seed: int) -> None:
-    """The authors' four files at the sizes of their networks."""
-    import pickle
-
-    from sklearn.cluster import KMeans
-
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(seed)
-    for name, dim in zip((MA_CLU, FILES[2]), (384, 768), strict=True):
-        mean = torch.randn(dim, generator=generator)
-        torch.save({"mean_vector": mean, "cov_matrix": torch.eye(dim), "inv_cov_matrix": torch.eye(dim)}, folder / name)
-    torch.save({"memory_bank": torch.randn(20, 1536, generator=generator), "k_nearest": 3}, folder / PATCHCORE)
-    kmeans = KMeans(2, random_state=seed, n_init=1).fit(torch.randn(40, 384, generator=generator).numpy())
-    (folder / KMEANS_FILE).write_bytes(pickle.dumps({"kmeans": kmeans, "foreground_cluster": 0}))
 
 
 class Script(multiprocessing.get_context("fork").Process):
@@ -110,7 +93,7 @@ class Bench:
         self.events: dict[str, int] = {}
         draw_category(self.work / "data" / "belt")
         for seed in (5, 22):
-            write_published(self.work / f"published {seed}", seed)
+            corpus.published(self.work / f"published {seed}", (384, 768, 1536), seed)
         for name, flags in commands(self.work, 5).items():
             self.finish(name, flags)
         shutil.copytree(self.work, self.before)
