@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from torch import nn
 
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks import libraries
-from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone, resolve_precision
+from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone, own_normalization, resolve_precision
 from models.networks.folding import fold_batch_norms
 from models.networks.kernels import OneDNNConv2d, OneDNNLinear, onednn_gains
 from models.networks.weights import imagenet_file, random_state_dict
@@ -439,3 +440,25 @@ def test_contrast_normalisation_takes_brightness_and_contrast_away(kind):
         outputs = zip(network((pixels - mean) / std), network((other - mean) / std), strict=True)
         same = [torch.allclose(a, b, atol=1e-3 * a.abs().max()) for a, b in outputs]
         assert all(same) if contrast else not any(same)
+
+
+def test_a_network_sees_colours_normalised_as_in_its_training():
+    half = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    plain = BackboneSpec("maps", "resnet18", 64, weights="random")
+    pixels = torch.rand(2, 3, 64, 64)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    expected = build_backbone(plain)((pixels - 0.5) / 0.25)
+    for ours, theirs in zip(build_backbone(replace(plain, **half))((pixels - mean) / std), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_which_normalisation_is_a_networks_own():
+    for name, weights, expected in [
+        ("tf_efficientnet_lite2", "imagenet", 0.5),
+        ("tf_efficientnet_lite2", "some/file.pth", 0.5),
+        ("tf_efficientnet_lite2", "random", 0.485),
+        ("wide_resnet50_2", "pretrained", 0.485),
+        ("vit_base_patch14_dinov2.lvd142m", "pretrained", 0.485),
+        ("wavelet_pyramid", "demo", 0.485),
+    ]:
+        assert own_normalization(BackboneSpec("maps", name, 64).with_weights(weights)).mean[0] == expected

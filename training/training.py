@@ -22,7 +22,7 @@ from models.branches.calibration import BORDER_IMAGES, calibrate
 from models.branches.frames import TrainingFrames, mark
 from models.fusion.checkpoints import checkpoint_path
 from models.fusion.usad import USAD
-from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone
+from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone, own_normalization
 from training.categories import opened_categories
 from training.options import Default, data_settings, record, run_settings
 from training.settings import RunSettings, SplitSettings
@@ -106,7 +106,7 @@ def network_spec(args: argparse.Namespace, name: str) -> BackboneSpec:
     empty_backbone(spec)
     if spec.weights == "file" and not Path(spec.file).is_file():
         raise InputError(f"--weights {spec.file}: no such file")
-    return spec
+    return own_normalization(spec)
 
 
 def fitted_branches(

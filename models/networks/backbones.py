@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks import DEMO_NETWORK
 from models.networks.cuda import use_cuda_kernels
 from models.networks.folding import fold_batch_norms, fold_layer_scales, has_relus
@@ -34,7 +35,8 @@ class Backbone(nn.Module):
         self.spec = spec
         self.dtype = torch.float32
         self.register_buffer("finite", torch.tensor(True), persistent=False)  # whether all outputs so far were
-        for name, values in (("mean", spec.mean), ("std", spec.std)):
+        normalizations = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "own_mean": spec.mean, "own_std": spec.std}
+        for name, values in normalizations.items():
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.passes: Callable[[Tensor], tuple[Tensor, ...]] = self._pass
         self.eval().requires_grad_(False)
@@ -48,7 +50,7 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Features of normalised images [B, 3, S, S], where S is the spec's image size.
+        """Features of images [B, 3, S, S], normalised as ImageNet's, where S is the spec's image size.
 
         On a CPU the outputs are checked for values that are not finite. On a GPU the caller does it by `check_finite`,
         because checking each batch would wait for the device.
@@ -67,6 +69,8 @@ class Backbone(nn.Module):
             pixels = self.pixels(images)
             pixels = pixels - pixels.mean((2, 3), keepdim=True)
             images = pixels / pixels.mean(1, keepdim=True).std((2, 3), keepdim=True).clamp(min=1e-3)
+        elif (self.spec.mean, self.spec.std) != (IMAGENET_MEAN, IMAGENET_STD):
+            images = (self.pixels(images) - self.own_mean) / self.own_std
         images = images.to(self.dtype, memory_format=layout)
         return tuple(output.float() for output in self.extract(images))
 
@@ -85,11 +89,11 @@ class Backbone(nn.Module):
             )
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, S, S] -> the pixels before, 0 to 1."""
+        """Images [B, 3, S, S], normalised as ImageNet's -> the pixels before, 0 to 1."""
         return images * self.std + self.mean
 
     def normalized(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, S, S] of 0 to 1 -> normalised images."""
+        """Pixels [B, 3, S, S] of 0 to 1 -> images normalised as ImageNet's."""
         return (pixels - self.mean) / self.std
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -318,6 +322,16 @@ def _load_weights(net: nn.Module, spec: BackboneSpec, flag: str) -> str:
 
     state = state_dict_of(spec, lambda: libraries.full_network(spec.name), flag)
     return libraries.load_weights(net, spec.name, state, spec.source, spec.position_size)
+
+
+def own_normalization(spec: BackboneSpec) -> BackboneSpec:
+    """The spec with the normalisation that its network was trained with; untrained ones keep ImageNet's."""
+    if spec.weights in ("demo", "random"):
+        return spec
+    from models.networks import libraries
+
+    mean, std = libraries.normalization(spec.name)
+    return dataclasses.replace(spec, mean=mean, std=std)
 
 
 def size_step(spec: BackboneSpec) -> int:

@@ -20,6 +20,7 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import Eva, VisionTransformer, create_feature_extractor
 from torch import Tensor, nn
 
+from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks.weights import StateDict, fingerprint, reason
 from utils.errors import InputError
 
@@ -42,6 +43,12 @@ def check_name(name: str) -> None:
 
 
 @functools.cache
+def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the colours, 0 to 1, for which timm has this network's weights; else ImageNet's."""
+    published = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return (published.mean, published.std) if published else (IMAGENET_MEAN, IMAGENET_STD)
+
+
 def patch_side(name: str) -> int | None:
     """Pixels along a patch of ViT `name`; None for any other network.
 

@@ -20,8 +20,9 @@ class BackboneSpec:
     """Everything that decides what a backbone computes; stored in checkpoints.
 
     `kind` is "tokens" or "maps". `weights` is "pretrained", "demo", "imagenet", "random" or "file" (then `file` is
-    the path). `position_size` None means the image size. `normalize_contrast` first brings each image to the same
-    mean colour and contrast. `build_backbone` fills in `fingerprint` and `precision`.
+    the path). `position_size` None means the image size. `mean` and `std` are those by which the network wants the
+    colours of pixels of 0 to 1 normalised. `normalize_contrast` instead brings each image to the same mean colour and
+    contrast. `build_backbone` fills in `fingerprint` and `precision`.
     """
 
     kind: str
