@@ -6,14 +6,12 @@ import contextlib
 import errno
 import gzip
 import hashlib
-import importlib
 import io
 import json
 import multiprocessing
 import os
 import random
 import shutil
-import socket
 import ssl
 import subprocess
 import sys
@@ -140,20 +138,11 @@ def server(archives):
         yield server
 
 
-def only_local(function):
-    def checked(self, address):
-        assert address[0] == "127.0.0.1", address
-        return function(self, address)
-
-    return checked
-
-
-def no_lookup(function):
-    def checked(host, *arguments, **options):
+def stay_here(event: str, arguments: tuple) -> None:
+    """An audit hook: no socket reaches anything but this machine."""
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        host = arguments[0] if event == "socket.getaddrinfo" else arguments[1][0]
         assert host == "127.0.0.1", host
-        return function(host, *arguments, **options)
-
-    return checked
 
 
 def ensure_locally(data_root: Path, environment: dict[str, str], largest_file: int | None) -> tuple[str, str, str]:
@@ -161,10 +150,10 @@ def ensure_locally(data_root: Path, environment: dict[str, str], largest_file: i
     os.environ |= environment
     for name in [name for name in os.environ if "proxy" in name.lower()]:
         del os.environ[name]
-    socket.socket.connect = only_local(socket.socket.connect)
-    socket.getaddrinfo = no_lookup(socket.getaddrinfo)
+    sys.addaudithook(stay_here)
     if largest_file:
-        resource = importlib.import_module("resource")
+        import resource  # not on Windows
+
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         try:
