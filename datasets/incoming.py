@@ -11,13 +11,11 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
-from datasets.frames import DONE, UNREADABLE, Frame
-from datasets.images import PLAIN, Decoding, find_files, read_picture
-from datasets.notes import Notes
-from datasets.sources import KNOWN, Video, is_video
+from datasets.frames import DONE, OK, UNREADABLE, Frame
+from datasets.images import PLAIN, Decoding, find_files
+from datasets.sources import KNOWN, Images, Video, is_video
 from utils.command_line import warn
 from utils.csv_cells import safe_cell
-from utils.errors import InputError
 
 POLL = 0.5  # seconds between two looks into the folder
 SETTLED, VIDEO_SETTLED = 1.0, 10.0  # seconds without a change after which a file is complete
@@ -55,11 +53,9 @@ class Incoming:
 
         What cannot be read, and the end of a video, are frames without a picture.
         """
-        notes = Notes()
         while True:
             for path, moment in self._complete():
-                yield from self._look(path, moment, decoding, notes)
-            notes.say()
+                yield from self._look(path, moment, decoding)
             yield None
             time.sleep(POLL)
 
@@ -96,30 +92,24 @@ class Incoming:
         self._is_there = True
         return found
 
-    def _look(self, path: Path, moment: str, decoding: Decoding, notes: Notes) -> Iterator[Frame]:
+    def _look(self, path: Path, moment: str, decoding: Decoding) -> Iterator[Frame]:
         """The frames of one file; none if it was taken away, or cannot be read yet."""
-        source, number = path.as_posix(), self._files
-        if is_video(path):
-            video, begun = Video(path), self._begun.pop(safe_cell(source), -1)
-            for frame in video.frames(1):
+        source, number, picture = path.as_posix(), self._files, None
+        reader = Video(path) if is_video(path) else Images([path])
+        begun = self._begun.pop(safe_cell(source), -1)
+        for frame in reader.frames(1, decoding):
+            if isinstance(reader, Images):
+                picture = frame.image
+            else:
                 number = frame.number
                 if number > begun:
                     yield frame
-            problem = next(iter(video.problems), None)
-            last = Frame(source, number, moment, None, UNREADABLE if problem else DONE)
-        else:
-            try:
-                picture, problem = read_picture(path, decoding), None
-                notes.add(picture.notes, path)
-                last = Frame(source, number, moment, picture)
-            except (InputError, OSError) as error:
-                problem = str(error)
-                last = Frame(source, number, moment, None, UNREADABLE)
-        if problem:
+        if reader.problems:
             if not path.exists() or time.monotonic() - self._changed[path][1] < PATIENCE:
                 return
-            warn(problem)
-        yield last
+            warn(reader.problems[0])
+        status = UNREADABLE if reader.problems else DONE if picture is None else OK
+        yield Frame(source, number, moment, picture, status)
         self._files += 1
         self._done.add(self._key(path, moment))
 

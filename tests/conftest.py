@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from tiny import SMALL_NETWORKS, draw_category, succeed
-from torch import nn
 
 DATA = Path(__file__).parent / "data"
 
@@ -21,34 +18,6 @@ def pytest_xdist_auto_num_workers(config) -> int | None:
     return 0 if len(files) == 1 and files.pop().endswith(".py") else None
 
 
-class StandIn(nn.Module):
-    """A "network" whose output is its input: tests feed stored tokens or layer maps straight to a branch."""
-
-    def __init__(self, image_size: int, grid: tuple[int, int], dim: int) -> None:
-        super().__init__()
-        self.spec = types.SimpleNamespace(image_size=image_size)
-        self.grid, self.dim, self.neighborhood = grid, dim, 3
-        self.device = torch.device("cpu")
-
-    def forward(self, features):
-        return features
-
-    def check_finite(self):
-        """Stored numbers are."""
-
-    def pixels(self, features):
-        """Images of many colours."""
-        return torch.rand(len(features[0] if isinstance(features, tuple) else features), 3, 8, 8)
-
-
-class Batches(list):
-    """A loader: batches, and a dataset of known length."""
-
-    def __init__(self, batches, images: int) -> None:
-        super().__init__(batches)
-        self.dataset = range(images)
-
-
 @pytest.fixture
 def golden():
     return lambda name: np.load(DATA / f"{name}.npz")
@@ -56,11 +25,15 @@ def golden():
 
 @pytest.fixture
 def stand_in():
+    from stand_in import StandIn  # here: pytest's own process, which only hands out the tests, needs no torch
+
     return StandIn
 
 
 @pytest.fixture
 def batches():
+    from stand_in import Batches
+
     return Batches
 
 

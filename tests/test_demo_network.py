@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.signal
 import torch
-from conftest import Batches
+from stand_in import Batches
 from tiny import draw_category, run_in_process
 
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import Batches
 from PIL import Image
+from stand_in import Batches
 
 from datasets.loading import to_tensor
 from models import MACLU, USAD, MA2Patch, PatchCore
