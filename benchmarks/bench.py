@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,7 +21,6 @@ from models.networks import libraries
 from models.networks.backbones import Backbone, build_backbone
 from models.networks.kernels import linear
 from models.networks.spec import HALF, BackboneSpec
-from models.networks.weights import random_state_dict
 
 SEED = 22
 PAPER = {
@@ -46,13 +44,12 @@ class Pair(NamedTuple):
 
 
 class Bench:
-    """A device and what runs on it; `quick` means small networks and sizes. Weights and checkpoints lie below `out`."""
+    """A device and what runs on it; `quick` means small networks and sizes. Checkpoints lie below `out`."""
 
     def __init__(self, device: str, precision: str, quick: bool, out: Path) -> None:
         self.device, self.precision, self.quick = device, precision, quick
         self.cuda = device.startswith("cuda")
         self.batch_size = 32 if self.cuda else 4
-        self.out = out
         self.work = out.absolute() / "work" / ("quick" if quick else "full")  # files of the one are not the other's
         self.work.mkdir(parents=True, exist_ok=True)
 
@@ -62,12 +59,8 @@ class Bench:
         return table.get(branch.name, table[LIKE[branch.backbone_kind]])
 
     def spec(self, branch: type[Branch]) -> BackboneSpec:
-        """Its untrained network. The weights lie in a file, as a run with pretrained ones has them."""
-        name, size = self.network(branch)
-        file = self.work / f"{name}.safetensors"
-        if not file.exists():
-            save_file(random_state_dict(lambda: libraries.full_network(name), SEED), file)
-        return BackboneSpec(branch.backbone_kind, name, size).with_weights(str(file))
+        """Its untrained network."""
+        return BackboneSpec(branch.backbone_kind, *self.network(branch), weights="random", seed=SEED)
 
     def backbone(self, branch: type[Branch], precision: str | None = None) -> Backbone:
         return build_backbone(self.spec(branch), self.device, precision=precision or self.precision)
@@ -118,6 +111,8 @@ class Bench:
 
     def pair(self, ours: Callable[[], Any], plain: Callable[[], Any] | None = None) -> Pair:
         """Both timed in turn after a warm-up, in three rounds; the GPU is waited for before and after each."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
         found = [ours() for _ in range(3)][-1]  # the third replays a captured pass
         memory = torch.cuda.max_memory_allocated() / 1e6 if self.cuda else None
         expected = plain() if plain else None

@@ -106,7 +106,7 @@ def direct(trained):
 def test_ablation_of_branches(ablated, direct):
     labels, masks, parts = direct
     rows = rows_of(ablated, "ablation")
-    for subset in (subset for count in (1, 2, 3) for subset in itertools.combinations(NAMES, count)):
+    for subset in fusions.subsets(NAMES):
         scores, maps, _ = parts[subset[0]]
         if len(subset) > 1:
             product = np.prod([parts[name][2] for name in subset], axis=0)
@@ -137,8 +137,8 @@ def test_ablation_of_score_terms(ablated, direct):
         "1 · maximum of the map": np.prod([scaled for *_, scaled in parts.values()], axis=0).max((1, 2)),
     }
     rows = rows_of(ablated, "ablation", section=1)
-    subsets = [subset for count in (1, 2, 3) for subset in itertools.combinations(terms, count)]
-    assert list(rows) == [" + ".join(subset) for subset in subsets]
+    subsets = fusions.subsets(list(terms))
+    assert list(rows) == [" + ".join(subset) for subset in subsets] and len(rows) == 7
     for subset in subsets:
         expected = roc_auc_score(labels, sum(terms[term] for term in subset))
         assert means(rows[" + ".join(subset)])["image_auroc"] == pytest.approx(expected)
@@ -324,11 +324,10 @@ def test_damaged_cells_and_measurements_are_made_again(place):
 def test_broken_images_are_named_or_left_out(workplace):
     for name in ("test/good/001.png", "train/good/001.png"):
         (workplace / "data/belt" / name).write_bytes(b"broken")
-    finished = run_in_process(
-        "reproduce_tables", *small_flags(workplace, "reproduce_tables"), "--tables", "ablation", "--seeds", 7
-    )
+    flags = ["--tables", "ablation", "--seeds", 7]
+    finished = run_in_process("reproduce_tables", *small_flags(workplace, "reproduce_tables"), *flags)
     assert finished.code == 2 and "2 images" in finished.err and "train/good/001.png" in finished.err
-    reproduce(workplace, "--tables", "ablation", "--seeds", 7, "--skip-unreadable")
+    reproduce(workplace, *flags, "--skip-unreadable")
     assert rows_of(workplace, "ablation")["pc"]["figures"]["n_images"]["values"] == [6]
     config = json.loads((workplace / "result/belt/tables/config.json").read_text(encoding="utf-8"))
     assert sorted(config["left_out"]) == ["test/good/001.png", "train/good/001.png"]
@@ -454,30 +453,21 @@ def test_baselines_share_the_network_of_patchcore(trained, tmp_path):
 @pytest.mark.parametrize("name", ["padim", "patchcore"])
 def test_anomalib_for_real(trained, tmp_path, name):
     """Raw maps and scores, of the right images: a permuted list gives permuted results."""
-    found = baselines.find_baselines(Path(os.environ["USAD_BASELINES_PYTHON"]), [name])
-    variant = Variant.of_checkpoint("pc", trained / "models/belt/pc.safetensors")
     category = Category(trained / "data", "belt")
-    job = {
-        "model": name,
-        "seed": 3,
-        "coreset_ratio": 0.01,
-        "neighbors": 3,
-        "network": baselines.shared_network(variant.network, None, tmp_path),
-        "train": [str(item.path) for item in category.train_samples()],
-        "run": {"device": "cpu", "batch_size": 4, "workers": 0},
-        "decoding": dataclasses.asdict(category.decoding),
-    }
-    paths, results = [str(item.path) for item in category.test_samples()], []
-    for order in (paths, paths[::-1]):
-        out = tmp_path / str(len(results))
-        out.mkdir()
-        said = baselines.run_module("tools.anomalib_baseline", {**job, "test": order, "out": str(out)}, found.python)
+    network = Variant.of_checkpoint("pc", trained / "models/belt/pc.safetensors").network
+    job = {"model": name, "seed": 3, "coreset_ratio": 0.01, "neighbors": 3, "out": str(tmp_path)}
+    job |= {"network": baselines.shared_network(network, None, tmp_path), "decoding": {}}
+    job |= {"run": {"device": "cpu", "batch_size": 4, "workers": 0}}
+    train, test = ([str(item.path) for item in part()] for part in (category.train_samples, category.test_samples))
+    results = []
+    for order in (1, -1):
+        given = {**job, "train": train, "test": test[::order]}
+        said = baselines.run_module("tools.anomalib_baseline", given, os.environ["USAD_BASELINES_PYTHON"])
         assert "64 x 64 px" in said.result
-        results.append((np.load(out / "scores.npy"), np.load(out / "maps.npy")))
+        results.append([np.load(tmp_path / file)[::order] for file in ("scores.npy", "maps.npy")])
     (scores, maps), (scores_back, maps_back) = results
     assert maps.dtype == np.float32 and maps.shape == (7, 64, 64)
-    assert np.allclose(maps, maps_back[::-1], rtol=1e-3, atol=1e-5)
-    assert np.allclose(scores, scores_back[::-1], rtol=1e-3)
+    assert np.allclose(maps, maps_back, rtol=1e-3, atol=1e-5) and np.allclose(scores, scores_back, rtol=1e-3)
     if name == "padim":
         assert np.allclose(scores, maps.max((1, 2))) and scores.max() > 1  # neither rescaled nor clamped
 
