@@ -43,7 +43,6 @@ class PixelMetrics(Metric):
     def __init__(self) -> None:
         self._scores = array("f")  # of all pixels
         self._regions = array("q")  # score and region area of defect pixels, see _pack
-        self._n_regions = 0
         self._published = PublishedPro()
         self._is_sorted = False
 
@@ -58,7 +57,8 @@ class PixelMetrics(Metric):
         """Add finite anomaly maps [B, H, W] (float32), defect masks [B, H, W] (bool) and image labels [B] (bool).
 
         Arrays or CPU tensors; other number types are rounded to float32; image scores play no part. An anomalous image
-        with an empty mask has no region; all its pixels are background. Raises ValueError on shapes that do not fit.
+        with an empty mask has no region; all its pixels are background. A normal image's mask is empty. Raises
+        ValueError on shapes that do not fit.
         """
         maps, masks = np.asarray(maps, np.float32), np.asarray(masks, bool)
         anomalous = np.asarray(anomalous, bool)
@@ -70,9 +70,8 @@ class PixelMetrics(Metric):
             areas, n_regions = region_areas(mask)
             if inside is not None:
                 pixels, mask = pixels[inside], mask[inside]
-            self._scores.frombytes(np.ascontiguousarray(pixels).data.cast("B"))
-            self._regions.frombytes(_pack(pixels[mask], areas).data.cast("B"))
-            self._n_regions += n_regions
+            _append(self._scores, pixels)
+            _append(self._regions, _pack(pixels[mask], areas))
             if is_anomalous:
                 self._published.update(pixels, mask, areas, n_regions)
         self._is_sorted = False
@@ -82,19 +81,13 @@ class PixelMetrics(Metric):
 
         All are None without a defect region or without a background pixel; for the last, see `PublishedPro`.
         """
-        n_background = len(self._scores) - len(self._regions)
-        ranking = Ranking(len(self._regions), n_background)
-        aupro = None
-        if ranking.defined:
-            area, end = 0.0, np.zeros(2)
-            for step, overlap in self._steps():
-                ranking.add(step)
-                knots = _knots(step.fp_above / n_background, step.fp / n_background, overlap, end)
-                area, end = area + _area_below(knots, FPR_LIMIT), knots[:, -1]
-            # Below the lowest region score every region is found and only the false positives still grow.
-            aupro = (area + max(0.0, FPR_LIMIT - float(end[0]))) / FPR_LIMIT
+        ranking, aupro = self._ranked()
         figures = {f"pixel_{name}": value for name, value in ranking.result().items()}
         return {**figures, "aupro": aupro, "pro_as_published": self._published.compute()}
+
+    def f1_threshold(self) -> float | None:
+        """The threshold of the highest F1 (a score at or above it is defect); None where F1 is undefined."""
+        return self._ranked()[0].f1_threshold
 
     def curves(self, points: int = CURVE_POINTS) -> dict[str, Curve]:
         """About `points` exact points of the ROC, precision-recall and PRO curves, both ends included.
@@ -111,23 +104,15 @@ class PixelMetrics(Metric):
         fp = everything.size - np.searchsorted(everything, thresholds, side="left") - tp
         gains = [np.sum(1.0 / _unpack(keys[start:stop])[1]) for start, stop in pairwise([0, *tp])]
         found = curves(tp, fp, n_region, n_background, np.isin(thresholds, chosen[1]))
-        overlap = np.minimum(np.append(0.0, np.cumsum(gains)) / self._n_regions, 1.0)
+        overlap = np.minimum(np.append(0.0, np.cumsum(gains)) / self._published.n_regions, 1.0)
         return {**{f"pixel_{name}": curve for name, curve in found.items()}, "pixel_pro": (found["roc"][0], overlap)}
-
-    def f1_threshold(self) -> float | None:
-        """The threshold of the highest F1 (a score at or above it is defect); None where F1 is undefined."""
-        ranking = Ranking(len(self._regions), len(self._scores) - len(self._regions))
-        if ranking.defined:
-            for step, _ in self._steps():
-                ranking.add(step)
-        return ranking.f1_threshold
 
     def state(self) -> dict[str, np.ndarray]:
         """What was added so far as plain arrays (copies), to be stored or sent to another process."""
         return {
             "scores": np.array(self._scores),
             "regions": np.array(self._regions),
-            "n_regions": np.array([self._n_regions]),
+            "published_regions": np.array([self._published.n_regions]),
             "published_background": self._published.background.copy(),
             "published_overlap": self._published.overlap.copy(),
         }
@@ -135,14 +120,26 @@ class PixelMetrics(Metric):
     def merge(self, state: Mapping[str, np.ndarray]) -> None:
         """Add the images of another PixelMetrics, given its `state()`, as arrays or CPU tensors."""
         arrays = {name: np.asarray(values) for name, values in state.items()}
-        self._scores.frombytes(arrays["scores"].tobytes())
-        self._regions.frombytes(arrays["regions"].tobytes())
-        n_regions = int(arrays["n_regions"].item())
-        self._n_regions += n_regions
+        _append(self._scores, arrays["scores"])
+        _append(self._regions, arrays["regions"])
         self._published.background += arrays["published_background"]
         self._published.overlap += arrays["published_overlap"]
-        self._published.n_regions += n_regions
+        self._published.n_regions += int(arrays["published_regions"].item())
         self._is_sorted = False
+
+    def _ranked(self) -> tuple[Ranking, float | None]:
+        """The ranking of the pixels, and AUPRO."""
+        n_background = len(self._scores) - len(self._regions)
+        ranking = Ranking(len(self._regions), n_background)
+        if not ranking.defined:
+            return ranking, None
+        area, end = 0.0, np.zeros(2)
+        for step, overlap in self._steps():
+            ranking.add(step)
+            knots = _knots(step.fp_above / n_background, step.fp / n_background, overlap, end)
+            area, end = area + _area_below(knots, FPR_LIMIT), knots[:, -1]
+        # Below the lowest region score every region is found and only the false positives still grow.
+        return ranking, (area + max(0.0, FPR_LIMIT - float(end[0]))) / FPR_LIMIT
 
     def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
         """All scores, rising, and the defect pixels' keys, rising, whose scores fall."""
@@ -162,10 +159,15 @@ class PixelMetrics(Metric):
             stop = int(np.searchsorted(keys, (last_rank + 1) << 32))  # never between tied scores
             scores, areas = _unpack(keys[start:stop])
             first = np.flatnonzero(np.concatenate([[True], scores[1:] != scores[:-1]]))
-            gains = np.add.reduceat(1.0 / areas, first) / self._n_regions
+            gains = np.add.reduceat(1.0 / areas, first) / self._published.n_regions
             overlaps = np.minimum(overlap + np.cumsum(gains), 1.0)
             yield count_at(scores[first], np.diff(first, append=stop - start), start, everything), overlaps
             start, overlap = stop, float(overlaps[-1])
+
+
+def _append(store: array, values: np.ndarray) -> None:
+    """Add values of the array's own type without a copy; raises BufferError while a view of it is in use."""
+    store.frombytes(np.ascontiguousarray(values).data.cast("B"))
 
 
 def _knots(fpr_above: np.ndarray, fpr: np.ndarray, overlap: np.ndarray, start: np.ndarray) -> np.ndarray:

@@ -50,7 +50,8 @@ def panels(captioned: Iterable[tuple[str, np.ndarray]], size: tuple[int, int]) -
 
 def write_picture(path: Path, picture: np.ndarray) -> None:
     """Write a .png or .jpg, atomically (through memory, since OpenCV cannot open every path on Windows)."""
-    data = cv2.imencode(path.suffix, picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+    options = [cv2.IMWRITE_JPEG_QUALITY, 90] if path.suffix == ".jpg" else []
+    data = cv2.imencode(path.suffix, picture[..., ::-1], options)[1]
     with atomic_write(path) as temporary:
         temporary.write_bytes(data.tobytes())
 

@@ -43,7 +43,7 @@ def trained_with_region(trained, root, tiles):
     shutil.copytree(trained, root)
     roi = save(drawn("left half", 36, 28), root / "roi.png")  # half the frames' size
     for script, count in tiles.items():
-        flags = [*small_flags(root, script), "--holdout-ratio", 0.25, "--tiles", count, "--roi", roi]
+        flags = [*small_flags(root, script), "--holdout-ratio", 0.25, "--no-eval", "--tiles", count, "--roi", roi]
         finished = run_in_process(script, *flags)
         assert finished.code == 0, finished.err
     return root
@@ -56,7 +56,9 @@ def with_region(trained, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[WHOLE, TILES], ids=["whole", "tiles"])
 def maybe_tiled(request, trained, tmp_path_factory):
-    return trained_with_region(trained, tmp_path_factory.mktemp("tiled") / "root", request.param), request.param
+    if request.param is WHOLE:
+        return request.getfixturevalue("with_region"), WHOLE
+    return trained_with_region(trained, tmp_path_factory.mktemp("tiled") / "root", TILES), TILES
 
 
 @pytest.mark.parametrize("fusion", ["paper", "standardized"])
@@ -172,21 +174,16 @@ def test_a_region_smaller_than_a_patch_still_has_one():
     assert cells.sum() == 1 and cells[3, 1]
 
 
-@pytest.mark.parametrize("content", ["black", "no picture", "gone"])
-def test_other_regions_are_refused(trained, tmp_path, content):
-    path = tmp_path / "roi.png"
-    if content == "black":
-        save(np.zeros((8, 8), bool), path)
-    elif content == "no picture":
-        path.write_text("white")
-    finished = run_in_process("train_pc", *small_flags(trained, "train_pc"), "--no-eval", "--roi", path)
-    assert finished.code == 2 and str(path) in finished.err and len(finished.err.splitlines()) == 1
-
-
-@pytest.mark.parametrize("text", ["", "AAAA", 3, RegionOfInterest(np.ones((MAX_SIDE + 1, 1), bool)).to_text()])
-def test_other_texts_are_no_region(text):
-    with pytest.raises((ValueError, InputError)):
-        RegionOfInterest.from_text(text)
+def test_other_regions_are_refused(trained, tmp_path):
+    save(np.zeros((8, 8), bool), tmp_path / "black.png")
+    (tmp_path / "no_picture.png").write_text("white")
+    for name in ("black.png", "no_picture.png", "gone.png"):
+        path = tmp_path / name
+        finished = run_in_process("train_pc", *small_flags(trained, "train_pc"), "--no-eval", "--roi", path)
+        assert finished.code == 2 and str(path) in finished.err and len(finished.err.splitlines()) == 1
+    for text in ("", "AAAA", 3, RegionOfInterest(np.ones((MAX_SIDE + 1, 1), bool)).to_text()):
+        with pytest.raises((ValueError, InputError)):
+            RegionOfInterest.from_text(text)
 
 
 def test_small_regions_do_not_count():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def room_of(module: str) -> str:
     return next((name for name in names if name in FLOOR), "scripts")
 
 
+@functools.cache
 def imports_of(path: Path) -> set[str]:
     """Every module of the project that the file imports, anywhere in it."""
     found = set()

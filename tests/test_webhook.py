@@ -65,7 +65,7 @@ def in_short(monkeypatch):
     """Limits that a test can wait for."""
     monkeypatch.setattr(webhook, "SHORTEST_PAUSE", 0.05)
     monkeypatch.setattr(webhook, "ANSWER_SECONDS", 0.5)
-    monkeypatch.setattr(webhook, "CLOSE_SECONDS", 2.0)
+    monkeypatch.setattr(webhook, "CLOSE_SECONDS", 1.0)
 
 
 def alarm(number: int) -> dict:
@@ -158,7 +158,7 @@ def test_each_change_to_an_alarm_is_sent_with_its_row(tmp_path, capsys):
     with Server(503) as server:
         sources, address = (str(tmp_path / "in"),), f"http://{server.host}/hook?key={SECRET}"
         settings = PredictionSettings(
-            sources, tmp_path / "out", 90, 1, 2, None, None, 0, None, True, None, None, False, address
+            sources, tmp_path / "out", smooth=2, overlays=None, json_lines=True, webhook=address
         )
         predict(settings, RedModel, None, {"webhook": address})
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
