@@ -13,7 +13,7 @@ from reporting.pictures import AMBER, DARK, LIGHT, colorize, draw_outline, panel
 from reporting.report import Threshold, alarms_of, color_scales, kind_of, part_title
 
 MOST = {"miss": 8, "false alarm": 8, "hit": 4}  # rows
-HEIGHT = 200  # of a panel
+WIDTH, HEIGHT = 300, 200  # within which a panel fits
 TRUTH, REGION = (86, 208, 255), (90, 255, 140)
 Scales = Mapping[str, tuple[float, float]]
 
@@ -27,7 +27,7 @@ def write_sheet(path: Path, title: str, gallery: Gallery, threshold: Threshold) 
     for kind, item in rows:
         text = f"{kind.upper()}   {item.entry.name}   score {item.entry.score:.4g}"
         pictures = row(item, scales, threshold.pixel)
-        lines += [text_line(text, pictures.shape[1], LIGHT if kind == "hit" else AMBER), pictures]
+        lines += [text_line(text, 1000, LIGHT if kind == "hit" else AMBER), pictures]
     write_picture(path, stacked(lines))
 
 
@@ -66,7 +66,8 @@ def row(item: Kept, scales: Scales, pixel_threshold: float | None) -> np.ndarray
         if len(captioned) == 1 and pixel_threshold is not None:
             heat = draw_outline(heat, item.contour(pixel_threshold), REGION)
         captioned.append((f"{part_title(part)} {item.entry.scores[part]:.4g}", heat))
-    return panels(captioned, (int(np.clip(HEIGHT * item.size[0] / item.size[1], 96, 2 * HEIGHT)), HEIGHT))
+    scale = min(WIDTH / item.size[0], HEIGHT / item.size[1])
+    return panels(captioned, (max(96, round(scale * item.size[0])), max(24, round(scale * item.size[1]))))
 
 
 def stacked(pictures: Sequence[np.ndarray]) -> np.ndarray:
