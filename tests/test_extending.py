@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 
 import numpy as np
 import pytest
 import torch
-from tiny import draw_category, run_in_process, small_flags
+from tiny import draw_category, read_json, read_rows, run_in_process, small_flags, succeed
 from torch import nn
 
 from datasets import DOWNLOADS
@@ -102,13 +101,17 @@ def draw_far_belt(root):
 
 
 def figures(root, part="fusion"):
-    return json.loads((root / "result/belt" / part / "metrics.json").read_text(encoding="utf-8"))
+    return read_json(root / "result/belt" / part / "metrics.json")
 
 
 def fuse(root, *flags):
-    finished = run_in_process("test_fusion", *small_flags(root, "test_fusion"), *flags)
-    assert finished.code == 0, finished.err
+    succeed(root, "test_fusion", *flags)
     return figures(root)
+
+
+def ablation(root, *flags):
+    succeed(root, "reproduce_tables", "--tables", "ablation", *flags)
+    return read_json(root / "result/belt/tables/ablation.json")["sections"]
 
 
 @pytest.fixture
@@ -135,10 +138,7 @@ def test_a_fourth_branch_from_training_to_tables(workplace, fourth):
     added = usad.branches[-1]
     assert (added.name, added.power, added.label) == ("brightness", 1.5, None)
     assert usad.rule.score_weights["brightness"] == 0.5
-    tables = run_in_process("reproduce_tables", *small_flags(workplace, "reproduce_tables"), "--tables", "ablation")
-    assert tables.code == 0, tables.err
-    content = json.loads((workplace / "result/belt/tables/ablation.json").read_text(encoding="utf-8"))
-    assert len(content["sections"][0]["rows"]) == 15
+    assert len(ablation(workplace)[0]["rows"]) == 15
     weights = run_in_process("test_fusion", *small_flags(workplace, "test_fusion"), "--brightness-weights", "no.pth")
     assert weights.code == 2 and "no.pth" in weights.err
 
@@ -147,7 +147,7 @@ def test_a_fourth_branch_in_the_benchmark(fourth, tmp_path):
     flags = ["--quick", "--stages", "extract,fused", "--sizes", "extract=1", "fused=1", "--device", "cpu"]
     finished = run_in_process("benchmarks.run", *flags, "--out", tmp_path)
     assert finished.code == 0, finished.err
-    *networks, fused = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    *networks, fused = read_json(tmp_path / "results.json")["rows"]
     assert len(networks) == 4 and networks[3]["stage"] == networks[0]["stage"]  # the network of its kind
     assert fused["ours"] > 0 and fused["reference"] is None
 
@@ -157,24 +157,20 @@ def test_a_rule(workplace, monkeypatch):
     before = fuse(workplace, "--no-images")
     fused = fuse(workplace, "--fusion", "loudest", "--no-images")
     assert fused["branches"]["pc"] == before["branches"]["pc"]  # a rule changes nothing of the branches
-    rows = (workplace / "result/belt/fusion/scores.csv").read_text(encoding="utf-8").splitlines()
-    for row in rows[1:]:
-        score, *parts = map(float, row.split(",")[2:])
+    for row in read_rows(workplace / "result/belt/fusion/scores.csv"):
+        score, *parts = map(float, list(row.values())[2:])
         assert score == pytest.approx(3 * max(parts))
     flags = [*small_flags(workplace, "test_fusion"), "--fusion", "loudest", "--lambda-map", 2]
     refused = run_in_process("test_fusion", *flags)
     assert refused.code == 2 and "--lambda-map has no effect" in refused.err
-    tables = [*small_flags(workplace, "reproduce_tables"), "--tables", "ablation", "--fusion", "loudest"]
-    assert run_in_process("reproduce_tables", *tables).code == 0
-    content = json.loads((workplace / "result/belt/tables/ablation.json").read_text(encoding="utf-8"))
-    assert [section["title"] for section in content["sections"]] == ["Branches"]
+    assert [section["title"] for section in ablation(workplace, "--fusion", "loudest")] == ["Branches"]
 
 
 def test_a_metric(workplace, monkeypatch):
     monkeypatch.setitem(METRICS.places, "highest_normal", f"{HERE}:HighestNormal")
     fused = fuse(workplace)
-    rows = (workplace / "result/belt/fusion/scores.csv").read_text(encoding="utf-8").splitlines()[1:]
-    normal = [float(row.split(",")[2]) for row in rows if row.split(",")[1] == "0"]
+    rows = read_rows(workplace / "result/belt/fusion/scores.csv")
+    normal = [float(row["score"]) for row in rows if row["label"] == "0"]
     assert fused["highest_normal"] == max(normal)
     assert all("highest_normal" in branch for branch in fused["branches"].values())
     report = (workplace / "result/belt/fusion/report.html").read_text(encoding="utf-8")
@@ -184,8 +180,7 @@ def test_a_metric(workplace, monkeypatch):
 def test_a_data_set_with_a_download(tmp_path, monkeypatch):
     monkeypatch.setitem(DOWNLOADS.places, "far_belt", f"{HERE}:draw_far_belt")
     (tmp_path / "data").mkdir()
-    finished = run_in_process("train_pc", *small_flags(tmp_path, "train_pc", "far_belt"), "--no-eval")
-    assert finished.code == 0, finished.err
+    succeed(tmp_path, "train_pc", "--no-eval", categories=["far_belt"])
     assert (tmp_path / "models/far_belt/pc.safetensors").is_file()
     shutil.rmtree(tmp_path / "data/far_belt")
     monkeypatch.undo()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 import shutil
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from tiny import SMALL_NETWORKS, draw_category, run_in_process, small_flags
+from tiny import SMALL_NETWORKS, draw_category, read_json, read_rows, run_in_process, small_flags
 
 from datasets.loading import ImageDataset
 from datasets.mvtec import Category
@@ -195,9 +194,8 @@ def test_thresholds_come_from_the_held_out_images_alone(root, models, tmp_path, 
 
 def test_metrics_at_the_point_and_predict_agree_with_the_scores(root, models, tmp_path):
     assert fuse(root, models, tmp_path, "--false-alarm-rate", "0.1").code == 0
-    metrics = json.loads((tmp_path / "belt/fusion/metrics.json").read_text())["operating_point"]
-    with open(tmp_path / "belt/fusion/scores.csv", newline="") as file:
-        table = list(csv.DictReader(file))
+    metrics = read_json(tmp_path / "belt/fusion/metrics.json")["operating_point"]
+    table = read_rows(tmp_path / "belt/fusion/scores.csv")
     above = [float(row["score"]) >= metrics["threshold"] for row in table]
     labels = [row["label"] == "1" for row in table]
     assert metrics["false_alarms"] == sum(a and not y for a, y in zip(above, labels, strict=True))
@@ -206,13 +204,12 @@ def test_metrics_at_the_point_and_predict_agree_with_the_scores(root, models, tm
 
     out = tmp_path / "predictions"
     assert predict(models, root / "data/belt/test", out, "--no-images").code == 0
-    with open(out / "predictions.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(out / "predictions.csv")
     assert [row["source"].endswith(t["path"]) for row, t in zip(rows, table, strict=True)] == [True] * 14
     for row, expected, alarm in zip(rows, table, above, strict=True):
         assert float(row["score"]) == pytest.approx(float(expected["score"]), rel=1e-5)
         assert row["anomalous"] == str(int(alarm))
-    stored = json.loads((out / "config.json").read_text())["operating_point"]
+    stored = read_json(out / "config.json")["operating_point"]
     assert stored["threshold"] == metrics["threshold"] and stored["false_alarm_rate"] == 0.1
 
 
@@ -225,7 +222,7 @@ def test_given_thresholds_take_the_place_of_the_stored_point(root, models, tmp_p
         out = tmp_path / "out"
         assert predict(models, root / "data/belt/test/good/000.png", out, *flags).code == 0
         expected = {key: getattr(stored, key) if value is None else value for key, value in given.items()}
-        assert json.loads((out / "config.json").read_text())["operating_point"] == expected
+        assert read_json(out / "config.json")["operating_point"] == expected
         report = (out / "report.html").read_text()
         assert "--threshold" in report and "held-out normal images: expected" not in report
 
@@ -236,7 +233,7 @@ def test_a_stored_point_serves_later_tests_with_the_same_settings(root, models, 
     assert fuse(root, models, tmp_path).code == 0
     assert (tmp_path / "belt/fusion/metrics.json").read_text() == first
     assert fuse(root, models, tmp_path, "--lambda-map", "2").code == 0
-    assert "operating_point" not in json.loads((tmp_path / "belt/fusion/metrics.json").read_text())
+    assert "operating_point" not in read_json(tmp_path / "belt/fusion/metrics.json")
 
 
 def test_other_checkpoints_are_noticed(root, models, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from machine import PATIENCE, wait_until
 from PIL import Image
 from scipy import ndimage
 from stub_camera import StubCamera, jpeg
-from tiny import run_in_process
+from tiny import read_json, read_rows, run_in_process
 
 from datasets import connection
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD, to_tensor
@@ -119,8 +118,7 @@ def video_frames(path):
 
 
 def rows(folder):
-    with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(folder / "predictions.csv")
 
 
 # One call in Python
@@ -275,7 +273,7 @@ def test_video_in_rows_and_frames_out(tmp_path):
     annotated, fps = video_frames(out / "videos/belt.mp4")
     assert len(annotated) == 12 and fps == 10 and annotated[0].shape == (120, 300, 3)
     assert len(list((out / "overlays").glob("*.jpg"))) == 5
-    config = json.loads((out / "config.json").read_text())
+    config = read_json(out / "config.json")
     assert config["finished"] and config["statuses"] == {"ok": 12}
     assert 0 < config["latency_ms"]["p50"] <= config["latency_ms"]["p99"] and ", p99 " in stdout
     assert "latency" in (out / "report.html").read_text(encoding="utf-8")
@@ -430,7 +428,7 @@ def test_interrupted_run_keeps_its_rows(tmp_path, stand_in_model):
     assert code == 130 and stderr.strip().endswith("error: interrupted")
     assert len(rows(tmp_path / "out")) == 6
     assert len(video_frames(next((tmp_path / "out" / "videos").iterdir()))[0]) == 6
-    assert not json.loads((tmp_path / "out" / "config.json").read_text())["finished"]
+    assert not read_json(tmp_path / "out" / "config.json")["finished"]
 
 
 def interrupt_at(batch, error=KeyboardInterrupt):
@@ -493,7 +491,7 @@ def test_slow_model_drops_and_counts(tmp_path, stand_in_model, monkeypatch):
     stand_in_model(look)
     code, stdout, _ = call("0", "--out", tmp_path / "out", "--no-images", "--give-up", "0", *THRESHOLDS)
     numbers = [int(row["frame"]) for row in rows(tmp_path / "out") if row["status"] == "ok"]
-    dropped = json.loads((tmp_path / "out" / "config.json").read_text())["dropped"]
+    dropped = read_json(tmp_path / "out" / "config.json")["dropped"]
     assert code == 1 and f"{dropped} dropped" in stdout and capture.released
     assert numbers == sorted(set(numbers)) and numbers[-1] == 149
     assert numbers[-1] - numbers[0] + 1 == len(numbers) + dropped  # each frame has a row or is counted
@@ -517,7 +515,7 @@ def test_a_signal_is_a_cameras_normal_end(tmp_path, stand_in_model, monkeypatch,
     stand_in_model(interrupt_at(5, signal))
     code, stdout, _ = call("0", "--out", tmp_path / "out", *THRESHOLDS)
     assert code == expected and stdout.startswith("4 frames") and len(rows(tmp_path / "out")) == 4
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["finished"]
+    assert read_json(tmp_path / "out" / "config.json")["finished"]
     assert (tmp_path / "out" / "report.html").exists()
 
 

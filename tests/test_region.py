@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import run_in_process, small_flags
+from tiny import read_json, run_in_process, small_flags, succeed
 
 from datasets.region import MAX_SIDE, RegionOfInterest
 from metrics.pixel import PixelMetrics
@@ -43,9 +42,7 @@ def trained_with_region(trained, root, tiles):
     shutil.copytree(trained, root)
     roi = save(drawn("left half", 36, 28), root / "roi.png")  # half the frames' size
     for script, count in tiles.items():
-        flags = [*small_flags(root, script), "--holdout-ratio", 0.25, "--no-eval", "--tiles", count, "--roi", roi]
-        finished = run_in_process(script, *flags)
-        assert finished.code == 0, finished.err
+        succeed(root, script, "--holdout-ratio", 0.25, "--no-eval", "--tiles", count, "--roi", roi)
     return root
 
 
@@ -94,18 +91,17 @@ def test_training_does_not_see_what_lies_outside(maybe_tiled, tmp_path):
         Image.fromarray(frame).save(path)
     for script, branch in (("train_ma_clu", "ma_clu"), ("train_ma2patch", "ma2patch"), ("train_pc", "pc")):
         before = (root / f"models/belt/{branch}.safetensors").read_bytes()
-        flags = [*small_flags(root, script), "--holdout-ratio", 0.25, "--no-eval", "--tiles", tiles[script]]
-        assert run_in_process(script, *flags, "--roi", root / "roi.png").code == 0
+        flags = ("--holdout-ratio", 0.25, "--no-eval", "--tiles", tiles[script])
+        succeed(root, script, *flags, "--roi", root / "roi.png")
         assert (root / f"models/belt/{branch}.safetensors").read_bytes() == before
-        assert run_in_process(script, *flags).code == 0
+        succeed(root, script, *flags)
         assert (root / f"models/belt/{branch}.safetensors").read_bytes() != before
 
 
 def test_figures_of_pixels_inside_alone(with_region):
-    finished = run_in_process("test_fusion", *small_flags(with_region, "test_fusion"), "--save-maps")
-    assert finished.code == 0, finished.err
+    succeed(with_region, "test_fusion", "--save-maps")
     folder = with_region / "result/belt/fusion"
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(folder / "metrics.json")
     expected, inside = PixelMetrics(), RegionOfInterest.read(with_region / "roi.png").at(96, 96)
     columns = slice(0, 48)
     assert inside[:, columns].all() and not inside[:, 48:].any()
@@ -122,11 +118,10 @@ def test_figures_of_pixels_inside_alone(with_region):
 
 
 def test_the_tables_follow_the_checkpoints(with_region):
-    flags = [*small_flags(with_region, "reproduce_tables"), "--tables", "ablation"]
-    assert run_in_process("reproduce_tables", *flags).code == 0
-    assert run_in_process("test_fusion", *small_flags(with_region, "test_fusion"), "--no-images").code == 0
-    table = json.loads((with_region / "result/belt/tables/ablation.json").read_text(encoding="utf-8"))
-    metrics = json.loads((with_region / "result/belt/fusion/metrics.json").read_text(encoding="utf-8"))
+    succeed(with_region, "reproduce_tables", "--tables", "ablation")
+    succeed(with_region, "test_fusion", "--no-images")
+    table = read_json(with_region / "result/belt/tables/ablation.json")
+    metrics = read_json(with_region / "result/belt/fusion/metrics.json")
     whole = table["sections"][0]["rows"][-1]["figures"]
     for key in ("image_auroc", "pixel_auroc", "aupro"):
         assert whole[key]["mean"] == pytest.approx(metrics[key], abs=1e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import html
 import json
@@ -22,7 +21,7 @@ import pytest
 import torch
 from machine import PATIENCE
 from matplotlib.figure import Figure
-from tiny import run_in_process, small_flags
+from tiny import read_json, read_rows, succeed
 
 from metrics import protocols
 from reporting import charts
@@ -119,15 +118,13 @@ def report(tmp_path_factory):
 
 
 def test_report_of_a_test_run(workplace):
-    flags = small_flags(workplace, "test_fusion")
-    assert run_in_process("test_fusion", *flags).code == 0
+    succeed(workplace, "test_fusion")
     folder = workplace / "result" / "belt" / "fusion"
     page = Page(folder / "report.html")
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = read_json(folder / "metrics.json")
     columns = [metrics, *(metrics["branches"][part] for part in PARTS[1:])]
     assert page.figures() == {key: [part[key] for part in columns] for key in protocols()}
-    with (folder / "scores.csv").open(encoding="utf-8", newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: -float(row["score"]))
+    rows = sorted(read_rows(folder / "scores.csv"), key=lambda row: -float(row["score"]))
     assert page.cards() == [row["path"] for row in rows]
     assert page.cards("group") == [Path(row["path"]).parent.name for row in rows]
     # The threshold is that of the highest F1 on these test images, and the page says so.
@@ -144,7 +141,7 @@ def test_report_of_a_test_run(workplace):
     names = {"report.html", "sheet.jpg"}
     assert names <= {path.name for path in folder.iterdir()}
     assert not names & {path.name for path in (workplace / "result" / "belt" / "pc").iterdir()}
-    assert run_in_process("test_fusion", *flags, "--no-images").code == 0
+    succeed(workplace, "test_fusion", "--no-images")
     assert not names & {path.name for path in folder.iterdir()}
 
 
