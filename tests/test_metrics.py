@@ -11,9 +11,13 @@ import torch
 from scipy import ndimage
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
+from datasets.mvtec import Sample
+from evaluation.results import Results
 from metrics import pixel
 from metrics.image import ImageMetrics, image_metrics
 from metrics.pixel import PixelMetrics
+from models.branches.part import Part
+from utils.errors import InputError
 
 DATA = Path(__file__).parent / "data"
 PIXEL_KEYS = {"pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "pro_as_published"}
@@ -104,20 +108,16 @@ def test_image_metrics_agree_with_sklearn(scale, levels):
     assert found["image_f1_max"] == pytest.approx(f1_max(labels, scores), abs=1e-12)
 
 
-def test_image_scores_keep_double_precision():
+def test_image_scores_keep_double_precision_and_need_both_classes():
     """Scores that float32 cannot tell apart still rank."""
-    assert image_metrics(1.0 + np.arange(4) * 1e-12, [0, 0, 1, 1])["image_auroc"] == 1.0
-
-
-@pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1]])
-def test_image_metrics_of_one_class_are_undefined(labels):
-    found = image_metrics(np.arange(3.0), labels)
-    assert found == {"image_auroc": None, "image_ap": None, "image_f1_max": None}
+    scores = 1.0 + np.arange(4) * 1e-12
+    assert image_metrics(scores, [0, 0, 1, 1])["image_auroc"] == 1.0
+    for label in (0, 1):
+        assert image_metrics(scores, [label] * 4) == {"image_auroc": None, "image_ap": None, "image_f1_max": None}
 
 
 @pytest.mark.parametrize("scale", [1.0, -1.0, 1e-30, 1e30])
-@pytest.mark.parametrize("levels", [None, 8, 40])
-@pytest.mark.parametrize("chunk", [1 << 18, 5])
+@pytest.mark.parametrize("levels, chunk", [(None, 1 << 18), (None, 5), (8, 5), (40, 5), (40, 1 << 18)])
 def test_pixel_metrics_agree_with_sklearn_and_plain_loops(monkeypatch, scale, levels, chunk):
     monkeypatch.setattr(pixel, "CHUNK", chunk)
     maps, masks, labels = draw(seed=11, levels=levels)
@@ -151,25 +151,16 @@ def test_golden_published_pro():
         assert found["pro_as_published"] == pytest.approx(float(golden["pro_as_published"]), abs=1e-6)
 
 
-def test_a_perfect_map_has_aupro_one():
+def test_perfect_inverted_constant_and_binary_maps():
     maps, masks, labels = draw(seed=6)
     found = compute(maps + 100 * masks, masks, labels)
     assert [found[key] for key in ("pixel_auroc", "pixel_ap", "pixel_f1_max")] == [1.0, 1.0, 1.0]
     assert found["aupro"] == pytest.approx(1.0, abs=1e-12)
     inverted = compute(maps - 100 * masks, masks, labels)
     assert (inverted["pixel_auroc"], inverted["aupro"]) == (0.0, 0.0)
-
-
-def test_a_constant_map_is_chance():
-    maps, masks, labels = draw(seed=6)
-    found = compute(np.full_like(maps, -0.25), masks, labels)
-    assert found["pixel_auroc"] == 0.5
-    assert found["aupro"] == pytest.approx(0.15, abs=1e-12)  # the straight line to (1, 1), cut at 0.3
-    assert found["pro_as_published"] is None
-
-
-def test_published_pro_without_a_usable_point_is_undefined():
-    _, masks, labels = draw(seed=6)
+    constant = compute(np.full_like(maps, -0.25), masks, labels)
+    assert constant["pixel_auroc"] == 0.5 and constant["pro_as_published"] is None
+    assert constant["aupro"] == pytest.approx(0.15, abs=1e-12)  # the straight line to (1, 1), cut at 0.3
     binary = masks.astype(np.float32)
     assert compute(binary, masks, labels)["pro_as_published"] is None  # no false positive at any threshold
     assert compute(1 - binary, masks, labels)["pro_as_published"] is None  # FPR above 0.3 at every threshold
@@ -217,17 +208,13 @@ def test_images_of_several_sizes():
     assert pixels.compute()["pixel_auroc"] == pytest.approx(roc_auc_score(flat, scores), abs=1e-12)
 
 
-@pytest.mark.parametrize("fill", [False, True])
-def test_pixel_metrics_of_one_class_are_undefined(fill):
+def test_pixel_metrics_of_one_class_or_of_nothing_are_undefined():
     maps, masks, _ = draw(seed=5)
-    pixels = PixelMetrics()
-    pixels.update(maps, np.full_like(masks, fill), np.ones(len(maps), bool))
-    assert pixels.compute() == dict.fromkeys(PIXEL_KEYS)
-    assert pixels.curves() == {}
-
-
-def test_nothing_added():
-    assert PixelMetrics().compute() == dict.fromkeys(PIXEL_KEYS)
+    for fill in (None, False, True):
+        pixels = PixelMetrics()
+        if fill is not None:
+            pixels.update(maps, np.full_like(masks, fill), np.ones(len(maps), bool))
+        assert pixels.compute() == dict.fromkeys(PIXEL_KEYS) and pixels.curves() == {}
 
 
 def test_an_empty_mask_on_an_anomalous_image_is_background():
@@ -329,3 +316,13 @@ def test_shards_of_image_metrics_and_curves_that_enclose_their_figures(levels):
     assert ap == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
     assert (fpr[0], tpr[0], fpr[-1], tpr[-1], recall[-1]) == (0, 0, 1, 1, 1)
     assert ImageMetrics().curves() == {}
+
+
+@pytest.mark.parametrize("part", ["scores", "maps"])
+def test_what_is_not_finite_is_refused_with_the_name_of_its_image(part):
+    samples = [Sample(Path(f"{index}.png"), f"test/good/{index}.png") for index in range(3)]
+    numbers = {"scores": torch.zeros(3), "maps": torch.zeros(3, 4, 4)}
+    numbers[part].view(3, -1)[1, 0] = torch.nan
+    batch = {"index": torch.arange(3), "mask": torch.zeros(3, 4, 4, dtype=torch.bool), "label": torch.zeros(3)}
+    with pytest.raises(InputError, match=r"pc gives a score or map that is not finite on 1\.png"):
+        Results(samples, ["pc"]).add({"pc": Part(**numbers)}, batch)

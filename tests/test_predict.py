@@ -26,7 +26,7 @@ from tiny import read_json, read_rows, run_in_process
 from datasets import connection
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD, to_tensor
 from datasets.sources import Camera, Images, Video, find_sources
-from models import USAD, Part
+from models import USAD, Branch, Part
 from models.fusion.prediction import regions
 from prediction import recorder
 from prediction.recorder import Alarm
@@ -42,15 +42,17 @@ THRESHOLDS = ("--threshold", "1.0", "--pixel-threshold", "0.5")
 call = partial(run_in_process, "predict")
 
 
-class RedBranch:
+class RedBranch(Branch):
     """A branch whose map is the image's red channel in [0, 1], and whose score is its maximum."""
 
-    roi, bit_depth = None, 16
-    name, score_weight, calibration = "red", 1.0, None
+    name = "red"
 
     def __init__(self, image_size=96, before=lambda: None):
-        self.image_size, self.before = image_size, before
-        self.device = torch.device("cpu")
+        super().__init__(image_size=image_size)
+        self.before = before
+
+    def fit(self, loader):
+        """It knows what red is."""
 
     def predict(self, images):
         self.before()
