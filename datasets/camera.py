@@ -14,13 +14,15 @@ import cv2
 import numpy as np
 
 from datasets.connection import Connection, Shot, leave, utc_now
-from datasets.frames import FROZEN, GREY, OK, RESIZED, UNREADABLE, Frame
+from datasets.frames import FROZEN, GREY, LOST, OK, RESIZED, SILENT, UNREADABLE, Frame
 from datasets.images import PLAIN, Decoding, levels
 from utils.command_line import warn
 from utils.errors import InputError
 from utils.redact import redact
 
 FREEZE_SECONDS = 10.0
+SHORTEST_PAUSE, LONGEST_PAUSE, GROWTH = 0.5, 30.0, 1.5  # seconds between attempts to connect
+STEADY = 1.0  # seconds of pictures after which pauses begin anew with the shortest
 MOST_HUNG = 4  # threads inside OpenCV that never came back; no more are started
 
 
@@ -47,8 +49,9 @@ class Camera:
         self._connection: Connection | None = None
         self._left: list[Connection] = []  # left behind, perhaps hung
         self._dropped = 0
+        self._pause = SHORTEST_PAUSE
         self._down: str | None = None  # the status of the outage, if there is one
-        self._good = 0.0  # time.monotonic() of the last frame
+        self._up_since = self._good = 0.0  # time.monotonic() of the end of the last outage, and of the last frame
         self._size: tuple[int, ...] | None = None
         self._had_color = self._is_grey = self._is_garbled = False
 
@@ -60,7 +63,7 @@ class Camera:
     def open(self, every: int) -> None:
         """Connect; raises InputError unless a picture comes."""
         self._every = every
-        self._connect()
+        self._connect(0.0)
         if not self._connection.answers():
             self.close()
             raise InputError(
@@ -76,10 +79,11 @@ class Camera:
         if self._connection is None:
             self.open(every)
         self._connection.taking = True
-        self._good = time.monotonic()
+        self._up_since = self._good = time.monotonic()
         while True:
             shot = self._connection.take()
-            trouble = self._connection.trouble(shot, self.freeze) or (shot and self._change(shot))
+            limit = self.freeze + (self._pause if self._down == FROZEN else 0)
+            trouble = self._connection.trouble(shot, limit) or (shot and self._change(shot))
             if trouble:
                 yield self._reconnect(*trouble, shot)
             elif shot is None or (self._down == FROZEN and shot.still):
@@ -93,23 +97,27 @@ class Camera:
         """Release the camera. If Python ended while a thread is inside OpenCV, the process would abort."""
         leave([*self._left, *([self._connection] if self._connection else [])])
 
-    def _connect(self) -> None:
+    def _connect(self, pause: float) -> None:
         """Leave the present connection behind and start another."""
         before = self._connection
         if before:
-            before.leaving.set()
+            before.leaving = True
             self._left = [connection for connection in [*self._left, before] if connection.is_alive()]
             if len(self._left) > MOST_HUNG:
                 return
             self._dropped += before.dropped
-        self._connection = Connection(self.address, self._every, self._numbers, before)
+        self._connection = Connection(self.address, self._every, self._numbers, pause, before)
         self._connection.start()
 
     def _reconnect(self, status: str, why: str, shot: Shot | None) -> Frame | None:
         """Connect again; returns what is told of it, which is nothing if it only goes on."""
         is_new = self._down is None or status in (RESIZED, GREY)
+        if self._down is None and self._good - self._up_since > STEADY:
+            self._pause = SHORTEST_PAUSE
         self._down = self._down or status
-        self._connect()
+        # A frozen camera is listened to for longer each time, so that its return is seen at once.
+        self._connect(self._pause if status in (LOST, SILENT) else SHORTEST_PAUSE)
+        self._pause = min(self._pause * GROWTH, LONGEST_PAUSE)
         if not is_new:
             return None
         warn(f"{self.name}: {why}; connecting again")
@@ -140,7 +148,8 @@ class Camera:
         now = time.monotonic()
         if self._down:
             warn(f"{self.name}: pictures again after {now - self._good:.1f} s")
-        self._down, self._good = None, now
+            self._down, self._up_since = None, now
+        self._good = now
         status = GREY if self._is_grey and self._had_color else OK
         return Frame(self.name, shot.number, shot.time, image, status, shot.read)
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
 
 from datasets.frames import FROZEN, LOST, SILENT
 
-CAMERA_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "rtp", "srt")
-PAUSE = 1.0  # seconds between attempts to connect
+PORTS = {"rtsp": 554, "rtsps": 322, "rtmp": 1935, "http": 80, "https": 443}
+CAMERA_SCHEMES = (*PORTS, "udp", "rtp", "srt")
 ANSWER_SECONDS = 10.0  # a camera that gives no picture for so long after connecting counts as absent
 TICK = 0.5  # seconds after which signals and limits are looked at though no picture has come
 
@@ -35,18 +38,20 @@ class Shot(NamedTuple):
 
 
 class Connection(threading.Thread):
-    """Connects, after a PAUSE if there was a connection `before`, and keeps the newest picture until it is taken."""
+    """Waits for a pause, connects, and keeps the newest picture until it is taken."""
 
-    def __init__(self, address: str, every: int, numbers: Iterator[int], before: Connection | None = None) -> None:
+    def __init__(
+        self, address: str, every: int, numbers: Iterator[int], pause: float = 0.0, before: Connection | None = None
+    ) -> None:
         super().__init__(daemon=True)
-        self.address, self.every, self.numbers = address, every, numbers
+        self.address, self.every, self.numbers, self.pause = address, every, numbers, pause
         self.taking = before is not None  # frames before the first `take` are not counted as dropped
         self.dropped = 0
-        self.leaving = threading.Event()
-        self.ended = self.has_pictures = False
+        self.leaving = self.ended = self.has_pictures = False
         self._news = threading.Condition()
         self._newest: Shot | None = None
         self._last = before and before._last
+        self._gone = before is not None and before._gone  # the source could not be reached
         self._heard = self._changed = float("inf")  # time.monotonic() of the last picture, and of the last change
 
     def answers(self) -> bool:
@@ -79,10 +84,9 @@ class Connection(threading.Thread):
     def run(self) -> None:
         capture = None
         try:
-            if self.taking:
-                self.leaving.wait(PAUSE)
+            self._wait()
             self._heard = self._changed = time.monotonic()
-            if not self.leaving.is_set():
+            if not self.leaving:
                 capture = _open_capture(self.address)
                 self._read(capture)
         except cv2.error:
@@ -94,8 +98,17 @@ class Connection(threading.Thread):
             if capture is not None:
                 capture.release()
 
+    def _wait(self) -> None:
+        """The pause; it ends early once a source that could not be reached can be reached again."""
+        end = time.monotonic() + self.pause
+        while (left := end - time.monotonic()) > 0 and not self.leaving:
+            was_gone, self._gone = self._gone, not _is_reachable(self.address)
+            if was_gone and not self._gone:
+                return
+            time.sleep(min(left, TICK))
+
     def _read(self, capture: cv2.VideoCapture) -> None:
-        while not self.leaving.is_set() and capture.grab() and not self.leaving.is_set():
+        while not self.leaving and capture.grab() and not self.leaving:
             read, number = time.perf_counter(), next(self.numbers)
             if number % self.every == 0:
                 ok, image = capture.retrieve()
@@ -118,7 +131,7 @@ class Connection(threading.Thread):
 def leave(connections: Sequence[Connection]) -> None:
     """End the connections, and wait for their threads, ANSWER_SECONDS at most."""
     for connection in connections:
-        connection.leaving.set()
+        connection.leaving = True
     end = time.monotonic() + ANSWER_SECONDS
     for connection in connections:
         connection.join(max(0.0, end - time.monotonic()))
@@ -146,6 +159,20 @@ def _open_capture(address: str) -> cv2.VideoCapture | MotionJpeg:
     capture = cv2.VideoCapture(address, cv2.CAP_FFMPEG, limits)
     is_jpeg = int(capture.get(cv2.CAP_PROP_FOURCC)) == cv2.VideoWriter_fourcc(*"MJPG")
     return MotionJpeg(capture) if is_jpeg and capture.set(cv2.CAP_PROP_FORMAT, -1) else capture
+
+
+def _is_reachable(address: str) -> bool:
+    """Whether connecting may succeed, as far as can be told without it."""
+    if address.isdigit():
+        return not sys.platform.startswith("linux") or os.path.exists(f"/dev/video{address}")
+    try:
+        url = urlsplit(address)
+        with socket.create_connection((url.hostname, url.port or PORTS[url.scheme]), timeout=1):
+            return True
+    except (KeyError, ValueError):  # no such way to ask
+        return True
+    except OSError:
+        return False
 
 
 def is_same(image: np.ndarray, other: np.ndarray | None) -> bool:

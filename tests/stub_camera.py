@@ -10,21 +10,8 @@ import time
 import cv2
 import numpy as np
 
-from datasets.frames import FROZEN, GREY, LOST, OK, RESIZED, SILENT, UNREADABLE
-
 POOL = 40  # pictures that are sent in turn
 COLOR = (150, 60, 20)  # RGB, the mean of every picture
-FAULTS = {  # what the camera does, and what is told of it and of its pictures until it is well again
-    "drop": [LOST],
-    "hang": [SILENT],
-    "freeze": [FROZEN],
-    "garbage": [UNREADABLE, SILENT],
-    "cut": [UNREADABLE, SILENT],
-    "large": [RESIZED, OK, RESIZED],
-    "grey": [GREY],
-    "mono": [GREY],
-    "down": [LOST],
-}
 BOUNDARY = "multipart/x-mixed-replace; boundary=frame"
 
 
@@ -98,20 +85,10 @@ class StubCamera:
         self._server.shutdown()
         self._server.server_close()
 
-    def suffer(self, fault: str) -> None:
-        """Have one of FAULTS; "drop" breaks off all connections and takes new ones at once."""
-        if fault in ("drop", "down"):
-            self.down()
-            if fault == "drop":
-                self.up()
-        else:
-            self.mode = fault
-
-    def recover(self) -> None:
-        """Be well again."""
-        if not self._server.is_up:
-            self.up()
-        self.mode = "ok"
+    def drop(self) -> None:
+        """Break off all connections, and take new ones at once."""
+        self.down()
+        self.up()
 
     def send(self, stream, server) -> None:
         """Pictures until the connection is broken off."""

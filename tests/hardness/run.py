@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch starts; forked processes must not inherit threads
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from hardness import fuzzing, interruption, long_run  # noqa: E402
+from hardness import camera, fuzzing, interruption, long_run  # noqa: E402
 from tiny import SMALL_NETWORKS, draw_category, run_in_process, small_flags  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -76,13 +76,13 @@ def work(args, folder: Path, tally: Tally) -> None:
     if args.cases:
         fuzz(args, folder / "files", models / "belt", tally)
     if args.frames:
-        words, wrong = long_run.of_folder(folder, models, args.frames)
+        words, wrong = long_run.verdict(long_run.measure(folder, models, args.frames))
         print(words)
         tally.add(f"{args.frames} frames through predict.py", wrong)
     if args.pictures:
-        words, wrong = long_run.of_camera(folder / "watched", args.pictures)
-        print(words)
-        tally.add(f"{args.pictures} pictures of a camera", wrong)
+        measured = camera.watch(folder / "watched", args.pictures)
+        print(camera.words(measured))
+        tally.add(f"{args.pictures} pictures of a camera", measured.wrong)
 
 
 def disturb(args, folder: Path, tally: Tally) -> None:
