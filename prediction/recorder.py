@@ -32,6 +32,7 @@ SCRIPT = "predict.py"  # the mark by which a later run knows its own folder
 TABLE, REPORT, OVERLAYS, VIDEOS = "predictions.csv", "report.html", "overlays", "videos"
 CONTOUR, BOX, QUIET = (255, 0, 0), (255, 220, 0), (80, 200, 80)
 NAME_BYTES = 120  # of a source's name within a file name; file systems take 143 to 255
+AVI_BYTES = 2 << 30  # then an AVI is closed and another one begun: it cannot grow beyond 4 GB
 TIMED = 100_000  # frames, the latest, whose latency counts
 
 
@@ -80,20 +81,28 @@ def safe_name(source: str) -> str:
 
 
 class VideoFile:
-    """An annotated MP4. It gets its name when it is closed, so that a file with that name is complete.
+    """An annotated video. It gets its name when it is closed, so that a file with that name is complete.
 
-    The encoder would cut an odd width or height; such frames are stretched by a pixel.
+    FFmpeg's encoders, behind OpenCV, cut an odd width or height; OpenCV's own, for AVI, does not.
     """
 
-    def __init__(self, path: Path, fps: float, first: np.ndarray) -> None:
+    def __init__(self, stem: Path, fps: float, first: np.ndarray) -> None:
         """All frames get the size of the `first`, which is not written yet."""
-        self.path, self.frames = path, 0
-        self.size = tuple(side + side % 2 for side in first.shape[1::-1])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = path.with_name(".video.partial.mp4")  # ASCII, which the encoder takes everywhere
-        self._writer = cv2.VideoWriter(str(self._partial), cv2.VideoWriter_fourcc(*"mp4v"), fps, self.size)
+        self.frames, self.size = 0, first.shape[1::-1]
+        odd = any(side % 2 for side in self.size)
+        backend, codec, suffix = (cv2.CAP_OPENCV_MJPEG, "MJPG", ".avi") if odd else (cv2.CAP_ANY, "mp4v", ".mp4")
+        self.path = stem.with_name(stem.name + suffix)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = self.path.with_name(f".video.partial{suffix}")  # ASCII, which encoders take everywhere
+        code = cv2.VideoWriter_fourcc(*codec)
+        self._writer = cv2.VideoWriter(str(self._partial), backend, code, fps, self.size)
         if not self._writer.isOpened():
-            raise InputError("this OpenCV writes no MP4; pass --no-images for the table alone")
+            raise InputError(f"this OpenCV writes no {suffix}; pass --no-images for the table alone")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is an AVI of the largest size."""
+        return self.path.suffix == ".avi" and self._partial.stat().st_size > AVI_BYTES
 
     def add(self, picture: np.ndarray) -> None:
         """Append a frame [H, W, 3]."""
@@ -190,6 +199,8 @@ class Recorder:
         if is_video:
             self._video = self._video or self._new_video(frame, picture)
             self._video.add(picture)
+            if self._video.is_full:
+                self._close_video()
         scores = {name: score for name, (score, _) in prediction.branches.items()}
         maps = {name: branch_map for name, (_, branch_map) in prediction.branches.items()}
         self.gallery.add(
@@ -208,8 +219,7 @@ class Recorder:
         names = itertools.chain([stem], (f"{stem}_{index}" for index in itertools.count(2)))
         name = next(name for name in names if name.casefold() not in self._names)  # some disks ignore case
         self._names.add(name.casefold())
-        path = self.folder / VIDEOS / f"{name}.mp4"
-        return VideoFile(path, max(self._source.fps / self._every, 1.0), picture)
+        return VideoFile(self.folder / VIDEOS / name, max(self._source.fps / self._every, 1.0), picture)
 
     def _close_video(self) -> None:
         video, self._video = self._video, None

@@ -283,14 +283,26 @@ def test_video_in_rows_and_frames_out(tmp_path):
 
 @pytest.mark.usefixtures("stand_in_model")
 @pytest.mark.parametrize("size", [(120, 301), (121, 300), (77, 333), (120, 300)])
-def test_annotated_videos_lose_no_row_and_no_column(tmp_path, size):
+def test_annotated_videos_keep_the_size(tmp_path, size):
     image = frame(np.random.default_rng(22), False, size)
     image[:, -1], image[-1] = 250, 250
     write_video(tmp_path / "belt.avi", [image] * 3)
     assert call(tmp_path / "belt.avi", "--out", tmp_path / "out", "--overlays", "none").code == 0
-    annotated, _ = video_frames(tmp_path / "out/videos/belt.mp4")
-    assert [found.shape[:2] for found in annotated] == [tuple(side + side % 2 for side in size)] * 3
+    (path,) = (tmp_path / "out/videos").iterdir()
+    annotated, _ = video_frames(path)
+    assert [found.shape[:2] for found in annotated] == [size] * 3
     assert annotated[0][:, -1].mean() > 180 and annotated[0][-1].mean() > 180
+
+
+@pytest.mark.usefixtures("stand_in_model")
+def test_an_avi_that_grows_too_large_is_continued_in_another(tmp_path, monkeypatch):
+    rng = np.random.default_rng(23)
+    write_video(tmp_path / "belt.avi", [frame(rng, size=(121, 301)) for _ in range(40)])
+    monkeypatch.setattr(recorder, "AVI_BYTES", 100_000)
+    assert call(tmp_path / "belt.avi", "--out", tmp_path / "out", "--overlays", "none", *THRESHOLDS).code == 0
+    paths = sorted((tmp_path / "out/videos").iterdir(), key=lambda path: (len(path.name), path.name))
+    assert [path.name for path in paths[:3]] == ["belt.avi", "belt_2.avi", "belt_3.avi"]
+    assert sum(len(video_frames(path)[0]) for path in paths) == 40
 
 
 NAMES = {
