@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import types
+from collections import Counter
 
 import pytest
 import timm
@@ -17,15 +17,14 @@ from models import Part
 from models.networks import backbones, kernels, libraries
 from models.networks.backbones import BackboneSpec, build_backbone
 from models.networks.folding import fold_batch_norms, fold_layer_scales, fuse_relus
-from models.networks.kernels import OneDNNAttention, onednn_gains
+from models.networks.kernels import OneDNN, onednn_gains
 from models.networks.weights import random_state_dict
 from utils.gpu import CapturedPasses, Graph
 from utils.timing import Lap, Stopwatch
 
 attention = F.scaled_dot_product_attention
-
-
 TOKENS = 137
+works = pytest.mark.skipif(not onednn_gains(torch.float32), reason="oneDNN is not made for this CPU")
 
 
 def tokens():
@@ -45,7 +44,7 @@ def threads(request):
 @pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
 def test_equals_attention_in_double_precision(threads, mode):
     query, key, value = tokens()
-    with mode(), OneDNNAttention():
+    with mode(), OneDNN():
         result = attention(query, key, value, dropout_p=0.0, attn_mask=None, is_causal=False)
     expected = attention(query.double(), key.double(), value.double())
     assert result.shape == expected.shape
@@ -56,7 +55,7 @@ def test_equals_attention_in_double_precision(threads, mode):
 def test_attention_in_half_precision_keeps_its_scores_in_float32():
     query, key, value = (10 * part for part in tokens())  # scores near 100: rounded, they would be wrong by a half
     halves = [part.bfloat16() for part in (query, key, value)]
-    with OneDNNAttention():
+    with OneDNN():
         result = attention(*halves)
     expected = attention(*(half.double() for half in halves))
     assert result.dtype == torch.bfloat16
@@ -67,20 +66,28 @@ def test_attention_in_half_precision_keeps_its_scores_in_float32():
     "options", [{"is_causal": True}, {"attn_mask": torch.ones(TOKENS, TOKENS).tril() > 0}, {"scale": 0.3}], ids=str
 )
 def test_leaves_other_attention_to_torch(options):
-    with OneDNNAttention():
+    with OneDNN():
         result = attention(*tokens(), **options)
     assert torch.equal(result, attention(*tokens(), **options))
     assert (result - attention(*tokens())).abs().max() > 1e-3
 
 
-@pytest.mark.skipif(not onednn_gains(torch.float32), reason="oneDNN's kernels are not the faster ones on this CPU")
-def test_a_vit_goes_through_it(monkeypatch):
-    calls = []
-    ours = kernels._attention
-    monkeypatch.setattr(kernels, "_attention", lambda *heads: calls.append(1) or ours(*heads))
-    backbone = build_backbone(BackboneSpec("tokens", "test_vit", 192, weights="random"))
-    backbone(torch.zeros(1, 3, 192, 192))
-    assert len(calls) == len(backbone.net.blocks)
+@works
+def test_networks_go_through_it(monkeypatch):
+    calls = Counter()
+    for name in ("_linear", "_conv2d", "_attention"):
+        ours = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, name=name, ours=ours: calls.update([name]) or ours(*a))
+    vit = build_backbone(BackboneSpec("tokens", "test_vit", 192, weights="random"))
+    vit(torch.zeros(1, 3, 192, 192))
+    blocks = len(vit.net.blocks)
+    heads = vit.net.blocks[0].attn.num_heads
+    assert calls == {"_linear": (4 + 2 * heads) * blocks, "_conv2d": 1, "_attention": blocks}
+    calls.clear()
+    resnet = build_backbone(BackboneSpec("maps", "resnet18", 64, weights="random"))
+    resnet(torch.zeros(1, 3, 64, 64))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in resnet.modules())
+    assert calls == {"_conv2d": 15}
 
 
 def missing(*arguments):
@@ -91,27 +98,16 @@ def with_another_signature(*arguments):
     raise RuntimeError("_linear_pointwise() is missing value for argument 'scratchpad'")
 
 
-def wrong(layer, x):
-    return F.linear(x, layer.weight.to_dense(), layer.bias) * 1.01
+def wrong(x, weight, bias, activation="none"):
+    return F.linear(x, weight, bias) * 1.01
 
 
-@pytest.mark.parametrize("forward", [missing, with_another_signature, wrong])
-def test_the_probe_refuses_kernels_that_are_not_what_they_were(monkeypatch, forward):
-    monkeypatch.setattr(kernels.OneDNNLinear, "forward", forward)
-    assert not kernels.onednn_pays.__wrapped__(torch.float32)
-
-
-@pytest.mark.parametrize(("slowdown", "gains"), [(0.5, True), (1.2, True), (2.0, False)])
-def test_the_probe_takes_onednn_unless_it_is_clearly_slower(monkeypatch, slowdown, gains):
-    """On a busy machine some turns take three times as long; they must not decide."""
-    busy = random.Random(5)
-    turns = range(kernels.TURNS)
-    seconds = [time * busy.choice([1.0, 1.0, 3.0]) for _ in turns for time in (slowdown, 1.0)]
-    assert {slowdown, 1.0} <= set(seconds) and max(seconds) > 2
-    seconds = iter(seconds)
-    monkeypatch.setattr(kernels, "_seconds", lambda work: next(seconds))
-    monkeypatch.setattr(kernels, "_onednn_is_right", lambda dtype: True)
-    assert kernels.onednn_pays.__wrapped__(torch.float32) == gains
+@works
+@pytest.mark.parametrize("kernel", [missing, with_another_signature, wrong])
+def test_kernels_that_are_not_what_they_were_are_refused(monkeypatch, kernel):
+    assert kernels.onednn_works.__wrapped__(torch.float32)
+    monkeypatch.setattr(kernels, "_linear", kernel)
+    assert not kernels.onednn_works.__wrapped__(torch.float32)
 
 
 NETWORKS = [

@@ -29,6 +29,7 @@ from models.networks.weights import (
 from utils.errors import InputError
 
 VIT = "test_vit.r160_in1k"
+HUBS = ("https://huggingface.co", "https://hf-mirror.com")
 
 
 @pytest.fixture
@@ -59,23 +60,16 @@ def test_fingerprint_is_a_plain_sha256(state):
     assert fingerprint(state) == expected.hexdigest()
 
 
-def test_fingerprint_ignores_order_and_layout_in_memory(state):
-    shuffled = {name: state[name] for name in reversed(state)}
-    shuffled["b.weight"] = state["b.weight"].t().contiguous().t()
-    assert fingerprint(shuffled) == fingerprint(state)
-
-
-def test_fingerprint_sees_value_type_shape_and_name(state):
+def test_fingerprint_sees_value_type_shape_and_name_alone(state):
     value = state["b.weight"]
+    shuffled = {name: state[name] for name in reversed(state)}
+    shuffled["b.weight"] = value.t().contiguous().t()
     nudged = value.clone()
     nudged[2, 1] = torch.nextafter(nudged[2, 1], torch.tensor(9.0))
-    others = [
-        {**state, "b.weight": nudged},
-        {**state, "b.weight": value.view(torch.int32)},
-        {**state, "b.weight": value.reshape(3, 4)},
-        {"c.weight" if name == "b.weight" else name: tensor for name, tensor in state.items()},
-    ]
-    assert len({fingerprint(other) for other in [state, *others]}) == 5
+    others = [{**state, "b.weight": other} for other in (nudged, value.view(torch.int32), value.reshape(3, 4))]
+    others.append({"c.weight" if name == "b.weight" else name: tensor for name, tensor in state.items()})
+    assert len({fingerprint(other) for other in [state, shuffled, *others]}) == 5
+    assert fingerprint(shuffled) == fingerprint(state)
 
 
 # ---- files
@@ -120,12 +114,8 @@ def test_pickled_objects_are_refused_and_run_nothing(tmp_path, state, suffix):
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 @pytest.mark.parametrize("keep", [0, 5, 0.3, 0.95])
 def test_truncated_files_are_refused(tmp_path, state, name, keep):
-    state["b.weight"] = torch.randn(300, 30)
     path = tmp_path / name
-    if name.endswith("pth"):
-        torch.save(state, path)
-    else:
-        save_file(state, path)
+    (torch.save if name.endswith("pth") else save_file)({**state, "b.weight": torch.randn(300, 30)}, path)
     content = path.read_bytes()
     path.write_bytes(content[: keep if keep >= 1 else int(keep * len(content))])
     with pytest.raises(InputError, match=name) as caught:
@@ -154,70 +144,65 @@ def test_other_files_are_refused(tmp_path):
 
 def test_random_weights_follow_the_seed_and_leave_torch_alone():
     def build() -> torch.nn.Module:
-        return timm.create_model("test_vit")
+        return timm.create_model("test_vit", init_values=1e-5)
 
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     first, second = random_state_dict(build, 22), random_state_dict(build, 22)
     assert torch.equal(torch.rand(3), expected)
-    assert same(first, second)
-    assert not same(first, random_state_dict(build, 23))
-
-
-def test_random_weights_have_layer_scale_one():
-    state = random_state_dict(lambda: timm.create_model("test_vit", init_values=1e-5), 0)
-    scales = {name: value for name, value in state.items() if name.endswith("gamma")}
+    assert same(first, second) and not same(first, random_state_dict(build, 23))
+    scales = {name: value for name, value in first.items() if name.endswith("gamma")}
     assert scales and all((value == 1).all() for value in scales.values())
-    assert not (state["blocks.0.attn.qkv.weight"] == 1).any()
+    assert not (first["blocks.0.attn.qkv.weight"] == 1).any()
 
 
 # ---- hubs
 
 
-class Hub:
-    """A server that speaks enough of the Hugging Face and ModelScope protocols to hand out one file each."""
+class Hub(http.server.ThreadingHTTPServer):
+    """Speaks enough of the Hugging Face and ModelScope protocols to hand out one file each."""
+
+    huggingface: bytes | None = None
+    modelscope: bytes | None = None
 
     def __init__(self) -> None:
-        self.huggingface: bytes | None = None
-        self.modelscope: bytes | None = None
+        super().__init__(("127.0.0.1", 0), Answer)
         self.plain: dict[str, bytes] = {}
         self.requests: list[str] = []
-        hub = self
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                hub.requests.append(f"{self.command} {self.path}")
-                content = hub.plain.get(self.path)
-                if "/resolve/" in self.path:
-                    content = hub.huggingface
-                elif "/repo?" in self.path:
-                    content = hub.modelscope
-                self.send_response(200 if content is not None else 404)
-                content = content or b""
-                self.send_header("Content-Length", str(len(content)))
-                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-                self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(content)
 
-            do_HEAD = do_GET
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.requests.append(f"{self.command} {self.path}")
+        content = self.server.plain.get(self.path)
+        if "/resolve/" in self.path:
+            content = self.server.huggingface
+        elif "/repo?" in self.path:
+            content = self.server.modelscope
+        self.send_response(200 if content is not None else 404)
+        content = content or b""
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
 
-            def log_message(self, *arguments: object) -> None:
-                pass
+    do_HEAD = do_GET
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+    def log_message(self, *arguments: object) -> None:
+        pass
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """All hubs on this machine, empty caches, and no way to look up any other machine."""
     hub = Hub()
-    monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
+    for name in ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT"):
+        monkeypatch.setenv(name, hub.url)
     with contextlib.suppress(pytest.skip.Exception):  # most tests ask Hugging Face only
         monkeypatch.setattr(require("modelscope_hub").get_default_config(), "cache_dir", tmp_path / "modelscope")
     for module in ("constants", "file_download"):  # the second keeps a copy of its own in older releases
@@ -231,8 +216,8 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", only_here)
     yield hub
-    hub.server.shutdown()
-    hub.server.server_close()
+    hub.shutdown()
+    hub.server_close()
 
 
 def test_hub_serves_and_then_the_cache(hub, state):
@@ -307,24 +292,27 @@ def test_nobody_answers(hub, monkeypatch):
         pretrained_state_dict(VIT)
 
 
-def test_without_hf_endpoint_hub_mirror_and_modelscope_follow_each_other(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        (
+            "vit_small_patch14_dinov2.lvd142m",
+            [f"{hub}/timm/vit_small_patch14_dinov2.lvd142m" for hub in HUBS]
+            + ["ModelScope timm/vit_small_patch14_dinov2.lvd142m"],
+        ),
+        (
+            "wide_resnet50_2",
+            ["https://download.pytorch.org/models/wide_resnet50_2-95faca4d.pth"]
+            + [f"{hub}/timm/wide_resnet50_2.tv_in1k" for hub in HUBS],
+        ),
+        ("resnet18.a1_in1k", [f"{HUBS[0]}/timm/resnet18.a1_in1k"]),
+        ("mobilenet_v2", ["https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"]),
+    ],
+)
+def test_without_hf_endpoint_hub_mirror_and_modelscope_follow_each_other(monkeypatch, name, places):
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    places = [place for place, _ in weights._sources("vit_small_patch14_dinov2.lvd142m")]
-    repository = "timm/vit_small_patch14_dinov2.lvd142m"
-    assert places == [
-        f"https://huggingface.co/{repository}",
-        f"https://hf-mirror.com/{repository}",
-        f"ModelScope {repository}",
-    ]
-    places = [place for place, _ in weights._sources("wide_resnet50_2")]
-    assert places[0] == "https://download.pytorch.org/models/wide_resnet50_2-95faca4d.pth"
-    assert places[1:3] == [
-        "https://huggingface.co/timm/wide_resnet50_2.tv_in1k",
-        "https://hf-mirror.com/timm/wide_resnet50_2.tv_in1k",
-    ]
-    assert weights._sources("resnet18.a1_in1k").__next__()[0].startswith("https://huggingface.co/timm/resnet18.a1")
-    (only,) = weights._sources("mobilenet_v2")
-    assert only[0] == "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
+    found = [place for place, _ in weights._sources(name)]
+    assert found[: len(places)] == places and (name != "mobilenet_v2" or len(found) == 1)
 
 
 @pytest.mark.parametrize("intact", [True, False])

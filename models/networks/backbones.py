@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks import DEMO_NETWORK
 from models.networks.cuda import use_cuda_kernels
-from models.networks.folding import fold_batch_norms, fold_layer_scales, has_relus
-from models.networks.kernels import OneDNNAttention, onednn_gains, use_onednn
+from models.networks.folding import fold_batch_norms, fold_layer_scales, fuse_gelus, has_relus
+from models.networks.kernels import GELULinear, OneDNN, onednn_gains
 from models.networks.spec import HALF, BackboneSpec, resolve_precision
 from models.networks.wavelets import SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
 from models.networks.weights import fingerprint, imagenet_file, state_dict_of
@@ -116,11 +116,11 @@ class Backbone(nn.Module):
             self.net = use_cuda_kernels(self.net, self.dtype, self.device)
             self.passes = CapturedPasses(self._pass)
         elif self.device.type == "cpu" and onednn_gains(self.dtype):
-            use_onednn(self, torch.empty(1, 3, *[self.spec.image_size] * 2, device="meta"))
+            fuse_gelus(self.net, GELULinear)
             self.passes = self._pass_by_onednn
 
     def _pass_by_onednn(self, images: Tensor) -> tuple[Tensor, ...]:
-        with OneDNNAttention():
+        with OneDNN():
             return self._pass(images)
 
 
@@ -172,6 +172,8 @@ class Demo(Backbone):
 
     def finish(self, device: str, precision: str) -> None:
         super().finish(device, "fp32")
+        if self.device.type == "cpu":
+            self.passes = self._pass  # few and small convolutions; autocast, too, needs torch's own
         if precision in HALF:
             self.passes = torch.autocast(self.device.type, HALF[precision])(self.passes)
 

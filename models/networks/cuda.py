@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.networks.folding import fuse_relus, gelu_mlps
+from models.networks.folding import fuse_gelus, fuse_relus
 
 TOLERANCE = 2e-2  # of the largest value: half precision, and GELU by its tanh formula
 
@@ -23,10 +23,7 @@ def use_cuda_kernels(net: nn.Module, dtype: torch.dtype, device: torch.device) -
     if dtype != torch.float16 and fused_convolutions_work(dtype, device):
         net = fuse_relus(net, FusedConv2d)
     if dtype != torch.float32 and fused_gelu_works(dtype, device):
-        for module in gelu_mlps(net):
-            if type(module.fc1) is nn.Linear:
-                module.act = nn.Identity()
-                module.fc1 = GELULinear(module.fc1)
+        fuse_gelus(net, GELULinear)
     return net
 
 

@@ -51,13 +51,17 @@ def fold_layer_scales(net: nn.Module) -> None:
                 setattr(block, name, nn.Identity())
 
 
-def gelu_mlps(net: nn.Module) -> list[nn.Module]:
-    """timm's layers `fc2(act(fc1(x)))` whose activation is a GELU."""
+def fuse_gelus(net: nn.Module, kernel: Callable[[nn.Linear], nn.Module]) -> None:
+    """Let `kernel(linear)`, a module whose forward(x) gives gelu(linear(x)), start timm's MLPs, in place."""
     if not _timm_is_in_use():
-        return []
+        return
     from timm.layers import Mlp
 
-    return [module for module in net.modules() if type(module) is Mlp and type(module.act) is nn.GELU]
+    for module in net.modules():
+        is_ours = type(module) is Mlp and type(module.act) is nn.GELU and type(module.fc1) is nn.Linear
+        if is_ours and module.act.approximate == "none":
+            module.act = nn.Identity()
+            module.fc1 = kernel(module.fc1)
 
 
 def _timm_is_in_use() -> bool:

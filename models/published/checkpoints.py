@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.networks.weights import reason
-from models.published.plain_pickle import ARRAYS, Call, array, follow
+from models.published.plain_pickle import ARRAYS, Call, Name, array, follow
 from utils.checkpoint import take
 from utils.errors import InputError
 
@@ -25,9 +25,14 @@ FILES = (MA_CLU, KMEANS_FILE, MA2PATCH, PATCHCORE)
 NEIGHBORS = 3
 MAX_BYTES = 256 << 20  # of a pickle: a k-means model holds one number for each patch it was fitted on
 KMEANS = {"sklearn.cluster._kmeans.KMeans", "sklearn.cluster.k_means_.KMeans"}  # renamed with scikit-learn 0.22
-TENSORS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2"} | {
-    f"torch.{kind}Storage" for kind in ("Half", "Float", "Double", "Int", "Long")
+STORAGES = {
+    "torch.HalfStorage": torch.float16,
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.IntStorage": torch.int32,
+    "torch.LongStorage": torch.int64,
 }
+TENSORS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", *STORAGES}
 Content = TypeVar("Content")
 
 
@@ -87,22 +92,31 @@ def _saved_by_torch(path: Path) -> dict[str, Any]:
     """The dictionary of plain values and tensors that torch.save wrote."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
-        packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
-        if packed or sum(record.file_size for record in records) > path.stat().st_size:
+        if sum(record.file_size for record in records) > path.stat().st_size:
             raise ValueError("its records are compressed or overlap, which torch.save never does")
-        if archive.testzip() is not None:
-            raise ValueError("damaged: a checksum is wrong")
-        programs = [record for record in records if record.filename.lower().endswith("data.pkl")]
+        programs = [record.filename for record in records if record.filename.endswith("data.pkl")]
         if len(programs) != 1:
             raise ValueError("not written by torch.save")
-        if type(follow(archive.read(programs[0]), TENSORS)) is not dict:  # torch.load might fill the memory, or hang
+        content = follow(archive.read(programs[0]), TENSORS)
+        if type(content) is not dict:
             raise ValueError("no dictionary")
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    lengths = {record.file_size for record in records}
-    for name, value in content.items():
-        if isinstance(value, Tensor) and value.untyped_storage().nbytes() not in lengths:
-            raise ValueError(f"'{name}' has not the length that its file states")
-    return content
+        folder = programs[0].removesuffix("data.pkl") + "data/"
+        return {name: _tensor(archive, folder, value) for name, value in content.items()}
+
+
+def _tensor(archive: zipfile.ZipFile, folder: str, value: Any) -> Any:
+    """The tensor that a recorded call makes from numbers in `folder`; other values as they are."""
+    if not (isinstance(value, Call) and value.name == "torch._utils._rebuild_tensor_v2"):
+        return value
+    storage, offset, shape, strides, *_ = value.args
+    match storage:
+        case Call("storage", ("storage", Name() as kind, str() as key, str(), int() as length)) if kind in STORAGES:
+            numbers = torch.frombuffer(bytearray(archive.read(folder + key)), dtype=STORAGES[kind])
+        case _:
+            raise ValueError("a tensor that is not made of stored numbers")
+    if len(numbers) != length:
+        raise ValueError("a tensor has not the length that the file states")
+    return numbers.as_strided(shape, strides, offset)  # refuses what lies beyond the numbers
 
 
 def _gaussian(path: Path) -> dict[str, Tensor]:
