@@ -24,7 +24,7 @@ def main() -> None:
     from models.exported.model import OnnxModel
     from prediction.run import predict  # OpenCV takes a second to import: --help and mistyped flags need none
 
-    predict(settings, lambda: OnnxModel.load(args.model), args.batch_size, record(args))
+    predict(settings, lambda: OnnxModel.load(args.model), args.batch_size, record(args), "predict_onnx.py")
 
 
 if __name__ == "__main__":

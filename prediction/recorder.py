@@ -28,7 +28,7 @@ from reporting.report import Threshold, write_report
 from utils.errors import InputError
 from utils.files import check_writable
 
-SCRIPT = "predict.py"  # the mark by which a later run knows its own folder
+SCRIPTS = ("predict.py", "predict_onnx.py")  # the marks by which a later run knows its own folder
 TABLE, REPORT, OVERLAYS, VIDEOS = "predictions.csv", "report.html", "overlays", "videos"
 CONTOUR, BOX, QUIET = (255, 0, 0), (255, 220, 0), (80, 200, 80)
 NAME_BYTES = 120  # of a source's name within a file name; file systems take 143 to 255
@@ -251,8 +251,8 @@ def check_output(folder: Path, sources: list[Source] | list[Incoming]) -> None:
         if folder.resolve() in path.resolve().parents:
             raise InputError(f"SOURCE {path} lies in --out {folder}; choose another folder for the results")
     used = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
-    if used and former_config(folder).get("script") != SCRIPT:
-        raise InputError(f"--out {folder} holds files that {SCRIPT} did not make; choose another folder")
+    if used and former_config(folder).get("script") not in SCRIPTS:
+        raise InputError(f"--out {folder} holds files that {SCRIPTS[0]} did not make; choose another folder")
 
 
 def former_config(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from datasets.incoming import Incoming
 from datasets.sources import Source, find_sources
 from models.fusion.prediction import Model
 from prediction.options import PredictionSettings
-from prediction.recorder import SCRIPT, TABLE, Recorder, check_output, clear_output, goes_on, latency_words
+from prediction.recorder import SCRIPTS, TABLE, Recorder, check_output, clear_output, goes_on, latency_words
 from prediction.table import read_former
 from prediction.webhook import Webhook
 from utils.command_line import warn
@@ -36,7 +36,11 @@ ENDLESS = (Camera, Incoming)  # sources that a signal ends
 
 
 def predict(
-    settings: PredictionSettings, load: Callable[[], Model], batch_size: int | None, flags: dict[str, Any]
+    settings: PredictionSettings,
+    load: Callable[[], Model],
+    batch_size: int | None,
+    flags: dict[str, Any],
+    script: str = SCRIPTS[0],
 ) -> None:
     """Look at all sources and write the results to `settings.out`.
 
@@ -57,7 +61,7 @@ def predict(
     with folder_lock(settings.out), contextlib.closing(camera) if camera else contextlib.nullcontext():
         if camera:
             camera.open(settings.every)
-        look(settings, load(), sources, batch_size, flags, webhook)
+        look(settings, load(), sources, batch_size, flags, webhook, script)
 
 
 def watched(settings: PredictionSettings) -> Incoming:
@@ -77,6 +81,7 @@ def look(
     batch_size: int | None,
     flags: dict[str, Any],
     webhook: Webhook | None,
+    script: str,
 ) -> None:
     """Run the model over the sources and write the results.
 
@@ -85,7 +90,7 @@ def look(
     take_thresholds(model, settings)
     flags = {**flags, "sources": [redact(source) for source in settings.sources], "webhook": webhook and webhook.name}
     former = read_former(settings.out / TABLE) if settings.watch and goes_on(settings.out) else None
-    config = {"program": PROGRAM, "script": SCRIPT, "finished": False, "settings": flags}
+    config = {"program": PROGRAM, "script": script, "finished": False, "settings": flags}
     write_json(settings.out / "config.json", config)
     if former:
         sources[0].skip(former.last)

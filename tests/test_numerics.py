@@ -118,32 +118,31 @@ def test_an_inverse_that_rounding_spoils_is_that_of_the_rounded_eigenvalues():
     assert torch.allclose(distance, torch.tensor([1e3, 2e3], dtype=torch.float64), rtol=1e-6)
 
 
+def is_finite(part) -> bool:
+    return bool(torch.isfinite(part.scores).all() and torch.isfinite(part.scaled()).all())
+
+
 def test_no_patch_in_one_cluster(stand_in):
     """An image that is all belt, or all coal."""
     branch = MACLU(stand_in(12, (2, 2), 3))
     branch.gaussian = Gaussian(torch.zeros(3), torch.eye(3))
     branch.centers = torch.tensor([[0.0, 0, 0], [9.0, 9, 9]])
     for patches in (torch.zeros(1, 4, 3), torch.full((1, 4, 3), 9.0)):
-        part = branch.score((torch.zeros(1, 3), patches))
-        scores, maps = part.scores, part.scaled()
-        assert torch.isfinite(scores).all() and torch.isfinite(maps).all()
+        assert is_finite(branch.score((torch.zeros(1, 3), patches)))
 
 
 def test_ma2patch_at_the_mean_itself(stand_in):
     branch = MA2Patch(stand_in(12, (2, 2), 3))
     branch.gaussian = Gaussian(torch.zeros(3), torch.zeros(3, 3))
     part = branch.score(torch.zeros(1, 4, 3))
-    scores, maps = part.scores, part.scaled()
-    assert torch.isfinite(scores).all() and (maps == 0).all()
+    assert is_finite(part) and (part.scaled() == 0).all()
 
 
 def test_a_bank_of_one_entry_and_copies(stand_in):
     branch = PatchCore(stand_in(12, (2, 2), 3))
     for bank in (torch.zeros(1, 3), torch.zeros(5, 3)):
         branch.load_state({"bank": bank})
-        part = branch.score(torch.zeros(1, 4, 3))
-        scores, maps = part.scores, part.scaled()
-        assert torch.isfinite(scores).all() and torch.isfinite(maps).all()
+        assert is_finite(branch.score(torch.zeros(1, 4, 3)))
 
 
 # The same numbers
@@ -159,34 +158,25 @@ def results(root) -> dict[str, bytes]:
 def test_workers_change_no_byte(tmp_path, script):
     belt = draw_category(tmp_path / "data" / "belt")
     found = []
-    for workers in (0, 1, 3):
+    for workers in (0, 3):
         root = tmp_path / str(workers)
         (root / "data").mkdir(parents=True)
         shutil.copytree(belt, root / "data" / "belt")
-        flags = [
-            *small_flags(root, script),
-            "--workers",
-            workers,
-            "--holdout-ratio",
-            0.25,
-            "--save-maps",
-            "--no-images",
-        ]
-        assert run_in_process(script, *flags).code == 0
+        flags = ["--workers", workers, "--holdout-ratio", 0.25, "--save-maps", "--no-images"]
+        assert run_in_process(script, *small_flags(root, script), *flags).code == 0
         found.append(results(root))
-    assert found[0] == found[1] == found[2] and len(found[0]) == 10
-
-
-BF16 = {"tokens": 0.03, "maps": 0.03}  # of the root mean square feature
+    assert found[0] == found[1] and len(found[0]) == 10
 
 
 @pytest.mark.parametrize(("kind", "name", "size"), [("tokens", "test_vit", 96), ("maps", "test_resnet", 64)])
 def test_bf16_against_fp32(kind, name, size):
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
     spec = BackboneSpec(kind, name, size, weights="random")
-    exact, rough = (build_backbone(spec, precision=precision)(images) for precision in ("fp32", "bf16"))
-    for one, other in zip(exact, rough, strict=True):
-        assert 0 < (one - other).square().mean().sqrt() < BF16[kind] * one.square().mean().sqrt()
+    exact, rough = (build_backbone(spec, precision=precision) for precision in ("fp32", "bf16"))
+    assert rough.spec.precision == "bf16"
+    for one, other in zip(exact(images), rough(images), strict=True):
+        assert other.dtype == torch.float32
+        assert 0 < (one - other).square().mean().sqrt() < 0.03 * one.square().mean().sqrt()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

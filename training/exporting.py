@@ -14,18 +14,14 @@ import numpy as np
 from datasets.images import Decoding
 from datasets.mvtec import Category, Sample
 from models.exported import EXPORT, FORMAT
-from models.exported.export import write_graph
-from models.exported.model import OnnxModel, as_input, open_session
-from models.exported.precision import halve_weights, quantize_networks
-from models.exported.proof import Proof, Tolerance, image_auroc, prove, settle_thresholds
+from models.exported.export import halve_weights, write_graph
+from models.exported.model import OnnxModel, open_session
+from models.exported.proof import Proof, Tolerance, prove, settle_thresholds
 from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths
-from models.fusion.operating_point import find_operating_point
-from models.fusion.prediction import as_picture
 from models.fusion.usad import USAD
 from models.networks.weights import licence
 from training.settings import ExportSettings
 from training.training import held_out_samples
-from utils.command_line import warn
 from utils.errors import InputError
 from utils.files import atomic_write, check_writable
 from utils.locks import file_lock
@@ -33,13 +29,10 @@ from utils.ownership import PROGRAM
 from utils.packages import installed_version
 
 FRAMES = 64  # of the proof
-CALIBRATION = 32  # frames that the scales of 8-bit integers come from
 TOLERANCES = {
-    "fp32": Tolerance(score=1e-4, map=1e-3),
-    "fp16": Tolerance(score=1e-2, map=5e-2),
-    "int8": Tolerance(score=0.2, map=0.5),
+    "fp32": Tolerance(score=1e-4, map=1e-3, mean=1e-3),
+    "fp16": Tolerance(score=2e-2, map=1.0, mean=1e-2),  # a patch near MACLU's threshold may fall to its other side
 }
-LOSS = 0.005  # of the image AUROC, by integers
 
 
 def export(settings: ExportSettings) -> None:
@@ -57,25 +50,16 @@ def export(settings: ExportSettings) -> None:
         write_graph(load, graph)
         if settings.precision == "fp16":
             halve_weights(graph)
-        elif settings.precision == "int8":
-            pictures = (as_picture(sample.read(), usad.roi).image for sample in (others or held)[:CALIBRATION])
-            quantize_networks(graph, (as_input([picture], usad.image_size) for picture in pictures))
         description = describe(usad, settings, checkpoints)
         model = OnnxModel(open_session(graph), description)
-        # Integers move the scores, so that thresholds are found again: on all held-out frames.
-        samples = held if settings.precision == "int8" and held else (held + others)[:FRAMES]
         tolerance = TOLERANCES[settings.precision]
-        proof = prove(usad, model, samples, tolerance)
-        if settings.precision == "int8":
-            find_thresholds_again(model, proof, bool(held))
-            description["image_auroc"] = compare_auroc(usad, model, category)
-        else:
-            settle_thresholds(usad, model, proof.pairs, tolerance.score)
+        proof = prove(usad, model, (held + others)[:FRAMES], tolerance)
+        settle_thresholds(usad, model, proof, tolerance.score)
         point = model.operating_point
         description |= {"operating_point": point and dataclasses.asdict(point), "proof": proof.figures()}
         add_metadata(graph, description)
         model = None  # Windows replaces no open file
-    summarize(settings.out, proof, min(len(held), proof.frames))
+    summarize(settings.out, proof, min(len(held), len(proof)))
 
 
 def check_packages_of_export() -> None:
@@ -113,37 +97,6 @@ def normal_samples(category: Category, usad: USAD) -> tuple[list[Sample], list[S
         held = []
     names = {sample.name for sample in held}
     return held, [sample for sample in category.train_samples() if sample.name not in names]
-
-
-def find_thresholds_again(model: OnnxModel, proof: Proof, held_out: bool) -> None:
-    """Give the model thresholds for the same rate of false alarms, from its own scores of the held-out frames.
-
-    Raises InputError if it has thresholds, but there are no such frames.
-    """
-    point = model.operating_point
-    if point is None:
-        return
-    if not held_out:
-        raise InputError("--precision int8 finds the thresholds again on held-out frames, and --data-root has none")
-    scores, peaks = np.array([[found.score, found.peak] for _, _, found in proof.pairs]).T
-    rate, fusion, digests = point.false_alarm_rate, point.fusion, point.checkpoints
-    model.operating_point = find_operating_point(scores, peaks.astype(np.float32), rate, fusion, digests)
-
-
-def compare_auroc(usad: USAD, model: OnnxModel, category: Category) -> dict[str, float] | None:
-    """The image AUROC of both on the test images; None if there is none. Raises InputError if too much is lost."""
-    try:
-        samples = category.test_samples()
-    except InputError:
-        samples = []
-    original, ours = (image_auroc(one, samples) if samples else None for one in (usad, model))
-    if original is None:
-        warn("no test images, normal and anomalous: what integers cost cannot be judged")
-        return None
-    print(f"image AUROC on {len(samples)} test images: {ours:.4f}, by PyTorch {original:.4f}")
-    if ours < original - LOSS:
-        raise InputError(f"--precision int8 loses more than {LOSS:g} of the image AUROC; nothing was written")
-    return {"pytorch": original, "int8": ours}
 
 
 def describe(usad: USAD, settings: ExportSettings, checkpoints: Path) -> dict[str, Any]:
@@ -186,11 +139,14 @@ def add_metadata(path: Path, description: dict[str, Any]) -> None:
 
 def summarize(out: Path, proof: Proof, held: int) -> None:
     """Print size, agreement and speed."""
-    kinds = {"held-out": held, "training": proof.frames - held}
+    kinds = {"held-out": held, "training": len(proof) - held}
     frames = " and ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
-    few = f" (fewer than {FRAMES}: there are no more)" if proof.frames < FRAMES else ""
+    few = f" (fewer than {FRAMES}: there are no more)" if len(proof) < FRAMES else ""
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
-    print(f"agrees with PyTorch on {frames} frames{few}: scores to {proof.score:.1e}, maps to {proof.map:.1e}")
-    if timed := proof.frames - 1:
-        ours, torchs = (1000 * seconds / timed for seconds in (proof.seconds, proof.seconds_of_original))
-        print(f"{ours:.0f} ms a frame by onnxruntime, {torchs:.0f} ms by PyTorch, on this CPU")
+    worst = proof.worst
+    print(
+        f"agrees with PyTorch on {frames} frames{few}: scores to {worst.score:.1e}, maps to {worst.map:.1e} of their "
+        f"range, {worst.mean:.1e} on average"
+    )
+    torchs, ours = (1000 * np.median(seconds) for seconds in zip(*(frame.seconds for frame in proof), strict=True))
+    print(f"{ours:.0f} ms a frame by onnxruntime, {torchs:.0f} ms by PyTorch, on this CPU")

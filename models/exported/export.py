@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from models.networks.kernels import torchs_own_kernels
 
 OPSET = 20  # the first with GELU
 LARGEST_BATCH = 1024
+LARGE = 1024  # numbers of a tensor from which on it pays to store them in half precision
 
 
 class Exportable(nn.Module):
@@ -85,6 +87,25 @@ def write_graph(load: Callable[[], USAD], path: Path) -> None:
                 input_names=["images"],
                 output_names=OnnxModel.output_names(usad.parts()),
             )
+
+
+def halve_weights(path: Path) -> None:
+    """Store large float32 tensors in half precision; they become float32 again when the file is loaded."""
+    import onnx
+
+    model = onnx.load(path)
+    casts = []
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype != np.float32 or values.size < LARGE or np.abs(values).max() > np.finfo(np.float16).max:
+            continue
+        name = tensor.name
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}_half"))
+        casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], f"{name}_single", to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, path)
 
 
 @contextlib.contextmanager
