@@ -46,20 +46,20 @@ def export(settings: ExportSettings) -> None:
     with file_lock(settings.out), atomic_write(settings.out) as graph:
         usad = load()
         category.decoding = dataclasses.replace(category.decoding, bit_depth=usad.bit_depth)
-        held, others = normal_samples(category, usad)
+        samples, held = normal_samples(category, usad)
         write_graph(load, graph)
         if settings.precision == "fp16":
             halve_weights(graph)
         description = describe(usad, settings, checkpoints)
         model = OnnxModel(open_session(graph), description)
         tolerance = TOLERANCES[settings.precision]
-        proof = prove(usad, model, (held + others)[:FRAMES], tolerance)
+        proof = prove(usad, model, samples[:FRAMES], tolerance)
         settle_thresholds(usad, model, proof, tolerance.score)
         point = model.operating_point
         description |= {"operating_point": point and dataclasses.asdict(point), "proof": proof.figures()}
         add_metadata(graph, description)
         model = None  # Windows replaces no open file
-    summarize(settings.out, proof, min(len(held), len(proof)))
+    summarize(settings.out, proof, min(held, len(proof)))
 
 
 def check_packages_of_export() -> None:
@@ -89,14 +89,14 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def normal_samples(category: Category, usad: USAD) -> tuple[list[Sample], list[Sample]]:
-    """The training images: those held out, as far as they can be told, and the others."""
+def normal_samples(category: Category, usad: USAD) -> tuple[list[Sample], int]:
+    """The training images, first those held out, as far as they can be told, and how many these are."""
     try:
         held = held_out_samples(category, usad.branches)
     except InputError:  # none were held out, or the files are no longer those of the training
         held = []
     names = {sample.name for sample in held}
-    return held, [sample for sample in category.train_samples() if sample.name not in names]
+    return held + [sample for sample in category.train_samples() if sample.name not in names], len(held)
 
 
 def describe(usad: USAD, settings: ExportSettings, checkpoints: Path) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Backbone(nn.Module):
             torch.backends.cudnn.benchmark = True  # shapes are few and fixed
             self.net = use_cuda_kernels(self.net, self.dtype, self.device)
             self.passes = CapturedPasses(self._pass)
-        elif self.device.type == "cpu" and onednn_gains(self.dtype):
+        elif self.device.type == "cpu" and self.spec.weights != "demo" and onednn_gains(self.dtype):
             fuse_gelus(self.net, GELULinear)
             self.passes = self._pass_by_onednn
 
@@ -168,12 +168,13 @@ class CNNTokens(TokenBackbone):
 
 
 class Demo(Backbone):
-    """The bundled network. Half precision applies to its filters only; everything after them stays float32."""
+    """The bundled network. Half precision applies to its filters only; everything after them stays float32.
+
+    It is small and uses autocast: torch's own kernels compute it.
+    """
 
     def finish(self, device: str, precision: str) -> None:
         super().finish(device, "fp32")
-        if self.device.type == "cpu":
-            self.passes = self._pass  # few and small convolutions; autocast, too, needs torch's own
         if precision in HALF:
             self.passes = torch.autocast(self.device.type, HALF[precision])(self.passes)
 

@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ STORAGES = {
     "torch.LongStorage": torch.int64,
 }
 TENSORS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", *STORAGES}
-Content = TypeVar("Content")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +75,7 @@ def read_published(folder: Path) -> PublishedCheckpoints:
     return PublishedCheckpoints({**ma_clu, "centers": centers}, ma2patch, {"bank": bank}, **settings)
 
 
-def _read(path: Path, read: Callable[[Path], Content]) -> Content:
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
         return read(path)
     except (ValueError, InputError) as error:
