@@ -117,11 +117,7 @@ class Backbone(nn.Module):
             self.passes = CapturedPasses(self._pass)
         elif self.device.type == "cpu" and self.spec.weights != "demo" and onednn_gains(self.dtype):
             fuse_gelus(self.net, GELULinear)
-            self.passes = self._pass_by_onednn
-
-    def _pass_by_onednn(self, images: Tensor) -> tuple[Tensor, ...]:
-        with OneDNN():
-            return self._pass(images)
+            self.passes = OneDNN()(self._pass)
 
 
 class TokenBackbone(Backbone):

@@ -95,7 +95,7 @@ class GELULinear(nn.Module):
         return _linear(x, self.weight, self.bias, "gelu")
 
 
-class OneDNN(TorchFunctionMode):
+class OneDNN(TorchFunctionMode, contextlib.ContextDecorator):
     """For the block, linear layers, convolutions, and attention without mask compute by oneDNN."""
 
     def __torch_function__(
