@@ -30,19 +30,22 @@ def images(size: int, count: int = 2, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
+def randomised(state: dict[str, torch.Tensor], seed: int = 4) -> dict[str, torch.Tensor]:
+    """The same with other batch norm statistics, biases and scales, none of them trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    is_vector = {key: value.dim() == 1 and value.is_floating_point() for key, value in state.items()}
+    return {
+        key: torch.rand(value.shape, generator=generator) * 0.5 + 0.75 if is_vector[key] else value
+        for key, value in state.items()
+    }
+
+
 def weights_of(name: str, seed: int = 1) -> dict[str, torch.Tensor]:
-    """An untrained network's values, batch norm statistics and classifier included, none of them trivial."""
+    """An untrained network's values, classifier included."""
     if not timm.is_model(name) and name not in torchvision.models.list_models():
         pytest.skip(f"timm {timm.__version__} has no {name} yet")
-    if timm.is_model(name):
-        state = random_state_dict(lambda: timm.create_model(name), seed)
-    else:
-        state = random_state_dict(lambda: torchvision.models.get_model(name), seed)
-    generator = torch.Generator().manual_seed(seed)
-    for key, value in state.items():
-        if value.dim() == 1 and value.is_floating_point():
-            state[key] = torch.rand(value.shape, generator=generator) * 0.5 + 0.75
-    return state
+    make = timm.create_model if timm.is_model(name) else torchvision.models.get_model
+    return randomised(random_state_dict(lambda: make(name), seed), seed)
 
 
 @pytest.fixture
@@ -171,18 +174,10 @@ def outputs_of(net: nn.Module, layers: list[str], batch: torch.Tensor) -> list[t
 )
 def test_maps_are_torchvisions(write, name, layers):
     net = torchvision.models.get_model(name)
-    net.load_state_dict(weights_of(name) if not timm.is_model(name) else randomised(net))
+    net.load_state_dict(randomised(net.state_dict()))
     backbone = build_backbone(spec("maps", name, 70), weights=write(net.state_dict(), "w.pth"))
     for found, expected in zip(backbone(images(70)), outputs_of(net, layers, images(70)), strict=True):
         assert close(found, expected)
-
-
-def randomised(net: nn.Module) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    return {
-        key: torch.rand(value.shape, generator=generator) * 0.5 + 0.75 if value.dim() == 1 else value
-        for key, value in net.state_dict().items()
-    }
 
 
 @pytest.mark.parametrize(
@@ -264,7 +259,7 @@ class Forked(nn.Module):
 @torch.no_grad()
 def test_folding_keeps_the_numbers():
     net = Forked().eval()
-    net.load_state_dict(randomised(net))
+    net.load_state_dict(randomised(net.state_dict()))
     expected = net(images(9))
     fold_batch_norms(net)
     assert isinstance(net.norm_one, nn.Identity) and isinstance(net.norm_two, nn.BatchNorm2d)
