@@ -53,9 +53,10 @@ def onednn_works(dtype: torch.dtype) -> bool:
     x, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((9, 64), (32, 64), (32,)))
     image, kernel = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((1, 64, 6, 6), (32, 64, 3, 3)))
     try:
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
         pairs = [
             (_linear(x, weight, bias), F.linear(x, weight, bias)),
-            (_linear(x, weight, bias, "gelu"), F.gelu(F.linear(x, weight, bias))),
+            (_linear(x, reordered, bias, "gelu"), F.gelu(F.linear(x, weight, bias))),
             (_conv2d(image, kernel, bias, 1, 1, 1, 1), F.conv2d(image, kernel, bias, 1, 1)),
         ]
     except (AttributeError, RuntimeError, TypeError):
@@ -82,14 +83,15 @@ def _conv2d(
 
 
 class GELULinear(nn.Module):
-    """gelu(linear(x)) by one kernel.
+    """gelu(linear(x)) by one kernel, its weights in the order in which oneDNN reads them.
 
     A ReLU has none: oneDNN's turns NaN into 0, and a broken network would look sound.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return _linear(x, self.weight, self.bias, "gelu")
