@@ -49,6 +49,7 @@ def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return (published.mean, published.std) if published else (IMAGENET_MEAN, IMAGENET_STD)
 
 
+@functools.cache
 def patch_side(name: str) -> int | None:
     """Pixels along a patch of ViT `name`; None for any other network.
 
