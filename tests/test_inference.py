@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import types
 from collections import Counter
 
@@ -105,9 +106,20 @@ def wrong(x, weight, bias, activation="none"):
 @works
 @pytest.mark.parametrize("kernel", [missing, with_another_signature, wrong])
 def test_kernels_that_are_not_what_they_were_are_refused(monkeypatch, kernel):
-    assert kernels.onednn_works.__wrapped__(torch.float32)
+    assert kernels.onednn_pays.__wrapped__(torch.float32)
     monkeypatch.setattr(kernels, "_linear", kernel)
-    assert not kernels.onednn_works.__wrapped__(torch.float32)
+    assert not kernels.onednn_pays.__wrapped__(torch.float32)
+
+
+@pytest.mark.parametrize(("slowdown", "gains"), [(0.5, True), (1.2, True), (2.0, False)])
+def test_the_probe_takes_onednn_unless_it_is_clearly_slower(monkeypatch, slowdown, gains):
+    """On a busy machine some turns take three times as long; they must not decide."""
+    busy = random.Random(5)
+    seconds = [time * busy.choice([1.0, 1.0, 3.0]) for _ in range(kernels.TURNS) for time in (slowdown, 1.0)]
+    assert {slowdown, 1.0} <= set(seconds) and max(seconds) > 2
+    turns = iter(seconds)
+    monkeypatch.setattr(kernels, "_seconds", lambda work: next(turns))
+    assert kernels.onednn_pays.__wrapped__(torch.float32) == gains
 
 
 NETWORKS = [

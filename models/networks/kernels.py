@@ -1,7 +1,8 @@
 """oneDNN's kernels on the CPU: linear layers, convolutions and attention, in float32 and bfloat16.
 
 By default torch uses MKL for matrix products in float32, which can be half as fast on CPUs that are not Intel's, and
-computes a convolution of one image on one thread without oneDNN.
+computes a convolution of one image on one thread without oneDNN. Whether oneDNN is clearly slower is measured once, on
+the machine that runs.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import platform
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,6 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+PROBE = 512, 384, 768  # rows, inputs and outputs of the layer that is timed, a few ms
+TURNS = 9
+MARGIN = 1.5
 FEW_TOKENS = 128  # with fewer, a head's products are too small to be worth a call each
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value
 _state = threading.local()
@@ -37,17 +41,18 @@ def torchs_own_kernels() -> Iterator[None]:
 
 def onednn_gains(dtype: torch.dtype) -> bool:
     """Whether to compute by oneDNN's kernels."""
-    return not getattr(_state, "plain", False) and onednn_works(dtype)
+    return not getattr(_state, "plain", False) and onednn_pays(dtype)
 
 
 @functools.cache
-def onednn_works(dtype: torch.dtype) -> bool:
-    """Whether this is a processor that oneDNN is made for, and its kernels are right.
+def onednn_pays(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's kernels are right, and a linear layer with GELU is not clearly slower by them.
 
-    torch has them under private names: if they are missing or take other arguments, the answer is no.
+    Two runs on one machine must decide alike, or their numbers differ in the last digit. So torch's own kernels have to
+    be faster by the factor MARGIN, in the best of several turns. torch has oneDNN's under private names: if they are
+    missing or take other arguments, the answer is no.
     """
-    made_for = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
-    if not made_for or dtype not in TOLERANCE:
+    if dtype not in TOLERANCE or not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)  # so that the global random numbers are not touched
     x, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((9, 64), (32, 64), (32,)))
@@ -61,7 +66,27 @@ def onednn_works(dtype: torch.dtype) -> bool:
         ]
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return all((one - other).abs().max() <= TOLERANCE[dtype] * other.abs().max() for one, other in pairs)
+    right = all((one - other).abs().max() <= TOLERANCE[dtype] * other.abs().max() for one, other in pairs)
+    return right and _slowdown(dtype) < MARGIN
+
+
+def _slowdown(dtype: torch.dtype) -> float:
+    """Seconds that the layer takes by oneDNN, over those by torch's kernels."""
+    rows, inputs, outputs = PROBE
+    x, weight, bias = (torch.ones(*shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
+    reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
+    turns = [
+        (_seconds(lambda: _linear(x, reordered, bias, "gelu")), _seconds(lambda: F.gelu(F.linear(x, weight, bias))))
+        for _ in range(TURNS)
+    ]
+    ours, torchs = (min(side) for side in zip(*turns, strict=True))
+    return ours / torchs
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
