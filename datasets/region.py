@@ -68,9 +68,15 @@ class RegionOfInterest:
         return float(self.inside.mean())
 
     def at(self, width: int, height: int) -> np.ndarray:
-        """The region for frames of that size, bool [height, width], by the nearest pixel."""
-        scaled = Image.fromarray(self.inside).resize((width, height), Image.Resampling.NEAREST)
-        return np.asarray(scaled, bool)
+        """The region for frames of that size, bool [height, width], by the nearest pixel.
+
+        If it is too small for that, the pixels with the largest share inside.
+        """
+        scaled = np.asarray(Image.fromarray(self.inside).resize((width, height), Image.Resampling.NEAREST), bool)
+        if scaled.any():
+            return scaled
+        share = Image.fromarray(self.inside.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
+        return np.asarray(share) == np.max(share)
 
     def on_grid(self, rows: int, columns: int) -> np.ndarray:
         """The cells of a grid of patches of which at least half lies inside, bool [rows, columns].
@@ -85,5 +91,5 @@ class RegionOfInterest:
         """An RGB image with everything outside in the mean colour of the inside, so that the edge adds no contrast."""
         inside = self.at(*image.size)
         pixels = np.array(image)
-        pixels[~inside] = pixels[inside].mean(0).round() if inside.any() else 0
+        pixels[~inside] = pixels[inside].mean(0).round()
         return Image.fromarray(pixels)

@@ -25,7 +25,7 @@ def write_sheet(path: Path, title: str, gallery: Gallery, threshold: Threshold) 
     scales = color_scales(wrong or [item for _, item in rows])  # hits may be too bright for anything else to be seen
     lines = [text_line(text, 1000) for text in heading(title, gallery, threshold)]
     for kind, item in rows:
-        text = f"{kind.upper()}   {item.entry.name}   score {item.entry.score:.4g}"
+        text = f"{kind.upper()}   score {item.entry.score:.4g}   {item.entry.name}"  # a long name is cut off
         pictures = row(item, scales, threshold.pixel)
         lines += [text_line(text, 1000, LIGHT if kind == "hit" else AMBER), pictures]
     write_picture(path, stacked(lines))

@@ -428,6 +428,9 @@ def test_which_normalisation_is_a_networks_own():
         ("tf_efficientnet_lite2", "some/file.pth", 0.5),
         ("tf_efficientnet_lite2", "random", 0.485),
         ("wide_resnet50_2", "pretrained", 0.485),
+        ("efficientnet_v2_l", "pretrained", 0.5),  # torchvision's alone, as the next two
+        ("efficientnet_v2_m", "pretrained", 0.485),
+        ("googlenet", "pretrained", 0.5),
         ("vit_base_patch14_dinov2.lvd142m", "pretrained", 0.485),
         ("wavelet_pyramid", "demo", 0.485),
     ]:

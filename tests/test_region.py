@@ -58,6 +58,13 @@ def maybe_tiled(request, trained, tmp_path_factory):
     return trained_with_region(trained, tmp_path_factory.mktemp("tiled") / "root", TILES), TILES
 
 
+def test_a_region_of_less_than_a_pixel_is_one_pixel():
+    dot = np.zeros((500, 500), bool)
+    dot[199, 352] = True  # not where the nearest pixel is taken
+    (place,) = np.argwhere(RegionOfInterest(dot).at(20, 10))
+    assert place.tolist() == [3, 14]
+
+
 @pytest.mark.parametrize("fusion", ["paper", "standardized"])
 def test_pixels_outside_change_nothing(maybe_tiled, fusion):
     root, _ = maybe_tiled

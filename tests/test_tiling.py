@@ -13,6 +13,7 @@ from tiny import draw_frame, run_in_process, small_flags
 
 from datasets.region import RegionOfInterest
 from models import USAD
+from models.branches.branch import tiles_in
 from models.branches.tiling import Tiling
 from models.networks import DEMO_NETWORK
 
@@ -44,6 +45,24 @@ def test_tiles_outside_the_region_are_left_out():
     whole, half = tiling.views(RegionOfInterest(inside))
     assert whole.roi is None and whole.corners == ((0, 0), (30, 0), (60, 0))
     assert half.corners == ((0, 30), (30, 30), (60, 30)) and half.roi.share == pytest.approx(15 / 40)
+
+
+def test_many_tiles_pass_in_portions():
+    tiling = Tiling(6, 20)
+    frames = torch.rand(2, 3, tiling.frame_side, tiling.frame_side)
+    views = tiling.views(None)
+    assert [len(view.corners) for view in views] == [32, 4]
+    tiles = [tiling.cut(frames, view)[:, 0] for view in views]
+    torch.testing.assert_close(tiling.joined(tiles, views), frames[:, 0])
+
+
+def test_where_no_tile_is_a_map_has_its_lowest_value():
+    inside = np.zeros((100, 100), bool)
+    inside[:, :45] = True
+    tiling = Tiling(3, 40)
+    views = tiling.views(RegionOfInterest(inside))
+    joined = tiling.joined([5 + torch.rand(6, 40, 40), 5 + torch.rand(6, 40, 40)], views)
+    assert (joined[:, :, 70:] == joined[:, :, :70].amin((1, 2), keepdim=True)).all() and joined.min() >= 5
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +113,12 @@ def test_each_tile_is_scored_as_an_image_of_its_own(tiled):
 def test_no_such_number(tiled, value):
     finished = run_in_process("train_pc", *small_flags(tiled, "train_pc"), "--tiles", value)
     assert finished.code == 2 and "--tiles" in finished.err
+
+
+@pytest.mark.parametrize("value", [0, 17, "2", None, [2]])
+def test_a_checkpoint_with_no_such_number(value):
+    with pytest.raises(ValueError, match=r"^tiles "):
+        tiles_in({"tiles": value})
 
 
 def test_an_update_keeps_the_tiles(tiled):

@@ -259,7 +259,10 @@ def bit_depth_in(metadata: dict[str, Any]) -> int:
 
 def tiles_in(metadata: dict[str, Any]) -> int:
     """Tiles along each side, of a checkpoint. Raises ValueError where it is no such number."""
-    return 1 + range(1, MAX_TILES + 1).index(metadata.get("tiles", 1))  # earlier versions had none
+    tiles = metadata.get("tiles", 1)  # earlier versions had none
+    if tiles not in range(1, MAX_TILES + 1):
+        raise ValueError(f"tiles {tiles!r}")
+    return int(tiles)
 
 
 def _like(default: Any, value: Any) -> Any:

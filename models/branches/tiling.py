@@ -15,12 +15,13 @@ from torch import Tensor
 from datasets.region import RegionOfInterest
 
 OVERLAP = 0.25  # of a tile's side, with each neighbour: the effect of a tile's border is blended away
+AT_ONCE = 32  # tiles of a frame that a network sees in one pass: all 256 of 16 x 16 would take some 6 GB
 
 Corner = tuple[int, int]  # top and left
 
 
 class View(NamedTuple):
-    """Tiles that show the same region of interest."""
+    """Tiles that show the same region of interest, at most AT_ONCE."""
 
     corners: tuple[Corner, ...]
     roi: RegionOfInterest | None  # in each of the tiles
@@ -45,7 +46,7 @@ class Tiling:
 
     @functools.lru_cache(maxsize=16)  # noqa: B019 (frozen, and there are few)
     def views(self, roi: RegionOfInterest | None) -> tuple[View, ...]:
-        """The tiles that show something of the region of interest; those which show the same are one view."""
+        """The tiles that show something of the region of interest; those which show the same share a view."""
         starts = [index * self.step for index in range(self.count)]
         corners: dict[RegionOfInterest | None, list[Corner]] = {}
         inside = None if roi is None else roi.at(self.frame_side, self.frame_side)
@@ -58,7 +59,11 @@ class Tiling:
                         continue
                     seen = None if shown.all() else RegionOfInterest(shown)
                 corners.setdefault(seen, []).append((top, left))
-        return tuple(View(tuple(places), seen) for seen, places in corners.items())
+        return tuple(
+            View(tuple(places[first : first + AT_ONCE]), seen)
+            for seen, places in corners.items()
+            for first in range(0, len(places), AT_ONCE)
+        )
 
     def cut(self, frames: Tensor, view: View) -> Tensor:
         """Frames [B, 3, F, F] -> the view's tiles [B * n, 3, S, S], those of a frame one after the other."""
@@ -66,14 +71,21 @@ class Tiling:
         return torch.stack(tiles, 1).flatten(0, 1)
 
     def joined(self, maps: Sequence[Tensor], views: Sequence[View]) -> Tensor:
-        """The maps [B * n, S, S] of each view's tiles -> maps of the frames [B, F, F], blended where tiles overlap."""
+        """The maps [B * n, S, S] of each view's tiles -> maps of the frames [B, F, F], blended where tiles overlap.
+
+        Where no tile is, a map has its lowest value.
+        """
         window = self._window(maps[0].device)
         total, weight = 0, 0
         for tiles, view in zip(maps, views, strict=True):
             for tile, corner in zip(tiles.unflatten(0, (-1, len(view.corners))).unbind(1), view.corners, strict=True):
                 total = total + self._placed(tile * window, corner)
                 weight = weight + self._placed(window, corner)
-        return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)  # where no tile is, both are 0
+        if sum(len(view.corners) for view in views) == self.count**2:
+            return total / weight
+        seen = weight > 0
+        lowest = torch.where(seen, total / weight, torch.inf).amin((1, 2), keepdim=True)
+        return torch.where(seen, total / weight, lowest)
 
     def _placed(self, tile: Tensor, corner: Corner) -> Tensor:
         """[..., S, S] -> [..., F, F], 0 elsewhere."""

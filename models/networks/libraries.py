@@ -44,9 +44,15 @@ def check_name(name: str) -> None:
 
 @functools.cache
 def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the colours, 0 to 1, for which timm has this network's weights; else ImageNet's."""
-    published = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    return (published.mean, published.std) if published else (IMAGENET_MEAN, IMAGENET_STD)
+    """Mean and deviation of the colours, 0 to 1, for which timm or torchvision has this network's weights."""
+    if timm.is_model(name):
+        published = timm.get_pretrained_cfg(name)
+    elif name == "googlenet":  # torchvision's own converts ImageNet's normalisation to this one; ours does not
+        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    else:
+        weights = getattr(torchvision.models.get_model_weights(name), "IMAGENET1K_V1", None)
+        published = weights and weights.transforms()
+    return (tuple(published.mean), tuple(published.std)) if published else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 @functools.cache
