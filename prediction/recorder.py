@@ -271,6 +271,6 @@ def goes_on(folder: Path) -> bool:
 
 def clear_output(folder: Path) -> None:
     """Remove what an earlier run left in `folder`."""
-    for pattern in (REPORT, TABLE, f"{OVERLAYS}/*.jpg", f"{VIDEOS}/*.mp4", "**/.*.partial.*"):
+    for pattern in (REPORT, TABLE, f"{OVERLAYS}/*.jpg", f"{VIDEOS}/*.mp4", f"{VIDEOS}/*.avi", "**/.*.partial.*"):
         for stale in folder.glob(pattern):
             stale.unlink()

@@ -425,9 +425,11 @@ def test_output_folder_of_others_is_left_alone(tmp_path):
 
 
 @pytest.mark.usefixtures("stand_in_model")
-def test_a_second_run_leaves_nothing_of_the_first(tmp_path):
+@pytest.mark.parametrize("size", [(120, 300), (121, 300)])  # annotated as MP4, and as AVI
+def test_a_second_run_leaves_nothing_of_the_first(tmp_path, size):
     source, out = photos(tmp_path / "in", [1]), tmp_path / "out"
-    assert call(film(tmp_path / "b.avi", [1] * 3), "--out", out, *THRESHOLDS)[0] == 0
+    assert call(film(tmp_path / "b.avi", [1] * 3, size=size), "--out", out, *THRESHOLDS)[0] == 0
+    assert len(list((out / "videos").iterdir())) == 1
     assert call(source, "--out", out, *THRESHOLDS)[0] == 0
     assert len(rows(out)) == 1 and len(list((out / "overlays").iterdir())) == 1
     assert not list((out / "videos").iterdir())
