@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--precision",
         choices=("fp32", "fp16", "int8"),
+        metavar="{fp32,fp16}",
         default="fp32",
         help="fp16: weights of half the size (default: fp32)",
     )
