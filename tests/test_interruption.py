@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from machine import PATIENCE
+from machine import PATIENCE, wait_until
 from tiny import draw_category, run_in_process, small_flags
 
 from models import PatchCore
-from utils import signals
+from utils import command_line, signals
 from utils.errors import InputError
 from utils.files import atomic_write
 from utils.locks import file_lock, folder_lock
@@ -60,6 +60,31 @@ def test_a_signal_while_a_batch_is_awaited(watched):
     with pytest.raises(signals.Terminated):
         finished.extend(signals.stoppable(batches()))
     assert finished == [0]
+
+
+@posix
+def test_a_batch_that_takes_too_long_is_broken_off(watched, monkeypatch):
+    monkeypatch.setattr(signals, "GRACE", 0.2)
+    with pytest.raises(signals.Terminated):
+        for _ in signals.stoppable(range(5)):
+            signal.raise_signal(signal.SIGTERM)
+            wait_until(lambda: False)
+
+
+@posix
+@pytest.mark.parametrize(("number", "code"), [(None, 1), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_worker_that_a_signal_killed_is_no_error_of_its_own(capsys, number, code):
+    """A signal to the whole group can reach a worker before it leaves signals to the script."""
+
+    def main():
+        for _ in signals.stoppable(range(5)):
+            if number:
+                signal.raise_signal(number)
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    with pytest.raises(SystemExit) as end:
+        command_line.run(main)
+    assert end.value.code == code and len(capsys.readouterr().err.splitlines()) == 1
 
 
 @posix

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -16,7 +17,7 @@ from utils import distributed
 from utils.errors import InputError
 from utils.packages import check_packages
 from utils.redact import redact
-from utils.signals import Terminated, leave_signals, watch_signals
+from utils.signals import Terminated, leave_signals, stopped_by, watch_signals
 
 OUT_OF_MEMORY = "out of memory|can't allocate memory"  # what torch says of a GPU's, and of a CPU's
 CONNECTION_LOST = "[Cc]onnection (closed|reset)"  # what gloo and NCCL say when another process is gone
@@ -109,6 +110,9 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
         code = 1
         if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
             fail("out of memory; lower --batch-size or --image-size")
+        elif re.search(LOST_WORKER, str(error)) and (number := stopped_by()):  # the signal reached a worker, too
+            fail("interrupted" if number == signal.SIGINT else "terminated")
+            code = 128 + number
         elif re.search(LOST_WORKER, str(error)):
             fail("a process that reads images was killed, perhaps for lack of memory or of /dev/shm; lower --workers")
         elif distributed.is_launched() and re.search(CONNECTION_LOST, str(error)):
