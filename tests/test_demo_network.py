@@ -1,6 +1,7 @@
 """The bundled network, what small data sets need beside it, and what `--weights demo` makes of the scripts."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from models.networks import DEMO_NETWORK as NAME
 from models.networks.backbones import BackboneSpec, build_backbone
 from models.networks.wavelets import ORIENTATIONS, SCALES, WaveletPyramid, brightness_and_colour
 from models.networks.weights import fingerprint
+from training.options import parse_training, training_parser
 
 
 @pytest.fixture(autouse=True)
@@ -227,6 +229,14 @@ def test_the_defaults_are_said_and_a_flag_overrides_them(trained):
         assert words in done.out.splitlines()[0]
     settings = json.loads((folder / "result/belt/pc/config.json").read_text())["settings"]
     assert (settings["coreset_ratio"], settings["whiten"], settings["average_bank"]) == (0.2, False, True)
+
+
+def test_the_network_of_a_package_brings_defaults_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_pc.py", "--weights", "imagenet", "--seed", "3"])
+    args = parse_training(training_parser("", "wide_resnet50_2", 238, 0.5), train_ratio=1.0)
+    assert (args.backbone, args.image_size, args.holdout_ratio) == ("tf_efficientnet_lite2", 256, 0.2)
+    assert (args.train_ratio, args.seed) == (1.0, 3)
+    assert "with --weights imagenet: backbone tf_efficientnet_lite2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

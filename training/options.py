@@ -30,13 +30,11 @@ class Default(float):
     """A default, which may give way to another value; a number from the command line may not."""
 
 
-# Defaults for the bundled network and the small data sets that it is for.
-DEMO_DEFAULTS = {
-    "backbone": DEMO_NETWORK,
-    "image_size": 400,
-    "holdout_ratio": Default(0.2),
+# Defaults for the networks that need no hub, and the small data sets that they are for.
+SMALL_DEFAULTS = {
+    "demo": {"backbone": DEMO_NETWORK, "image_size": 400, "holdout_ratio": Default(0.2)},
+    "imagenet": {"backbone": IMAGENET_NETWORKS[-1], "image_size": 256, "holdout_ratio": Default(0.2)},
 }
-IMAGENET_DEFAULTS = {"backbone": IMAGENET_NETWORKS[-1]}
 
 
 def add_data_flags(parser: Parser) -> None:
@@ -277,8 +275,10 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
     return parser
 
 
-def parse_training(parser: Parser, **demo_defaults: Any) -> argparse.Namespace:
+def parse_training(parser: Parser, **small_defaults: Any) -> argparse.Namespace:
     """The flags as given; `--weights` demo and imagenet bring defaults for the others, which are printed.
+
+    `small_defaults` are the branch's own for small data sets.
 
     With `--update` or `--rollback` the checkpoint decides instead: a setting that was not given is None.
     """
@@ -287,9 +287,9 @@ def parse_training(parser: Parser, **demo_defaults: Any) -> argparse.Namespace:
         args = without_defaults(parser, args)
     if args.no_eval and (args.save_maps or args.no_images):
         raise InputError("--save-maps and --no-images have no effect with --no-eval; drop one of them")
-    defaults = {"demo": DEMO_DEFAULTS | demo_defaults, "imagenet": IMAGENET_DEFAULTS}.get(args.weights)
-    if args.update or defaults is None:
+    if args.update or args.weights not in SMALL_DEFAULTS:
         return args
+    defaults = SMALL_DEFAULTS[args.weights] | small_defaults
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     in_force = (f"{key.replace('_', '-')} {getattr(args, key)}" for key in defaults)
