@@ -480,6 +480,18 @@ def test_patch_stores_of_two_processes_keep_what_one_keeps():
     assert torch.equal(stores[0].rows(), stored(patches, 7 * 4 * 4.5, batch_size=2))
 
 
+@pytest.mark.parametrize("few", [1, 4])
+@pytest.mark.parametrize("budget", [8.0, 9 * 6 * 20 * 5 * 4 / 1e9])  # the second: 6 patches an image
+def test_a_patch_store_takes_images_of_few_and_of_many_patches(few, budget):
+    frames = 20
+    store = PatchStore(9 * frames, budget)
+    for numbers in torch.arange(9 * frames).split(9):  # tiles; all but the last show little of a region of interest
+        store.add(torch.randn(8, few, 5), numbers[:8])
+        store.add(torch.randn(1, 64, 5), numbers[8:])
+    assert len(store.rows()) == frames * (8 * few + (64 if budget > 1 else 6))
+    assert float(store.weights().sum()) == pytest.approx(frames * (8 * few + 64))
+
+
 def patchcore_with(bank: np.ndarray, stand_in, neighbors: int = 3) -> PatchCore:
     branch = PatchCore(stand_in(16, (2, 2), bank.shape[1]), neighbors=neighbors)
     branch.load_state({"bank": torch.from_numpy(bank).float()})

@@ -12,7 +12,8 @@ class PatchStore:
     """Keeps the patches of `images` training images, at most `budget` GB (10^9 bytes) of float32.
 
     Within the budget all patches stay, in order. Beyond it each image keeps the same number of patches (or one more),
-    drawn with a seed of its own, so that the choice depends neither on the batches nor on the other processes.
+    drawn with a seed of its own, so that the choice depends neither on the batches nor on the other processes. With
+    tiles, images may differ in how many patches of them are looked at; those with few keep all.
 
     Rows [m, D] of an earlier fit may come first; each stands for some `counts` [m] of patches.
     """
@@ -25,7 +26,7 @@ class PatchStore:
         self.seed = seed
         self.earlier = rows
         self.counts = torch.zeros(0, dtype=torch.float64) if counts is None else counts.cpu()
-        self.share = 1.0  # patches for which each kept one stands
+        self.seen = 0  # patches
         self.kept: Tensor | None = None  # [n, D]; the system gives the memory only as patches are written
         self.filled = 0
 
@@ -34,7 +35,7 @@ class PatchStore:
         count, width = patches.shape[1:]
         total = self.images * count
         affordable = min(total, max(int(self.budget / (4 * width)), 1))
-        self.share = total / affordable
+        self.seen += len(patches) * count
         if affordable < total:
             chosen = [self._draw(int(image), count, affordable) for image in index]
             rows = torch.cat([image[own.to(image.device)] for image, own in zip(patches, chosen, strict=True)])
@@ -53,8 +54,9 @@ class PatchStore:
             self.kept = torch.empty(len(self.counts) + capacity, rows.shape[1])
             if self.earlier is not None:
                 self._append(self.earlier, capacity)
-        elif self.filled + len(rows) > len(self.kept):  # images may differ in how many of their patches are looked at
-            kept, self.kept = self.rows(), torch.empty(len(self.counts) + capacity, rows.shape[1])
+        elif self.filled + len(rows) > len(self.kept):  # the first images had fewer patches than others
+            length = max(len(self.counts) + capacity, 2 * self.filled + len(rows))
+            kept, self.kept = self.rows(), torch.empty(length, rows.shape[1])
             self.kept[: self.filled] = kept
         self.kept[self.filled : self.filled + len(rows)] = rows
         self.filled += len(rows)
@@ -63,6 +65,11 @@ class PatchStore:
         """All patches kept [n, D], on the CPU, those of an earlier fit first."""
         return self.kept[: self.filled]
 
+    @property
+    def share(self) -> float:
+        """Patches of the images for which each kept one stands."""
+        return self.seen / max(self.filled - len(self.counts), 1)
+
     def weights(self) -> Tensor:
         """For how many patches each of `rows` stands, float64 [n]."""
         new = torch.full((self.filled - len(self.counts),), self.share, dtype=torch.float64)
@@ -70,9 +77,10 @@ class PatchStore:
 
     def state(self) -> dict[str, Tensor]:
         """What was added so far; empty if nothing was."""
-        return {} if self.kept is None else {"rows": self.rows()}
+        return {} if self.kept is None else {"rows": self.rows(), "seen": torch.tensor(self.seen)}
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
         """Add the patches of the images that follow, given another store's `state()`."""
         if state:
             self._append(state["rows"], len(self.kept))
+            self.seen += int(state["seen"])
