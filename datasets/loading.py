@@ -103,19 +103,22 @@ class ImageLoader:
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        samples, notes = self.dataset.samples, Notes()
+        samples, notes, error = self.dataset.samples, Notes(), None
         with tqdm(total=len(self.shard), desc=self.description, unit="image", leave=False, disable=None) as progress:
             batches = iter(self.loader)  # the workers begin
             if self.meanwhile:
                 self.meanwhile()
             for batch in stoppable(batches):
                 distributed.check()
-                if "error" in batch:
-                    raise batch.pop("error")  # this frame must not keep it: the loader, and its workers, would live on
+                if error := batch.get("error"):
+                    break
                 for index, found in zip(batch["index"].tolist(), batch["notes"].tolist(), strict=True):
                     notes.add(found, samples[index].path, *samples[index].masks[:1])
                 yield batch
                 progress.update(len(batch["label"]))
+        if error:
+            del batches  # the workers end: in the error's traceback they would live on
+            raise error
         notes.say()
 
 

@@ -37,7 +37,10 @@ def leave_signals() -> None:
     """The run is over: from here on a signal ends the process silently, and its workers at the next SIGTERM."""
     _set_alarm(0)
     _handle(signal.SIG_DFL)
-    for worker in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for a worker that ends
+    for worker in workers:
         worker.terminate()
 
 
