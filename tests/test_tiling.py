@@ -14,8 +14,11 @@ from tiny import draw_frame, run_in_process, small_flags
 from datasets.region import RegionOfInterest
 from models import USAD
 from models.branches.branch import tiles_in
+from models.branches.patchcore import PatchCore
 from models.branches.tiling import Tiling
 from models.networks import DEMO_NETWORK
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.errors import InputError
 
 
 @pytest.mark.parametrize("count, side", [(2, 64), (3, 50), (5, 21)])
@@ -113,6 +116,17 @@ def test_each_tile_is_scored_as_an_image_of_its_own(tiled):
 def test_no_such_number(tiled, value):
     finished = run_in_process("train_pc", *small_flags(tiled, "train_pc"), "--tiles", value)
     assert finished.code == 2 and "--tiles" in finished.err
+
+
+def test_a_frame_that_would_be_too_large(tiled, tmp_path):
+    flags = small_flags(tiled, "train_pc")
+    finished = run_in_process("train_pc", *flags, "--image-size", 1024, "--tiles", 16)
+    assert finished.code == 2 and "--tiles 16" in finished.err and "12544" in finished.err
+    tensors, metadata = load_checkpoint(tiled / "models/belt/pc.safetensors")
+    metadata["backbone"]["image_size"], metadata["tiles"] = 4096, 16
+    save_checkpoint(tmp_path / "pc.safetensors", tensors, metadata)
+    with pytest.raises(InputError, match="frame of 50176"):
+        PatchCore.load(tmp_path / "pc.safetensors")
 
 
 @pytest.mark.parametrize("value", [0, 17, "2", None, [2]])

@@ -20,6 +20,7 @@ from models.branches import BRANCHES
 from models.branches.branch import Branch
 from models.branches.calibration import BORDER_IMAGES, calibrate
 from models.branches.frames import TrainingFrames, mark
+from models.branches.tiling import Tiling
 from models.fusion.checkpoints import checkpoint_path
 from models.fusion.usad import USAD
 from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone
@@ -105,6 +106,7 @@ def network_spec(args: argparse.Namespace, name: str) -> BackboneSpec:
         normalize_contrast=args.normalize_contrast,
     ).with_weights(args.weights)
     empty_backbone(spec)
+    Tiling(args.tiles, spec.image_size)  # raises if that cannot be
     if spec.weights == "file" and not Path(spec.file).is_file():
         raise InputError(f"--weights {spec.file}: no such file")
     return own_normalization(spec)

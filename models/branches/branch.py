@@ -210,6 +210,7 @@ class Branch(abc.ABC):
             parameters = inspect.signature(cls).parameters
             settings = {name: _like(parameters[name].default, value) for name, value in settings.items()}
             roi, bit_depth, tiles = region_in(metadata), bit_depth_in(metadata), tiles_in(metadata)
+            Tiling(tiles, spec.image_size)  # raises if that cannot be
             if not isinstance(training, dict):
                 raise TypeError("training")
             if calibration is not None:

@@ -13,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.region import RegionOfInterest
+from utils.errors import InputError
 
 OVERLAP = 0.25  # of a tile's side, with each neighbour: the effect of a tile's border is blended away
 AT_ONCE = 32  # tiles of a frame that a network sees in one pass: all 256 of 16 x 16 would take some 6 GB
+
+LARGEST_FRAME = 8192  # pixels along the side: a frame of that takes 0.8 GB, and each map 0.3 GB
 
 Corner = tuple[int, int]  # top and left
 
@@ -29,10 +32,20 @@ class View(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """`count` x `count` overlapping tiles of `side` x `side` pixels."""
+    """`count` x `count` overlapping tiles of `side` x `side` pixels.
+
+    Raises InputError if they make too large a frame.
+    """
 
     count: int
     side: int
+
+    def __post_init__(self) -> None:
+        if self.count > 1 and self.frame_side > LARGEST_FRAME:
+            raise InputError(
+                f"--tiles {self.count}: with tiles of {self.side} pixels that is a frame of {self.frame_side}, and the "
+                f"largest is {LARGEST_FRAME}; take fewer or smaller ones"
+            )
 
     @property
     def step(self) -> int:
