@@ -26,7 +26,7 @@ from benchmarks import reference
 from benchmarks.bench import SEED, Bench, Pair, noise
 from models import BRANCHES
 from models.branches.coreset import greedy_k_center
-from models.branches.neighbors import NearestNeighbors
+from models.branches.neighbors import NearestNeighbors, load_faiss
 from training.options import PRECISIONS, choose_device
 from utils.command_line import Parser, run, some_of
 from utils.errors import InputError
@@ -89,17 +89,33 @@ def coreset(bench: Bench, count: int) -> Iterator[Row]:
 
 
 def neighbors(bench: Bench, count: int) -> Iterator[Row]:
-    """The nearest of a bank's `count` rows to one image's patches, beside the whole matrix of distances."""
+    """The nearest of a bank's `count` rows to one image's patches: beside `torch.cdist`, and faiss if there is one."""
     width, queries = (64, 50) if bench.quick else (1536, 900)
     generator = torch.Generator().manual_seed(SEED)
     bank = torch.randn(count, width, generator=generator).to(bench.device)
-    patches, search = torch.randn(queries, width, generator=generator).to(bench.device), NearestNeighbors(bank).search
+    patches, ours = torch.randn(queries, width, generator=generator).to(bench.device), NearestNeighbors(bank)
+    ours.faiss = None
     fits = 4 * count * (queries + width) < MATRIX_BYTES
-    pair = bench.pair(
-        lambda: search(patches, 1)[0][:, 0], (lambda: reference.nearest(patches, bank)[0]) if fits else None
-    )
-    near = f"; distances within {difference(pair.found, pair.expected):.1e}" if fits else ""
-    yield row("neighbours", bench, count, "bank rows", pair, f"torch.cdist whole, minimum{near}")
+    sides = {"torch.cdist whole, minimum": (lambda: reference.nearest(patches, bank)[0]) if fits else None}
+    if search := faiss_search(bank):
+        sides["faiss.knn"] = lambda: search(patches)[:, 0].clamp(min=0).sqrt()
+    for against, plain in sides.items():
+        pair = bench.pair(lambda: ours.search(patches, 1)[0][:, 0], plain)
+        near = f"; distances within {difference(pair.found, pair.expected):.1e}" if plain else ""
+        yield row("neighbours", bench, count, "bank rows", pair, against + near)
+
+
+def faiss_search(bank: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """faiss's exact search on the bank's device: queries [q, D] -> squared distances [q, 1]; None without faiss."""
+    faiss = load_faiss()
+    if not faiss:
+        return None
+    if bank.is_cuda:
+        import faiss.contrib.torch_utils  # lets it take torch's tensors
+
+        resources = faiss.StandardGpuResources()
+        return lambda queries: faiss.knn_gpu(resources, queries, bank, 1)[0]
+    return lambda queries: torch.from_numpy(faiss.knn(queries.numpy(), bank.numpy(), 1)[0])
 
 
 def row(stage: str, bench: Bench, count: int, unit: str, pair: Pair, remark: str, gflop: float | None = None) -> Row:
