@@ -259,8 +259,7 @@ def held_out_samples(category: Category, branches: Sequence[Branch]) -> list[Sam
 def test_loader(run: RunSettings, samples: Sequence[Sample], model: Branch | USAD, purpose: str) -> ImageLoader:
     """A loader of the images as a test of the branch or the fusion sees them."""
     dataset = ImageDataset(samples, model.image_size, "bicubic", model.roi)
-    tiles = max(branch.tiles for branch in getattr(model, "branches", [model]))
-    return make_loader(run, dataset, f"{model.name} {purpose}", model.device, tiles)
+    return make_loader(run, dataset, f"{model.name} {purpose}", model.device, model.tiles)
 
 
 def make_loader(

@@ -17,7 +17,6 @@ from utils.errors import InputError
 
 OVERLAP = 0.25  # of a tile's side, with each neighbour: the effect of a tile's border is blended away
 AT_ONCE = 32  # tiles of a frame that a network sees in one pass: all 256 of 16 x 16 would take some 6 GB
-
 LARGEST_FRAME = 8192  # pixels along the side: a frame of that takes 0.8 GB, and each map 0.3 GB
 
 Corner = tuple[int, int]  # top and left
@@ -88,12 +87,11 @@ class Tiling:
 
         Where no tile is, a map has its lowest value.
         """
-        window = self._window(maps[0].device)
-        total, weight = 0, 0
+        window, weight = self._weights(tuple(views), maps[0].device)
+        total = 0
         for tiles, view in zip(maps, views, strict=True):
             for tile, corner in zip(tiles.unflatten(0, (-1, len(view.corners))).unbind(1), view.corners, strict=True):
                 total = total + self._placed(tile * window, corner)
-                weight = weight + self._placed(window, corner)
         if sum(len(view.corners) for view in views) == self.count**2:
             return total / weight
         seen = weight > 0
@@ -106,11 +104,13 @@ class Tiling:
         rest = self.frame_side - self.side
         return F.pad(tile, (left, rest - left, top, rest - top))
 
-    def _window(self, device: torch.device) -> Tensor:
-        """Weights [S, S] of a tile's places: 1, and falling to the border where its neighbours overlap."""
+    @functools.lru_cache(maxsize=16)  # noqa: B019 (frozen, and there are few)
+    def _weights(self, views: tuple[View, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """The weights of a tile's places [S, S], 1 and falling to its border, and their sum at a frame's [F, F]."""
         places = torch.arange(self.side, device=device) + 0.5
         line = (torch.minimum(places, self.side - places) / (self.side - self.step)).clamp(max=1)
-        return line[:, None] * line
+        window = line[:, None] * line
+        return window, sum(self._placed(window, corner) for view in views for corner in view.corners)
 
 
 class TiledBatches:

@@ -42,8 +42,8 @@ class USAD:
         self.branches = list(branches)
         self.image_size = max(branch.image_size for branch in branches)
         self.device = branches[0].device
-        tiles = max(branch.tiles for branch in branches) ** 2
-        self.batch_size = max(1, (32 if self.device.type == "cuda" else 4) // tiles)  # frames, of `__call__`
+        self.tiles = max(branch.tiles for branch in branches)  # along each side of a frame, at most
+        self.batch_size = max(1, (32 if self.device.type == "cuda" else 4) // self.tiles**2)  # frames, of `__call__`
         self.roi = branches[0].roi
         if any(branch.roi != self.roi for branch in branches):
             raise InputError("the branches were not trained with the same --roi; train them again with one")
