@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +22,7 @@ from models.networks import libraries
 from models.networks.backbones import Backbone, build_backbone
 from models.networks.kernels import linear
 from models.networks.spec import HALF, BackboneSpec
+from models.networks.weights import random_state_dict
 
 SEED = 22
 PAPER = {
@@ -58,9 +60,13 @@ class Bench:
         table = SMALL if self.quick else PAPER
         return table.get(branch.name, table[LIKE[branch.backbone_kind]])
 
+    @functools.cache  # noqa: B019  there is one Bench
     def spec(self, branch: type[Branch]) -> BackboneSpec:
-        """Its untrained network."""
-        return BackboneSpec(branch.backbone_kind, *self.network(branch), weights="random", seed=SEED)
+        """Its untrained network, whose weights come from a file: to load them costs what it costs a user."""
+        name, size = self.network(branch)
+        file = self.work / f"{name}.safetensors"
+        save_file(random_state_dict(lambda: libraries.full_network(name), SEED), file)
+        return BackboneSpec(branch.backbone_kind, name, size).with_weights(str(file))
 
     def backbone(self, branch: type[Branch], precision: str | None = None) -> Backbone:
         return build_backbone(self.spec(branch), self.device, precision=precision or self.precision)
@@ -76,7 +82,7 @@ class Bench:
             branch.save(folder / f"{branch.name}.safetensors")
         return folder
 
-    @functools.cache  # noqa: B019  there is one Bench
+    @functools.cache  # noqa: B019
     def usad(self, precision: str) -> USAD:
         """The fusion at this precision, of the same branches at each."""
         return USAD.load(self.checkpoints, self.device, precision, fusion="paper")
