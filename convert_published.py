@@ -13,6 +13,7 @@ from pathlib import Path
 from models.branches import METHOD
 from training.options import add_weights_flags, weights_by_branch
 from utils.command_line import Parser, category_name, run
+from utils.packages import importing
 
 
 def main() -> None:
@@ -23,7 +24,8 @@ def main() -> None:
     add_weights_flags(parser, METHOD, default="pretrained")
     args = parser.parse_args()
 
-    from models.published.conversion import convert  # PyTorch takes seconds to import: --help needs none
+    with importing():  # PyTorch takes seconds to import: --help needs none
+        from models.published.conversion import convert
 
     convert(args.source, args.models_dir, args.category, weights_by_branch(args, METHOD))
 

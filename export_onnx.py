@@ -14,6 +14,7 @@ from datasets import MAX_MEGAPIXELS
 from training.options import add_models_flag, add_weights_flags, weights_by_branch
 from training.settings import ExportSettings
 from utils.command_line import Parser, add_size_flag, category_name, run
+from utils.packages import importing
 
 
 def main() -> None:
@@ -37,7 +38,8 @@ def main() -> None:
     if args.precision == "int8":
         parser.error("--precision int8 is not offered: it loses detections (docs/on_the_line.md); take fp32 or fp16")
 
-    from training.exporting import export  # PyTorch takes seconds to import: --help and mistyped flags need none
+    with importing():  # PyTorch takes seconds to import: --help and mistyped flags need none
+        from training.exporting import export
 
     export(
         ExportSettings(

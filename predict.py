@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from prediction.options import add_prediction_flags, prediction_settings
 from training.options import add_run_flags, add_weights_flags, record, run_settings, weights_by_branch
 from utils.command_line import Parser, category_name, run
+from utils.packages import importing
 
 if TYPE_CHECKING:
     from models import USAD
@@ -29,14 +30,16 @@ def main() -> None:
     args = parser.parse_args()
     settings = prediction_settings(parser, args)
 
-    from prediction.run import predict  # OpenCV takes a second to import: --help and mistyped flags need none
+    with importing():  # OpenCV takes a second to import: --help and mistyped flags need none
+        from prediction.run import predict
 
     predict(settings, lambda: load(args), args.batch_size, record(args))
 
 
 def load(args: argparse.Namespace) -> USAD:
     """The model of the category's checkpoints."""
-    from models.fusion.usad import USAD
+    with importing():
+        from models.fusion.usad import USAD
 
     run = run_settings(args)
     return USAD.load(args.models_dir / args.category, run.device, run.precision, weights_by_branch(args))

@@ -11,6 +11,7 @@ from pathlib import Path
 from prediction.options import add_prediction_flags, prediction_settings
 from training.options import record
 from utils.command_line import Parser, number, run
+from utils.packages import importing
 
 
 def main() -> None:
@@ -21,8 +22,9 @@ def main() -> None:
     args = parser.parse_args()
     settings = prediction_settings(parser, args)
 
-    from models.exported.model import OnnxModel
-    from prediction.run import predict  # OpenCV takes a second to import: --help and mistyped flags need none
+    with importing():  # OpenCV takes a second to import: --help and mistyped flags need none
+        from models.exported.model import OnnxModel
+        from prediction.run import predict
 
     predict(settings, lambda: OnnxModel.load(args.model), args.batch_size, record(args), "predict_onnx.py")
 

@@ -16,12 +16,14 @@ from pathlib import Path
 from experiments import BASELINES, SWEEPS, TABLES
 from training.options import add_data_flags, add_fusion_flags, add_models_flag, add_run_flags, add_weights_flags
 from utils.command_line import Parser, number, run, some_of
+from utils.packages import importing
 
 
 def main() -> None:
     args = parse_args()
 
-    from experiments.grid import reproduce  # PyTorch takes seconds to import: --help and mistyped flags need none
+    with importing():  # PyTorch takes seconds to import: --help and mistyped flags need none
+        from experiments.grid import reproduce
 
     reproduce(args)
 

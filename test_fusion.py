@@ -16,6 +16,7 @@ from training.options import (
     add_weights_flags,
 )
 from utils.command_line import Parser, number, run
+from utils.packages import importing
 
 
 def main() -> None:
@@ -34,7 +35,8 @@ def main() -> None:
     add_output_flags(parser)
     args = parser.parse_args()
 
-    from training.testing import test  # PyTorch takes seconds to import: --help and mistyped flags need none
+    with importing():  # PyTorch takes seconds to import: --help and mistyped flags need none
+        from training.testing import test
 
     test(args)
 

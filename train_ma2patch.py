@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from training.options import add_token_flags, parse_training, training_parser
 from utils.command_line import run
+from utils.packages import importing
 
 
 def main() -> None:
@@ -15,7 +16,8 @@ def main() -> None:
     add_token_flags(parser)
     args = parse_training(parser, covariance="ledoit-wolf")
 
-    from training.training import train  # PyTorch takes seconds to import: --help and mistyped flags need none
+    with importing():  # PyTorch takes seconds to import: --help and mistyped flags need none
+        from training.training import train
 
     train(args, "ma2patch", covariance=args.covariance)
 

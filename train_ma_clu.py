@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from training.options import add_budget_flag, add_token_flags, parse_training, training_parser
 from utils.command_line import number, run
+from utils.packages import importing
 
 
 def main() -> None:
@@ -22,7 +23,8 @@ def main() -> None:
     add_budget_flag(parser, default=1.0)
     args = parse_training(parser, covariance="ledoit-wolf", patch_budget=0.1)
 
-    from training.training import train  # PyTorch takes seconds to import: --help and mistyped flags need none
+    with importing():  # PyTorch takes seconds to import: --help and mistyped flags need none
+        from training.training import train
 
     train(args, "ma_clu", threshold=args.threshold, covariance=args.covariance, patch_budget=args.patch_budget)
 

@@ -10,6 +10,7 @@ import argparse
 
 from training.options import add_budget_flag, parse_training, share, training_parser
 from utils.command_line import number, run
+from utils.packages import importing
 
 
 def main() -> None:
@@ -48,7 +49,8 @@ def main() -> None:
         average_bank=True,
     )
 
-    from training.training import train  # PyTorch takes seconds to import: --help and mistyped flags need none
+    with importing():  # PyTorch takes seconds to import: --help and mistyped flags need none
+        from training.training import train
 
     train(
         args,

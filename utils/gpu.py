@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -91,17 +89,6 @@ class CapturedPasses:
 
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def wake(device: torch.device | str) -> None:
-    """Have a thread make a GPU ready, which takes seconds, while this one imports and reads."""
-
-    def allocate() -> None:
-        with contextlib.suppress(RuntimeError, AssertionError):  # the first to use the GPU will say what is wrong
-            torch.zeros(1, device=device)
-
-    if torch.device(device).type == "cuda":
-        threading.Thread(target=allocate, daemon=True).start()
 
 
 def side_by_side(works: Sequence[Callable[[], Any]], device: torch.device) -> list[Any]:

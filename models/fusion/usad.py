@@ -23,7 +23,7 @@ from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths, defa
 from models.fusion.operating_point import FILE_NAME, OperatingPoint
 from models.fusion.prediction import ImageLike, Prediction, predict_in_batches
 from utils.errors import InputError
-from utils.gpu import CapturedPasses, side_by_side, wake
+from utils.gpu import CapturedPasses, side_by_side
 from utils.timing import Stopwatch
 
 
@@ -77,7 +77,6 @@ class USAD:
         checkpoints decide (`default_fusion`).
         Raises InputError that names every missing checkpoint, or what is wrong with one or with usad.json.
         """
-        wake(device)
         folder = Path(folder)
         paths = checkpoint_paths(folder)
         point = OperatingPoint.read(folder)

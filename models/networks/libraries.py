@@ -13,16 +13,19 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import timm
 import torch
-import torchvision
-from timm.layers import PatchEmbed, resample_abs_pos_embed
-from timm.models import Eva, VisionTransformer, create_feature_extractor
 from torch import Tensor, nn
 
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks.weights import StateDict, fingerprint, reason
 from utils.errors import InputError
+from utils.packages import importing
+
+with importing():
+    import timm
+    import torchvision
+    from timm.layers import PatchEmbed, resample_abs_pos_embed
+    from timm.models import Eva, VisionTransformer, create_feature_extractor
 
 COUNTER = "num_batches_tracked"  # a batch norm counts its training steps; nothing computed here depends on it
 logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of each tensor that a file has beyond those in use
