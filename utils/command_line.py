@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import gc
@@ -82,6 +83,7 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
     `torchrun`: the script can share its work with the other processes that torchrun started.
     """
     watch_signals()
+    atexit.register(gc.freeze)  # to look for garbage among PyTorch's million objects at the end takes most of a second
     _warned.clear()
     with contextlib.suppress(AttributeError):  # not a file
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
@@ -121,7 +123,6 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
         elif distributed.first_to_fail():
             raise
     leave_signals()
-    gc.freeze()  # the process ends: to look for garbage among PyTorch's million objects would take most of a second
     sys.exit(code)
 
 
