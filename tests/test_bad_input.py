@@ -246,6 +246,10 @@ CHECKPOINTS = {
         lambda path: rewrite(path, change_metadata=lambda m: m["calibration"].update(top_std=0.0)),
         ["metadata", "top_std"],
     ),
+    "statistics of no image": (
+        lambda path: rewrite(path, change_metadata=lambda m: m["calibration"].update(images=0)),
+        ["metadata", "images"],
+    ),
     "a setting beyond numbers": (
         lambda path: rewrite(path, change_metadata=lambda m: m["settings"].update(neighbors=float("inf"))),
         ["metadata"],

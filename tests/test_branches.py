@@ -343,14 +343,15 @@ def test_standardized_fusion(usad, test_images):
         for branch in branches:
             raw, statistics = parts[branch.name], branch.calibration
             if branch.name == "ma_clu":
-                deviations.append((raw.scores.double() - statistics["score_mean"]) / statistics["score_std"])
+                deviation = (raw.scores.double() - statistics["score_mean"]) / statistics["score_std"]
+                deviations.append((deviation - 3 / math.sqrt(6)) / (1 + 3 / math.sqrt(12)))  # six images
             mean, deviation = normal_field(statistics, branch.image_size, 96)
             maps.append((raw.maps.double().numpy() - mean) / deviation)
             tops.append((highest_hundredth(coarse(maps[-1])) - statistics["top_mean"]) / statistics["top_std"])
-        deviations.append((tops[0] + tops[1] + 8 * tops[2]) / 10)
+        deviations.append((tops[0] + tops[1] + 16 * tops[2]) / 18)
         surprises = [-2 * scipy.stats.norm.logsf(np.asarray(deviation)) for deviation in deviations]
         np.testing.assert_allclose(parts["fusion"].scores, np.linalg.norm(surprises, axis=0) ** 0.5, rtol=1e-4)
-        assert close(parts["fusion"].maps, (maps[0] + maps[1] + 8 * maps[2]) / 10, 1e-4)
+        assert close(parts["fusion"].maps, (maps[0] + maps[1] + 16 * maps[2]) / 18, 1e-4)
         branches[1].calibration = None
         with pytest.raises(InputError, match="--holdout-ratio"):
             USAD(branches, fusion="standardized")

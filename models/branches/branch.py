@@ -27,7 +27,7 @@ from utils.errors import InputError
 from utils.timing import Stopwatch
 
 AS_PUBLISHED = "as_published"
-STATISTICS = ("score_mean", "score_std", "top_mean", "top_std", "map_mean", "map_std")  # of a calibration
+STATISTICS = ("images", "score_mean", "score_std", "top_mean", "top_std", "map_mean", "map_std")  # of a calibration
 PROFILES = ("border_shift", "border_scale")  # of a calibration, by distance to the border
 
 
@@ -276,6 +276,6 @@ def _check_statistics(calibration: dict[str, float]) -> None:
     profiles = [name for name in PROFILES if name in calibration]  # earlier versions had none
     for name in (*STATISTICS, *profiles):
         values = calibration[name] if name in profiles else [calibration[name]]
-        positive = name.endswith(("_std", "_scale"))
+        positive = name == "images" or name.endswith(("_std", "_scale"))
         if not all(math.isfinite(value) and (value > 0 or not positive) for value in values):
             raise ValueError(name)

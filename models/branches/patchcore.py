@@ -35,7 +35,7 @@ class PatchCore(Branch):
 
     name = "pc"
     own_evidence = False  # the score is its map's strangest place, and the map's top is steadier
-    map_weight = 8.0  # its map follows objects most closely by far; equal weights blur it
+    map_weight = 16.0  # its map follows objects most closely by far; equal weights blur it
     backbone_kind = "maps"
 
     def __init__(

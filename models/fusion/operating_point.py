@@ -15,7 +15,7 @@ from utils.errors import InputError
 from utils.files import write_json
 
 FILE_NAME = "usad.json"
-FORMAT = "usad-operating-point-3"  # thresholds of the second may be of another standardized score
+FORMAT = "usad-operating-point-4"  # thresholds of the third may be of another standardized score
 CONFIDENCE = 0.95
 
 

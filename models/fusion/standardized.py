@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,16 +16,21 @@ from models.branches.postprocess import mean_of_top
 from models.fusion.rule import FusionRule
 from utils.errors import InputError
 
+DOUBT = 3  # standard errors, beyond which one true value in 700 lies
+
 
 class Standardized(FusionRule):
     """Everything in standard deviations of held-out normal images.
 
     For each branch the score, the map, and the mean of the map's highest hundredth (its top) are standardised; the map
     without what the frame's border does to it (models/branches/border.py). M is the mean of the maps and t that of the
-    tops, weighted by the branches' `map_weight` (PatchCore 8, the others 1). s is (Σ (-2 log p)²)^¼ over t and the
+    tops, weighted by the branches' `map_weight` (PatchCore 16, the others 1). s is (Σ (-2 log p)²)^¼ over t and the
     scores that are `own_evidence` (MACLU's), where p is the chance that a normal image has a higher value, under a
     normal distribution. So the stronger finding weighs more: in Fisher's combination, Σ -2 log p, a weak branch would
     dilute it. A normal image scores about 1.5, a very strange one its largest deviation.
+
+    MACLU's score is one number for a whole image, which drifts with the load and the light, and few images tell how
+    far. So its mean and its deviation are taken at the upper ends of what the held-out images leave open.
     """
 
     name = "standardized"
@@ -49,7 +55,7 @@ class Standardized(FusionRule):
         for name, part in parts.items():
             weight = self.map_weights[name]
             if name in self.with_score:
-                scores.append(self._standardize(part.scores.double(), name, "score"))
+                scores.append(self._doubted(self._standardize(part.scores.double(), name, "score"), name))
             mean, deviation = self._map_statistics(name, part.maps)
             maps = (part.maps - mean) / deviation
             tops = tops + weight * self._standardize(mean_of_top(coarse(maps)).double(), name, "top")
@@ -68,3 +74,8 @@ class Standardized(FusionRule):
     def _standardize(self, values: Tensor, name: str, statistic: str) -> Tensor:
         statistics = self.statistics[name]
         return (values - statistics[f"{statistic}_mean"]) / statistics[f"{statistic}_std"]
+
+    def _doubted(self, values: Tensor, name: str) -> Tensor:
+        """Standardised values, had the true mean and deviation been `DOUBT` standard errors above those found."""
+        images = self.statistics[name]["images"]
+        return (values - DOUBT / math.sqrt(images)) / (1 + DOUBT / math.sqrt(2 * images))
