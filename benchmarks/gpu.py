@@ -36,7 +36,8 @@ def launches(bench: Bench, count: int) -> Iterator[Row]:
     for _ in range(3):
         usad.predict(images)
     bench.wait()
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * bench.cuda) as profiler:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * bench.cuda
+    with profile(activities=activities, acc_events=True) as profiler:
         usad.predict(images)
         bench.wait()
     calls = {event.key: event.count for event in profiler.key_averages() if event.key.startswith("cuda")}
