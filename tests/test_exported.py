@@ -186,16 +186,22 @@ def test_a_missing_package_is_named(home, tmp_path, monkeypatch):
     assert finished.code == 2 and "pip install -r requirements-export.txt" in finished.err
 
 
-def without(key):
+def described(change):
+    """Damage to a file's metadata: `change` is called with them."""
+
     def spoil(path):
         model = onnx.load(path)
         (entry,) = model.metadata_props
         description = json.loads(entry.value)
-        del description[key]
+        change(description)
         entry.value = json.dumps(description)
         onnx.save(model, path)
 
     return spoil
+
+
+def point(name, value):
+    return described(lambda description: description["operating_point"].update({name: value}))
 
 
 def foreign(path):
@@ -208,7 +214,15 @@ SPOILT = {
     "absent": Path.unlink,
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:1000]),
     "foreign": foreign,
-    "no size": without("image_size"),
+    "no size": described(lambda description: description.pop("image_size")),
+    "another size": described(lambda description: description.update(image_size=SIDE // 2)),
+    "another branch": described(lambda description: description["branches"].update(other={})),
+    "no such bit depth": described(lambda description: description.update(bit_depth=3)),
+    "no threshold": point("threshold", float("nan")),  # above which no score would lie
+    "a threshold of the map without end": point("pixel_threshold", float("inf")),
+    "a threshold in quotes": point("threshold", "2.5"),
+    "half an interval": point("interval", [0.1]),
+    "no rule": point("fusion", None),
 }
 
 

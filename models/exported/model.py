@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datasets.images import stretched
+from datasets.images import DEPTHS, stretched
 from datasets.region import RegionOfInterest
 from models.exported import EDGE, FORMAT
 from models.fusion.operating_point import OperatingPoint
@@ -22,8 +22,8 @@ from utils.errors import InputError
 class OnnxModel:
     """What USAD is to predict.py: scores and maps of frames, by an ONNX file instead of PyTorch.
 
-    `description` is the file's metadata, as models/exported/export.py writes them. Raises KeyError, TypeError or
-    ValueError if they are not.
+    `description` is the file's metadata, as models/exported/export.py writes them. Raises KeyError, TypeError,
+    ValueError or AttributeError if they are not, or do not fit the graph.
     """
 
     name = "fusion"
@@ -34,16 +34,17 @@ class OnnxModel:
         self.session = session
         self.description = description
         self.image_size = int(description["image_size"])
-        self.bit_depth = int(description["bit_depth"])
+        self.bit_depth = DEPTHS[DEPTHS.index(description["bit_depth"])]
         self.roi = description["roi"] and RegionOfInterest.from_text(description["roi"])
         self.parts = [self.name, *description["branches"]]
+        self._check_graph()
         self.min_area = 0  # pixels that a region needs to count
         self.threshold: float | None = None  # of the score
         self.pixel_threshold: float | None = None
         self.operating_point: OperatingPoint | None = None
         if description["operating_point"]:
-            self.operating_point = point = OperatingPoint(**description["operating_point"])
-            self.threshold, self.pixel_threshold = float(point.threshold), float(point.pixel_threshold)
+            self.operating_point = point = OperatingPoint.from_values(description["operating_point"])
+            self.threshold, self.pixel_threshold = point.threshold, point.pixel_threshold
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> OnnxModel:
@@ -51,10 +52,17 @@ class OnnxModel:
         session = open_session(path)
         try:
             return cls(session, json.loads(session.get_modelmeta().custom_metadata_map[FORMAT]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{path}: its metadata are not what export_onnx.py writes ({error!r}); export the model again"
             ) from None
+
+    def _check_graph(self) -> None:
+        """Raise ValueError if the graph takes frames of another size, or lacks a part."""
+        sides = [list(taken.shape[2:]) for taken in self.session.get_inputs()]
+        missing = set(self.output_names(self.parts)) - {given.name for given in self.session.get_outputs()}
+        if sides != [[self.image_size] * 2] or missing:
+            raise ValueError(f"image size {self.image_size} and branches {self.parts[1:]} are not those of its graph")
 
     def __call__(self, images: ImageLike | Sequence[ImageLike], batch_size: int | None = None) -> list[Prediction]:
         """See `predict_in_batches`."""

@@ -96,16 +96,21 @@ class OperatingPoint:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT:
                 raise ValueError("another format")
-            low, high = content["interval"]
-            point = cls(**content | {"interval": (float(low), float(high))})
-            factors = {name: value for name, value in point.fusion.items() if name != "fusion"}
-            if not _are_numbers([*point.figures().values(), factors]):
-                raise ValueError("figures that are not numbers")
+            return cls.from_values(content)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{path} is not an operating point of USAD ({error}); move it away and run test_fusion.py "
                 "--false-alarm-rate"
             ) from None
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> OperatingPoint:
+        """From plain JSON values; raises ValueError, KeyError, TypeError or AttributeError if they are none of its."""
+        low, high = values["interval"]
+        point = cls(**values | {"interval": (float(low), float(high))})
+        factors = {name: value for name, value in point.fusion.items() if name != "fusion"}
+        if not _are_numbers([*point.figures().values(), factors]):
+            raise ValueError("figures that are not numbers")
         return point
 
 
