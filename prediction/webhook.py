@@ -81,7 +81,7 @@ class Webhook:
         except urllib.error.HTTPError as error:
             error.close()
             return f"the server answers {error.code}", error.code < 500 and error.code not in BUSY
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no host that a proxy could have
             reason = getattr(error, "reason", error)
             return f"the server does not answer ({str(reason) or type(reason).__name__})", False
 
@@ -103,6 +103,7 @@ def parse(url: str) -> tuple[urllib.request.Request, str]:
     try:
         parts = urlsplit(url)
         is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        (parts.hostname or "").encode("idna")  # as the connection will do: no empty and no endless labels
     except ValueError:
         is_usable = False
     if not is_usable or not url.isascii() or not url.isprintable() or " " in url:

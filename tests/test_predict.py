@@ -238,6 +238,13 @@ def test_what_cannot_be_looked_at_is_refused(argument, tmp_path, monkeypatch):
         find_sources([argument])
 
 
+@pytest.mark.parametrize("flag", ["--threshold", "--pixel-threshold"])
+@pytest.mark.parametrize("value", ["-inf", "inf", "nan", "x"])
+def test_a_threshold_is_a_finite_number(flag, value, tmp_path):
+    finished = call(tmp_path, f"{flag}={value}", "--out", tmp_path / "out")
+    assert finished.code == 2 and finished.err == f"error: predict.py: argument {flag}: '{value}' is not a number\n"
+
+
 def test_camera_must_be_alone():
     with pytest.raises(InputError) as error:
         find_sources([f"rtsp://admin:{SECRET}@10.0.0.1/live", "x.png"])

@@ -129,6 +129,15 @@ def test_a_server_that_is_down_costs_alarms_that_are_counted_and_no_time(monkeyp
     assert "11 alarm(s) given up, for the run has ended" in told
 
 
+def test_a_proxy_that_is_no_address(monkeypatch, capsys):
+    monkeypatch.setenv("http_proxy", "http://proxy..local:80")
+    monkeypatch.delenv("no_proxy", raising=False)
+    hook = Webhook("http://host.invalid/hook")
+    hook.send(alarm(1))
+    hook.close()
+    assert hook.given_up == 1 and "does not answer (encoding with 'idna'" in capsys.readouterr().err
+
+
 def test_the_password_is_sent_and_never_shown(capsys):
     with Server(404) as server:
         hook = Webhook(f"http://mine:Gr3nzw%40ll@{server.host}/{SECRET}?token={SECRET}")
@@ -141,9 +150,15 @@ def test_the_password_is_sent_and_never_shown(capsys):
     assert hook.name in told and not any(text in told + hook.name for text in ("Gr3nzw", "mine"))
 
 
+ENDLESS = f"http://{'a' * 64}.local/"
+
+
 @pytest.mark.parametrize(
     "url",
-    ["file:///etc/passwd", "ftp://host/x", "host/x", "http://", "http://host:x/", "http://host/a b", "http://煤/"],
+    [
+        *("file:///etc/passwd", "ftp://host/x", "host/x", "http://", "http://host:x/", "http://host/a b", "http://煤/"),
+        *("http://server..local/hook", ENDLESS),
+    ],
 )
 def test_other_addresses_are_refused(url):
     with pytest.raises(InputError, match="--webhook"):

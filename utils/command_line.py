@@ -127,17 +127,17 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
 
 
 def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: an int or float in [low, high], or in (low, high] with `above`."""
+    """An argparse type: a finite int or float in [low, high], or in (low, high] with `above`."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not (low < value <= high if above else low <= value <= high) or value in (float("inf"),):
-            bounds = f"above {low:g}" if above else f"at least {low:g}"
+        if not (low < value <= high if above else low <= value <= high) or abs(value) == float("inf"):
+            bounds = (f" above {low:g}" if above else f" at least {low:g}") if low > float("-inf") else ""
             bounds += f" and at most {high:g}" if high < float("inf") else ""
-            raise argparse.ArgumentTypeError(f"'{text}' is not {'a whole' if kind is int else 'a'} number {bounds}")
+            raise argparse.ArgumentTypeError(f"'{text}' is not {'a whole' if kind is int else 'a'} number{bounds}")
         return value
 
     return parse
