@@ -14,6 +14,7 @@ from utils.csv_cells import safe_cell
 from utils.errors import InputError
 from utils.files import atomic_write
 
+csv.field_size_limit(1 << 30)  # characters of a cell: a noisy frame, or one of many tiles, has boxes by the thousand
 COLUMNS = ("source", "frame", "time", "score", "anomalous", "area", "boxes", "status")
 
 
@@ -70,14 +71,14 @@ class Table:
 
 
 def read_former(path: Path) -> Former:
-    """The rows that an earlier run left at `path`; what a kill left of a last row is cut off.
+    """The rows that an earlier run left at `path`; what a kill or a full disk left of a last row is cut off.
 
-    Raises InputError if the file has other columns.
+    Raises InputError if the file has other columns or another encoding.
     """
     last, rows = {}, 0
     with (
         atomic_write(path) as temporary,
-        open(path, encoding="utf-8", newline="") as old,
+        open(path, encoding="utf-8", errors="surrogateescape", newline="") as old,  # it may end within a character
         open(temporary, "w", encoding="utf-8", newline="") as new,
     ):
         writer = csv.writer(new, lineterminator="\n")
@@ -87,7 +88,12 @@ def read_former(path: Path) -> Former:
         writer.writerow(COLUMNS)
         for row in reader:
             if len(row) == len(COLUMNS) and row[-1] in STATUSES:
-                writer.writerow(row)
+                try:
+                    writer.writerow(row)
+                except UnicodeEncodeError:
+                    raise InputError(
+                        f"{path} is not in UTF-8 any more: another program has saved it; choose another --out"
+                    ) from None
                 last[row[0]] = row[1], row[2]
                 rows += 1
     return Former(rows, last)

@@ -21,6 +21,7 @@ from test_predict import write_video
 from datasets import incoming
 from prediction.options import PredictionSettings
 from prediction.run import predict
+from prediction.table import COLUMNS, read_former
 from utils.errors import InputError
 
 
@@ -105,6 +106,23 @@ def test_what_a_kill_cut_off_is_looked_at_again(tmp_path):
     with pytest.raises(InputError, match="another version"):
         watch(folder, out, 1)
     assert (out / "predictions.csv").read_text() == "other,columns\n1,2\n"
+
+
+def test_tables_that_were_cut_within_a_letter_or_have_long_cells(tmp_path):
+    table, row = tmp_path / "predictions.csv", "/煤/{}.png,0,2026-11-28T03:00:00+00:00,3.0,1,5,{},ok\n"
+    whole = ",".join(COLUMNS) + "\n" + row.format(1, "[]") + row.format("带" * 9, f'"{[[1000, 1000, 20, 20]] * 9000}"')
+    table.write_text(whole, encoding="utf-8", newline="")
+    assert read_former(table).rows == 2 and table.read_text(encoding="utf-8") == whole
+    start = whole.encode().index("带".encode())
+    for cut in range(start, start + 4):
+        table.write_bytes(whole.encode()[:cut])
+        assert read_former(table).rows == 1
+    for name in ("带", "é"):  # saved by a spreadsheet
+        table.write_bytes((",".join(COLUMNS) + "\n" + row.format(name, "[]")).replace("煤", "").encode("gbk"))
+        before = table.read_bytes()
+        with pytest.raises(InputError, match="UTF-8"):
+            read_former(table)
+        assert table.read_bytes() == before
 
 
 def test_a_file_that_grows_is_not_looked_at_before_it_is_complete(tmp_path):
