@@ -26,6 +26,7 @@ from utils.redact import redact
 VIDEO_EXTENSIONS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts"}
 KNOWN = EXTENSIONS | VIDEO_EXTENSIONS
 DEFAULT_FPS = 25.0  # of a video without a frame rate
+MOST_BROKEN = 10_000  # frames of a video in a row; then it is taken to have ended, whatever length it announces
 
 
 class Images:
@@ -65,28 +66,27 @@ class Video:
         self.problems: list[str] = []
 
     def frames(self, every: int, _: Decoding = PLAIN) -> Iterator[Frame]:
-        """Every N-th frame; a file that cannot be read, or not to its end, goes to `problems`."""
+        """Every N-th frame; a file that cannot be read goes to `problems`, one that lacks frames is warned of."""
         # An absolute path: FFmpeg takes the beginning of a name such as "http:a.mp4" for a protocol.
         capture = cv2.VideoCapture(str(self.paths[0].absolute()), cv2.CAP_FFMPEG)
         try:
             fps = capture.get(cv2.CAP_PROP_FPS)
             self.fps = fps if 0 < fps < 1000 else DEFAULT_FPS
             expected = capture.get(cv2.CAP_PROP_FRAME_COUNT)
-            number = 0
-            while capture.grab():
-                if number % every == 0:
+            number = read = broken = 0
+            while (whole := capture.grab()) or (number < expected and broken < MOST_BROKEN):  # others may follow
+                if whole and number % every == 0:
                     seconds = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-                    ok, image = capture.retrieve()
-                    if not ok:
-                        break
-                    yield Frame(self.name, number, round(seconds, 3), cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
-                number += 1
+                    whole, image = capture.retrieve()
+                    if whole:
+                        yield Frame(self.name, number, round(seconds, 3), cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+                number, read, broken = number + 1, read + whole, 0 if whole else broken + 1
         finally:
             capture.release()
-        if number == 0:
+        if read == 0:
             self.problems.append(f"{self.name} cannot be read as a video; repair it, or convert it to MP4")
-        elif number < expected:
-            warn(f"{self.name} announces {expected:.0f} frames, {number} could be read")
+        elif read < expected:
+            warn(f"{self.name} announces {expected:.0f} frames, {read} could be read")
 
 
 Source = Images | Video | Camera

@@ -266,6 +266,24 @@ def test_video_frames(tmp_path, every):
     assert not video.problems
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_hole_in_a_video_is_not_its_end(tmp_path, capsys, every):
+    path, rng = tmp_path / "v.mp4", np.random.default_rng(8)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 25, (256, 256))
+    for _ in range(60):
+        writer.write(rng.integers(0, 255, (256, 256, 3), np.uint8))
+    writer.release()
+    content = bytearray(path.read_bytes())
+    start, stop = len(content) // 3, len(content) // 2
+    content[start:stop] = bytes(stop - start)
+    path.write_bytes(content)
+    video = Video(path)
+    frames = list(video.frames(every))
+    assert len(frames) < 60 / every and frames[-1].number == 60 - every and not video.problems
+    assert [found.time for found in frames] == pytest.approx([found.number / 25 for found in frames], abs=2e-3)
+    assert "announces 60 frames, " in capsys.readouterr().err
+
+
 # The script on files
 
 
