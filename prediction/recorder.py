@@ -9,6 +9,7 @@ import re
 import time
 import unicodedata
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -244,11 +245,18 @@ def latency_words(latency: dict[str, float] | None) -> str:
     return ", ".join(f"{name} {value:.3g} ms" for name, value in (latency or {}).items())
 
 
-def check_output(folder: Path, sources: list[Source] | list[Incoming]) -> None:
-    """Raise InputError if `folder` holds files that predict.py did not write, or one of the sources."""
+def check_output(folder: Path, arguments: Sequence[str], sources: list[Source] | list[Incoming]) -> None:
+    """Raise InputError if `folder` holds files that predict.py did not write, or one of the sources, or lies in one.
+
+    `arguments` are the sources as they were given.
+    """
     check_writable(folder)
+    out = folder.resolve()
+    for text in filter(os.path.isdir, arguments):
+        if Path(text).resolve() in (out, *out.parents):  # the next run would look at our own pictures
+            raise InputError(f"--out {folder} lies in SOURCE {text}; choose another folder for the results")
     for path in (path for source in sources for path in source.paths):
-        if folder.resolve() in path.resolve().parents:
+        if out in path.resolve().parents:
             raise InputError(f"SOURCE {path} lies in --out {folder}; choose another folder for the results")
     used = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
     if used and former_config(folder).get("script") not in SCRIPTS:

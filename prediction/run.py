@@ -50,7 +50,7 @@ def predict(
     webhook = None if settings.webhook is None else Webhook(settings.webhook)
     limits = settings.freeze, settings.give_up
     sources = [watched(settings)] if settings.watch else find_sources(settings.sources, *limits)
-    check_output(settings.out, sources)
+    check_output(settings.out, settings.sources, sources)
     if isinstance(sources[0], ENDLESS):
         if batch_size:
             raise InputError("--batch-size has no effect here: frames go one by one, as they come; leave it out")
@@ -66,11 +66,9 @@ def predict(
 
 def watched(settings: PredictionSettings) -> Incoming:
     """The folder to be watched."""
-    folder, out = Path(settings.sources[0]), settings.out.resolve()
+    folder = Path(settings.sources[0])
     if len(settings.sources) > 1 or not folder.is_dir():
         raise InputError("--watch takes one SOURCE, a folder that exists")
-    if folder.resolve() in (out, *out.parents):
-        raise InputError(f"--out {settings.out} lies in the watched folder; choose another folder for the results")
     return Incoming(folder)
 
 

@@ -447,6 +447,8 @@ def test_output_folder_of_others_is_left_alone(tmp_path):
     assert call(source, "--out", out)[0] == 2
     assert (out / "predictions.csv").read_text() == "mine" and len(list(out.iterdir())) == 1
     assert call(source, "--out", tmp_path)[0] == 2  # would hold the source
+    code, _, stderr = call(source, "--out", source / "results")  # its pictures would be frames of the next run
+    assert code == 2 and "lies in SOURCE" in stderr and len(list(source.iterdir())) == 1
 
 
 @pytest.mark.usefixtures("stand_in_model")
