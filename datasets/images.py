@@ -46,6 +46,7 @@ class Note(enum.IntFlag):
     EMPTY = 2  # masks that mark nothing
     DIM = 4  # 16 bits, of which under an eighth of the range is used
     REDUCED = 8  # decoded at a reduced scale
+    PAGES = 16  # a TIFF of several pages
 
 
 class Picture(NamedTuple):
@@ -92,6 +93,8 @@ def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture
     """
     with _opened(path) as image:
         size, notes = image.size, _limit(image, path, decoding)
+        if image.format == "TIFF" and image.is_animated:  # a JPEG or PNG has previews or movements of one picture
+            notes |= Note.PAGES
         if image.mode == "F":
             raise UnreadableError(f"{path} holds floating-point values; convert it to 8 or 16 bits")
         image, dim = _to_8_bits(image, path, decoding.bit_depth)

@@ -20,6 +20,7 @@ from tiny import SMALL_NETWORKS, draw_category, draw_frame, read_json, read_rows
 from datasets.images import Decoding, Note, find_files, read_image, read_mask, read_picture
 from datasets.loading import ImageDataset, ImageLoader, mask_to_tensor, to_tensor
 from datasets.mvtec import Category, Sample, default_holdout, defects_without_masks, find_categories, split_training
+from datasets.sources import Images
 from metrics import protocols
 from models import USAD
 from utils.errors import InputError, UnreadableError
@@ -143,6 +144,15 @@ def test_dim_images_are_noted(tmp_path, brightest):
     for name, shape in (("grey.png", (4, 4)), ("rgb.tif", (4, 4, 3))):
         cv2.imwrite(str(tmp_path / name), np.full(shape, brightest, np.uint16))
         assert read_picture(tmp_path / name).notes == (Note.DIM if brightest < 8192 else Note(0))
+
+
+@pytest.mark.parametrize("pages", [1, 3])
+def test_further_pages_are_noted(tmp_path, capsys, pages):
+    images = [Image.new("RGB", (8, 6), (60 * page, 0, 0)) for page in range(pages)]
+    images[0].save(tmp_path / "stack.tif", save_all=True, append_images=images[1:])
+    (found,) = Images([tmp_path / "stack.tif"]).frames(1)
+    assert found.image.notes == (Note.PAGES if pages > 1 else Note(0)) and not found.pixels.any()
+    assert ("stack.tif: of several pages only the first" in capsys.readouterr().err) == (pages > 1)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "progressive.jpg", "far.jpg"])
