@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.images import PLAIN, Decoding, read_mask
+from utils.command_line import warn_once
 from utils.errors import InputError
 
 MAX_SIDE = 2048  # of the stored region; it is scaled to each frame anyway
@@ -29,15 +30,21 @@ class RegionOfInterest:
 
     @classmethod
     def read(cls, path: str | os.PathLike, decoding: Decoding = PLAIN) -> RegionOfInterest:
-        """From an image file, read like a mask: what it marks is inside. Raises InputError if that is nothing."""
+        """From an image file, read like a mask: what it marks is inside.
+
+        Raises InputError if that is nothing; warns if it is everything, as what editors leave under transparency.
+        """
         if not os.path.isfile(path):
             raise InputError(f"--roi {path}: no such file")
         image = Image.fromarray(read_mask([path], decoding=decoding)[0])
         image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.NEAREST)
         try:
-            return cls(np.asarray(image))
+            region = cls(np.asarray(image))
         except InputError as error:
             raise InputError(f"--roi {path}: {error}") from None
+        if region.inside.all():
+            warn_once(path, f"--roi {path} marks the whole frame; paint black what is not looked at (not transparent)")
+        return region
 
     def to_text(self) -> str:
         """The region for a checkpoint: a PNG in base64."""

@@ -188,6 +188,16 @@ def test_other_regions_are_refused(trained, tmp_path):
             RegionOfInterest.from_text(text)
 
 
+@pytest.mark.parametrize("outside", [0, 255])
+def test_a_region_that_is_the_whole_frame_is_warned_of(tmp_path, capsys, outside):
+    """An editor may leave white under what it shows as transparent."""
+    content = np.full((8, 8, 4), 255, np.uint8)
+    content[:, 4:] = [outside, outside, outside, 0]
+    Image.fromarray(content).save(tmp_path / "roi.png")
+    assert RegionOfInterest.read(tmp_path / "roi.png").share == (1 if outside else 0.5)
+    assert ("roi.png marks the whole frame" in capsys.readouterr().err) == (outside == 255)
+
+
 def test_small_regions_do_not_count():
     anomaly_map = np.zeros((40, 60), np.float32)
     anomaly_map[2:5, 3:7], anomaly_map[20:30, 30:50], anomaly_map[38, 1] = 1, 1, 1
