@@ -210,10 +210,17 @@ def foreign(path):
     onnx.save(model, path)
 
 
+def nested(path):
+    model = onnx.load(path)
+    model.metadata_props[0].value = "[" * 100_000
+    onnx.save(model, path)
+
+
 SPOILT = {
     "absent": Path.unlink,
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:1000]),
     "foreign": foreign,
+    "nested": nested,
     "no size": described(lambda description: description.pop("image_size")),
     "another size": described(lambda description: description.update(image_size=SIDE // 2)),
     "another branch": described(lambda description: description["branches"].update(other={})),
