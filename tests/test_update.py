@@ -16,6 +16,7 @@ from tiny import SMALL_NETWORKS, draw_category, run_in_process
 from datasets.mvtec import Category
 from models import MACLU, MA2Patch, PatchCore
 from models.branches.frames import TrainingFrames, mark
+from training import training
 from training.settings import SplitSettings
 from training.update import Present, portion, replace, roll_back
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -167,6 +168,24 @@ def test_rollback(workplace):
     assert contents(workplace) == before | {path.name: once}
     again = call(workplace, "train_pc", "--rollback")
     assert again.code == 2 and "gone" in again.err
+
+
+def test_an_update_beside_another_learns_no_frame_twice(workplace, monkeypatch):
+    path, read, after = checkpoint(workplace, "train_pc"), training.present_checkpoint, []
+    add_frames(workplace, 4)
+
+    def read_before_another(*args):
+        present = read(*args)
+        monkeypatch.setattr(training, "present_checkpoint", read)
+        assert call(workplace, "train_pc", "--update", "--no-eval").code == 0
+        add_frames(workplace, 4, seed=8)
+        after.append(path.read_bytes())
+        return present
+
+    monkeypatch.setattr(training, "present_checkpoint", read_before_another)
+    finished = call(workplace, "train_pc", "--update", "--no-eval")
+    assert finished.code == 2 and f"{path} has just been changed" in finished.err
+    assert path.read_bytes() == after[0]
 
 
 def test_portions_do_not_matter_to_what_is_held_out(tmp_path):

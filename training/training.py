@@ -151,6 +151,8 @@ def updated_branches(
         path = checkpoint_of(category.name)
         with one_per_machine_first():
             branch = branch_class.load(path, args.weights, run.device, run.precision, flag="--weights")
+        if branch.frames != before.frames:  # which were read before the checkpoint was locked
+            raise InputError(f"{path} has just been changed by another run; start this one again")
         learn(run, branch, branch.update, new.fitted, new.held_out)
         branch.frames = new.frames
         branch.backbone.spec = dataclasses.replace(branch.backbone.spec, precision=before.precision)
