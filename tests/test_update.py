@@ -24,9 +24,9 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 SCRIPTS = {script: script.removeprefix("train_") for script in SMALL_NETWORKS}
 
 
-def call(root: Path, script: str, *flags):
+def call(root: Path, script: str, *flags, category: str = "belt"):
     """A training script with only the places and the run given."""
-    places = ("--data-root", root / "data", "--models-dir", root / "models", "--category", "belt")
+    places = ("--data-root", root / "data", "--models-dir", root / "models", "--category", category)
     run = () if "--rollback" in flags else ("--results-dir", root / "result", "--device", "cpu", "--workers", 0)
     return run_in_process(script, *places, *run, *flags)
 
@@ -211,6 +211,13 @@ def test_held_out_frames_that_are_gone(workplace):
     add_frames(workplace, 12, seed=8)
     finished = call(workplace, "train_ma2patch", "--update", "--no-eval")
     assert finished.code == 0 and "warning: 1 of the 2 held-out images" in finished.err
+
+
+def test_a_checkpoint_of_another_category(workplace):
+    for place in ("data", "models"):
+        (workplace / place / "belt").rename(workplace / place / "other")
+    finished = call(workplace, "train_pc", "--update", "--no-eval", category="other")
+    assert finished.code == 0 and "is of category 'belt'" in finished.err and "no new frames" in finished.out
 
 
 WRONG = [

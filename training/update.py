@@ -83,6 +83,11 @@ def present_checkpoint(path: Path, args: argparse.Namespace, roi: RegionOfIntere
             kept = "another region of interest" if name == "roi" else stored.get(name)
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag} {value}: {path} has {kept}, and an update keeps it; leave it out, or train again")
+    if stored.get("category") != path.parent.name:
+        warn(
+            f"{path} is of category '{stored.get('category')}': frames of {path.parent.name} with names that it knows "
+            "count as learned; if they are others, train anew"
+        )
     return Present(frames, split, *settled)
 
 
