@@ -92,9 +92,7 @@ def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture
     cannot be read, is too large, or holds floats, whose range is unknown.
     """
     with _opened(path) as image:
-        size, notes = image.size, _limit(image, path, decoding)
-        if image.format == "TIFF" and image.is_animated:  # a JPEG or PNG has previews or movements of one picture
-            notes |= Note.PAGES
+        size, notes = image.size, _limit(image, path, decoding) | _pages(image)
         if image.mode == "F":
             raise UnreadableError(f"{path} holds floating-point values; convert it to 8 or 16 bits")
         image, dim = _to_8_bits(image, path, decoding.bit_depth)
@@ -119,6 +117,11 @@ def _limit(image: Image.Image, path: str | os.PathLike, decoding: Decoding, redu
             return Note.REDUCED
     size = f"{width}x{height}, which is {width * height / 1e6:.1f} megapixels"
     raise UnreadableError(f"{path} is {size}, and the limit is {limit:g}; raise it with --max-megapixels")
+
+
+def _pages(image: Image.Image) -> Note:
+    several = image.format == "TIFF" and image.is_animated  # a JPEG or PNG has previews or movements of one picture
+    return Note.PAGES if several else Note(0)
 
 
 def _to_8_bits(image: Image.Image, path: str | os.PathLike, bit_depth: int) -> tuple[Image.Image, bool]:
@@ -171,6 +174,7 @@ def read_mask(
     for path in paths:
         with _opened(path) as mask:
             _limit(mask, path, decoding, reducible=False)
+            notes |= _pages(mask)
             mask.load()
             ImageOps.exif_transpose(mask, in_place=True)
             size = size or mask.size

@@ -12,7 +12,7 @@ TEXTS = {
     Note.DIM: "16 bits, of which under an eighth of the range is used: train with the --bit-depth of the camera, for "
     "instance 10 or 12",
     Note.REDUCED: "larger than --max-megapixels allows: the JPEG decoder gives them at a reduced scale",
-    Note.PAGES: "of several pages only the first is looked at; if the others are frames, too, save each as a file",
+    Note.PAGES: "of several pages only the first is looked at; save the others that count as files of their own",
 }
 
 

@@ -153,6 +153,7 @@ def test_further_pages_are_noted(tmp_path, capsys, pages):
     (found,) = Images([tmp_path / "stack.tif"]).frames(1)
     assert found.image.notes == (Note.PAGES if pages > 1 else Note(0)) and not found.pixels.any()
     assert ("stack.tif: of several pages only the first" in capsys.readouterr().err) == (pages > 1)
+    assert (Note.PAGES in read_mask([tmp_path / "stack.tif"])[1]) == (pages > 1)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "progressive.jpg", "far.jpg"])
