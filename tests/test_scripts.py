@@ -330,6 +330,29 @@ def test_help_from_anywhere(tmp_path, script):
     assert run.returncode == 0 and "--category" in run.stdout and run.stderr == ""
 
 
+TALKS = """
+import os, sys
+from utils.command_line import run, warn
+def main():
+    warn("doubtful 煤")
+    print("done", file=sys.stdout)
+    with open("results", "w") as file:
+        os.write(2, b"from a C library")
+run(main)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no shell that closes streams")
+@pytest.mark.parametrize(("closed", "left"), [("2>&-", "done\n"), (">&-", ""), ("<&- >&- 2>&-", "")])
+def test_closed_streams(tmp_path, closed, left):
+    """Messages stay out of the results, on stdout and in files."""
+    command = ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, TALKS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0 and finished.stdout == left
+    assert (tmp_path / "results").read_bytes() == b""
+
+
 def test_nothing_unpickles():
     """torch.load only with weights_only=True; no pickle, no eval, nothing of the kind."""
     rooms = [path for path in ROOT.iterdir() if path.is_dir() and path.name != "tests" and path.name[0] != "."]

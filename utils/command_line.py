@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import difflib
 import gc
+import os
 import re
 import signal
 import sys
@@ -82,6 +83,7 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
 
     `torchrun`: the script can share its work with the other processes that torchrun started.
     """
+    _open_closed_streams()
     watch_signals()
     atexit.register(gc.freeze)  # to look for garbage among PyTorch's million objects at the end takes most of a second
     _warned.clear()
@@ -124,6 +126,17 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
             raise
     leave_signals()
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Have a closed stdout or stderr (`2>&-`, some services) lead nowhere.
+
+    Else Python prints errors among the results, and the next file that is opened gets the messages of C libraries.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  it stays open
 
 
 def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], float]:
