@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from machine import PATIENCE
 from packaging.requirements import Requirement
 
 from utils.errors import InputError
-from utils.packages import REQUIREMENTS, check_packages, installed_version
+from utils.packages import REQUIREMENTS, check_packages, importing, installed_version
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,3 +73,19 @@ def test_a_script_says_so_in_one_line_before_anything_else(tmp_path, script):
     assert finished.returncode == 2 and not finished.stdout
     assert finished.stderr.startswith("error: timm 0.9.16 is installed, but this program needs timm>=1.")
     assert finished.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_after_imports_as_before(enabled):
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(ImportError), importing():
+            assert not gc.isenabled()
+            with importing():  # of a module that imports a large one itself
+                pass
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
