@@ -35,7 +35,6 @@ class ImageMetrics(Metric):
         self._labels = np.append(self._labels, anomalous)
 
     def compute(self) -> dict[str, float | None]:
-        """`image_auroc`, `image_ap` and `image_f1_max`; None if a class is missing."""
         return {f"image_{name}": value for name, value in self._ranking().result().items()}
 
     def curves(self) -> dict[str, Curve]:
@@ -61,16 +60,8 @@ class ImageMetrics(Metric):
         self._labels = np.append(self._labels, np.asarray(state["labels"], bool))
 
     def _ranking(self) -> Ranking:
-        scores, labels = self._scores, self._labels
-        ranking = Ranking(int(labels.sum()), int((~labels).sum()))
+        ranking = Ranking(int(self._labels.sum()), int((~self._labels).sum()))
         if ranking.defined:
-            distinct, count = np.unique(scores[labels], return_counts=True)
-            ranking.add(count_at(distinct[::-1], count[::-1], 0, np.sort(scores)))
+            distinct, count = np.unique(self._scores[self._labels], return_counts=True)
+            ranking.add(count_at(distinct[::-1], count[::-1], 0, np.sort(self._scores)))
         return ranking
-
-
-def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """`ImageMetrics.compute` of scores [n] for labels [n] (0 normal, 1 anomalous)."""
-    metric = ImageMetrics()
-    metric.merge({"scores": scores, "labels": labels})
-    return metric.compute()

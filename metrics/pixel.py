@@ -25,10 +25,7 @@ CHUNK = 1 << 15  # region pixels ranked at a time: few enough for the processor'
 
 
 class PixelMetrics(Metric):
-    """Pixel metrics of a test set that arrives in batches; 4 bytes a pixel and 8 more a defect pixel.
-
-    Shards of a test set are combined by `merge(other.state())`.
-    """
+    """Pixel metrics of a test set that arrives in batches; 4 bytes a pixel and 8 more a defect pixel."""
 
     protocols: ClassVar[dict[str, str]] = {
         "pixel_auroc": "pixel AUROC, all test pixels",
@@ -54,11 +51,10 @@ class PixelMetrics(Metric):
         scores: np.ndarray | None = None,
         inside: np.ndarray | None = None,
     ) -> None:
-        """Add finite anomaly maps [B, H, W] (float32), defect masks [B, H, W] (bool) and image labels [B] (bool).
+        """Add images, see `Metric`; their scores play no part.
 
-        Arrays or CPU tensors; other number types are rounded to float32; image scores play no part. An anomalous image
-        with an empty mask has no region; all its pixels are background. A normal image's mask is empty. Raises
-        ValueError on shapes that do not fit.
+        An anomalous image with an empty mask has no region; all its pixels are background. Raises ValueError on shapes
+        that do not fit.
         """
         maps, masks = np.asarray(maps, np.float32), np.asarray(masks, bool)
         anomalous = np.asarray(anomalous, bool)
@@ -77,10 +73,7 @@ class PixelMetrics(Metric):
         self._is_sorted = False
 
     def compute(self) -> dict[str, float | None]:
-        """`pixel_auroc`, `pixel_ap`, `pixel_f1_max`, `aupro` and `pro_as_published` of what was added so far.
-
-        All are None without a defect region or without a background pixel; for the last, see `PublishedPro`.
-        """
+        """All are None without a defect region or without a background pixel."""
         ranking, aupro = self._ranked()
         figures = {f"pixel_{name}": value for name, value in ranking.result().items()}
         return {**figures, "aupro": aupro, "pro_as_published": self._published.compute()}
@@ -90,10 +83,7 @@ class PixelMetrics(Metric):
         return self._ranked()[0].f1_threshold
 
     def curves(self, points: int = CURVE_POINTS) -> dict[str, Curve]:
-        """About `points` exact points of the ROC, precision-recall and PRO curves, both ends included.
-
-        They are spread evenly over the ranks of all pixels and of defect pixels. Empty if either are missing.
-        """
+        """About `points` exact points of the ROC, precision-recall and PRO curves, evenly over the ranks of pixels."""
         n_region, n_background = len(self._regions), len(self._scores) - len(self._regions)
         if not (n_region and n_background):
             return {}
@@ -108,7 +98,6 @@ class PixelMetrics(Metric):
         return {**{f"pixel_{name}": curve for name, curve in found.items()}, "pixel_pro": (found["roc"][0], overlap)}
 
     def state(self) -> dict[str, np.ndarray]:
-        """What was added so far as plain arrays (copies), to be stored or sent to another process."""
         return {
             "scores": np.array(self._scores),
             "regions": np.array(self._regions),
@@ -118,7 +107,6 @@ class PixelMetrics(Metric):
         }
 
     def merge(self, state: Mapping[str, np.ndarray]) -> None:
-        """Add the images of another PixelMetrics, given its `state()`, as arrays or CPU tensors."""
         arrays = {name: np.asarray(values) for name, values in state.items()}
         _append(self._scores, arrays["scores"])
         _append(self._regions, arrays["regions"])
@@ -133,11 +121,13 @@ class PixelMetrics(Metric):
         ranking = Ranking(len(self._regions), n_background)
         if not ranking.defined:
             return ranking, None
-        area, end = 0.0, np.zeros(2)
+        area, end = 0.0, (0.0, 0.0)
         for step, overlap in self._steps():
             ranking.add(step)
-            knots = _knots(step.fp_above / n_background, step.fp / n_background, overlap, end)
-            area, end = area + _area_below(knots, FPR_LIMIT), knots[:, -1]
+            # Between two region scores only false positives grow (a level stroke); ties give a sloping stroke.
+            x = np.append(end[0], np.stack([step.fp_above, step.fp], axis=1) / n_background)
+            y = np.repeat(np.append(end[1], overlap), 2)[:-1]
+            area, end = area + _area_below(x, y, FPR_LIMIT), (x[-1], y[-1])
         # Below the lowest region score every region is found and only the false positives still grow.
         return ranking, (area + max(0.0, FPR_LIMIT - float(end[0]))) / FPR_LIMIT
 
@@ -170,18 +160,8 @@ def _append(store: array, values: np.ndarray) -> None:
     store.frombytes(np.ascontiguousarray(values).data.cast("B"))
 
 
-def _knots(fpr_above: np.ndarray, fpr: np.ndarray, overlap: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Corners [2, 1 + 2K] of the curve of `overlap` [K] over FPR that continues from the point `start` [2].
-
-    Between two region scores only false positives grow (a level stroke); ties at a score give a sloping stroke.
-    """
-    x = np.append(start[0], np.stack([fpr_above, fpr], axis=1))
-    return np.stack([x, np.repeat(np.append(start[1], overlap), 2)[:-1]])
-
-
-def _area_below(points: np.ndarray, limit: float) -> float:
-    """Area under the polyline `points` [2, K] (x rising) for x up to `limit`, where y is interpolated."""
-    x, y = points
+def _area_below(x: np.ndarray, y: np.ndarray, limit: float) -> float:
+    """Area under the polyline of points x [K] (rising) and y [K] for x up to `limit`, where y is interpolated."""
     inside = int(np.searchsorted(x, limit, side="right"))
     if inside == 0:
         return 0.0

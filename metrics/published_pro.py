@@ -17,8 +17,6 @@ class PublishedPro:
     predicted. Overlap is averaged over the 8-connected defect regions of all images, FPR pooled over their
     background, that of images with an empty mask included. Points with FPR < 0.3 are kept, their FPR is
     divided by the largest of them, and the area under PRO is taken by trapezoids.
-
-    Levels are few, so one histogram of the background and one of the regions stand for the images.
     """
 
     def __init__(self) -> None:
@@ -28,7 +26,11 @@ class PublishedPro:
 
     def update(self, scores: np.ndarray, mask: np.ndarray, areas: np.ndarray, n_regions: int) -> None:
         """Add an anomalous image: finite map and mask (bool) of one shape, and the mask's `region_areas`."""
-        levels = _levels(scores)
+        low, high = float(scores.min()), float(scores.max())
+        scaled = np.subtract(scores, low, dtype=np.float64) * 255.0 / ((high - low) or 1.0)
+        # The published program adds 1e-8 to the range, so that the maximum ends in level 254 instead of 255. The cap
+        # does the same without depending on the unit of the scores.
+        levels = np.minimum(scaled, 254.0).astype(np.uint8)
         histogram = cv2.calcHist([levels], [0], None, [256], [0, 256]).ravel().astype(np.int64)
         region_levels = levels[mask]
         self.background += histogram - np.bincount(region_levels, minlength=256)
@@ -36,11 +38,7 @@ class PublishedPro:
         self.n_regions += n_regions
 
     def compute(self) -> float | None:
-        """The score, in [0, 1].
-
-        None where the protocol divides by zero or has no curve: no region, no background, fewer than two
-        points below the FPR limit, or no false positive at any of them (as with constant maps).
-        """
+        """The score, in [0, 1]; None where the protocol divides by zero or has no curve."""
         n_background = int(self.background.sum())
         if not (self.n_regions and n_background):
             return None
@@ -56,27 +54,9 @@ class PublishedPro:
 
 
 def region_areas(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """The 8-connected regions of mask [H, W] (bool).
-
-    Returns, for each defect pixel in row order, the pixels in its region; and the number of regions.
-    """
+    """For each defect pixel of mask [H, W], in row order, the pixels in its 8-connected region; how many regions."""
     if not mask.any():
         return np.zeros(0, np.int64), 0
     count, labels = cv2.connectedComponents(np.ascontiguousarray(mask).view(np.uint8), connectivity=8)
     labels = labels[mask]
     return np.bincount(labels)[labels], count - 1
-
-
-def _levels(scores: np.ndarray) -> np.ndarray:
-    """A map [H, W] scaled by its own extremes and cut to levels 0 to 254 (uint8); zeros if it is constant.
-
-    The published program adds 1e-8 to the range, so that the maximum ends in level 254 instead of 255. The
-    cap does the same without depending on the unit of the scores.
-    """
-    low, high = float(scores.min()), float(scores.max())
-    if low == high:
-        return np.zeros(scores.shape, np.uint8)
-    scaled = np.subtract(scores, low, dtype=np.float64)
-    scaled *= 255.0
-    scaled /= high - low
-    return np.minimum(scaled, 254.0, out=scaled).astype(np.uint8)

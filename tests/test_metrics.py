@@ -14,7 +14,7 @@ from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 from datasets.mvtec import Sample
 from evaluation.results import Results
 from metrics import pixel
-from metrics.image import ImageMetrics, image_metrics
+from metrics.image import ImageMetrics
 from metrics.pixel import PixelMetrics
 from models.branches.part import Part
 from utils.errors import InputError
@@ -48,6 +48,12 @@ def compute(maps, masks, labels, batch_size: int = 3) -> dict[str, float | None]
         batch = slice(start, start + batch_size)
         pixels.update(maps[batch], masks[batch], labels[batch])
     return pixels.compute()
+
+
+def image_metrics(scores, labels) -> dict[str, float | None]:
+    images = ImageMetrics()
+    images.merge({"scores": scores, "labels": labels})
+    return images.compute()
 
 
 def f1_max(labels, scores) -> float:
