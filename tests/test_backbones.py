@@ -19,9 +19,14 @@ from torch import nn
 
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks import libraries
-from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone, resolve_precision
+from models.networks.backbones import (
+    BackboneSpec,
+    build_backbone,
+    empty_backbone,
+    own_normalization,
+    resolve_precision,
+)
 from models.networks.folding import fold_batch_norms
-from models.networks.inputs import own_normalization
 from models.networks.weights import imagenet_file, random_state_dict
 from utils.errors import InputError
 from utils.packages import installed_version

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks import DEMO_NETWORK
 from models.networks.cuda import use_cuda_kernels
-from models.networks.folding import fold_batch_norms, fold_layer_scales, fuse_gelus, has_relus
+from models.networks.folding import fold_batch_norms, fold_layer_scales, fuse_gelus
 from models.networks.kernels import GELULinear, OneDNN, onednn_gains
 from models.networks.spec import HALF, BackboneSpec, resolve_precision
 from models.networks.wavelets import SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
@@ -23,10 +23,9 @@ SMALLEST_MAP = 3  # PatchCore pools 3 x 3 without padding
 
 
 class Backbone(nn.Module):
-    """A frozen network in evaluation mode: no gradients, outputs always float32.
+    """A frozen network in evaluation mode: no gradients, outputs always float32; "tf32" is not set here.
 
-    In half precision the weights are rounded once, after loading; normalisations and softmax still compute in float32.
-    "tf32" is a global switch of torch and not set here.
+    A subclass's `extract` gives, in any precision, what `forward` returns, from images normalised for the network.
     """
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
@@ -52,8 +51,7 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Features of images [B, 3, S, S], normalised as ImageNet's, where S is the spec's image size.
 
-        On a CPU the outputs are checked for values that are not finite. On a GPU the caller does it by `check_finite`,
-        because checking each batch would wait for the device.
+        On a GPU the caller has to `check_finite`, because checking each batch would wait for the device.
         """
         if images.shape[-2:] != (self.spec.image_size,) * 2:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, the backbone takes {self.spec.image_size}")
@@ -96,19 +94,17 @@ class Backbone(nn.Module):
         """Pixels [B, 3, S, S] of 0 to 1 -> images normalised as ImageNet's."""
         return (pixels - self.mean) / self.std
 
-    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The features that `forward` returns, in any precision."""
-        raise NotImplementedError
-
     def finish(self, device: str, precision: str) -> None:
         """Done once the weights are loaded: rounding, memory layout, and the kernels of the device."""
         self.to(device)  # a GPU folds and rounds them much faster
-        fold_batch_norms(self.net)
-        fold_layer_scales(self.net)
+        if self.spec.weights != "demo":
+            fold_batch_norms(self.net)
+            fold_layer_scales(self.net)
         self.dtype = HALF.get(precision, torch.float32)
         self.net.to(self.dtype, memory_format=torch.channels_last)
         if self.device.type == "cuda":
-            if has_relus(self.net):  # cuDNN's fused ones may make 0 of what is no number: a spoilt network shows now
+            if any(type(module) is nn.ReLU for module in self.net.modules()):
+                # cuDNN's fused ones may make 0 of what is no number: a spoilt network shows now.
                 torch.backends.cudnn.benchmark = False  # not for one image
                 self(torch.randn(1, 3, *[self.spec.image_size] * 2, device=device))
                 self.check_finite()
@@ -132,10 +128,7 @@ class TokenBackbone(Backbone):
 
 
 class ViTTokens(TokenBackbone):
-    """A ViT's tokens after its final norm, without registers. If it has no class token, CLS is the patches' mean.
-
-    ViTs that normalise only after pooling (timm's "gap" family) give tokens as they come from the last block.
-    """
+    """A ViT's tokens after its final norm, if it has one, without registers. Without class token CLS is their mean."""
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
@@ -164,10 +157,12 @@ class CNNTokens(TokenBackbone):
 
 
 class Demo(Backbone):
-    """The bundled network. Half precision applies to its filters only; everything after them stays float32.
+    """The bundled network. Half precision applies to its filters only; everything after them stays float32."""
 
-    It is small and uses autocast: torch's own kernels compute it.
-    """
+    def __init__(self, net: WaveletPyramid, spec: BackboneSpec) -> None:
+        super().__init__(net, spec)
+        self.grid = (spec.image_size // STRIDE,) * 2
+        self.widths = net.widths
 
     def finish(self, device: str, precision: str) -> None:
         super().finish(device, "fp32")
@@ -178,11 +173,10 @@ class Demo(Backbone):
 class DemoTokens(Demo, TokenBackbone):
     """The bundled network: a patch token tells how unusual its place is in the image, CLS what the image is like."""
 
-    def __init__(self, net: WaveletPyramid, spec: BackboneSpec) -> None:
-        super().__init__(net, spec)
-        self.grid = (spec.image_size // STRIDE,) * 2
-        *first, second = net.widths
-        self.dim = 2 * sum(first) + second
+    @property
+    def dim(self) -> int:
+        *first, second = self.widths
+        return 2 * sum(first) + second
 
     @property
     def cls_dim(self) -> int:
@@ -214,11 +208,6 @@ class DemoMaps(Demo, MapBackbone):
     """The bundled network without its second order; its maps are local averages already."""
 
     neighborhood = 1
-
-    def __init__(self, net: WaveletPyramid, spec: BackboneSpec) -> None:
-        super().__init__(net, spec)
-        self.grid = (spec.image_size // STRIDE,) * 2
-        self.widths = net.widths
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.net(self.pixels(images)))
@@ -252,14 +241,19 @@ def build_backbone(
 ) -> TokenBackbone | MapBackbone:
     """Build the network of `spec`, load its weights and move it to `device`.
 
-    `weights` overrides where the weights come from. `precision` "auto" is fp32 on a CPU; on a GPU the spec's,
-    or the best there is if the spec has none. Raises InputError: unknown network, a size that does not suit
-    it, weights that cannot be had or do not fit, or other weights than those of the spec's fingerprint.
+    `weights` overrides where the weights come from; `precision`: see `resolve_precision`. Raises InputError: unknown
+    network, a size that does not suit it, weights that cannot be had or do not fit the spec and its fingerprint.
     """
     if weights is not None:
         spec = spec.with_weights(weights)
     backbone = empty_backbone(spec)
-    mark = _load_weights(backbone.net, spec, flag)
+    if spec.weights == "demo":
+        mark = fingerprint(backbone.net.state_dict())
+    else:
+        from models.networks import libraries
+
+        state = state_dict_of(spec, lambda: libraries.full_network(spec.name), flag)
+        mark = libraries.load_weights(backbone.net, spec.name, state, spec.source, spec.position_size)
     if spec.fingerprint not in (None, mark):
         raise InputError(
             f"fitted with weights {spec.fingerprint[:12]} of {spec.name}, but {spec.source} has {mark[:12]}; "
@@ -272,10 +266,7 @@ def build_backbone(
 
 
 def empty_backbone(spec: BackboneSpec) -> TokenBackbone | MapBackbone:
-    """The network of `spec` without weights, or memory for them: nothing is downloaded.
-
-    Raises InputError if the name is unknown, or the sizes do not suit the network.
-    """
+    """The network of `spec` without weights, or memory for them: nothing is downloaded. Raises InputError as above."""
     backbone = _demo_backbone(spec) if spec.weights == "demo" else _library_backbone(spec)
     if spec.position_size is not None and getattr(backbone.net, "pos_embed", None) is None:
         raise InputError(f"--position-size has no effect with {spec.name}, a network without position embeddings")
@@ -313,11 +304,20 @@ def _demo_backbone(spec: BackboneSpec) -> DemoTokens | DemoMaps:
     return (DemoTokens if tokens else DemoMaps)(WaveletPyramid(second_order=tokens), spec)
 
 
-def _load_weights(net: nn.Module, spec: BackboneSpec, flag: str) -> str:
-    """Load the weights of `spec` into the network; returns their fingerprint."""
-    if spec.weights == "demo":
-        return fingerprint(net.state_dict())
+def own_normalization(spec: BackboneSpec) -> BackboneSpec:
+    """The spec with the normalisation that its network was trained with; untrained ones keep ImageNet's."""
+    if spec.weights in ("demo", "random"):
+        return spec
     from models.networks import libraries
 
-    state = state_dict_of(spec, lambda: libraries.full_network(spec.name), flag)
-    return libraries.load_weights(net, spec.name, state, spec.source, spec.position_size)
+    mean, std = libraries.normalization(spec.name)
+    return dataclasses.replace(spec, mean=mean, std=std)
+
+
+def size_step(spec: BackboneSpec) -> int:
+    """Input sizes must be multiples of this: a ViT's patch, else the 8 pixels between places of a stride-8 map."""
+    if spec.weights == "demo":
+        return SIZE_STEP
+    from models.networks import libraries
+
+    return libraries.patch_side(spec.name) or 8

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -53,30 +54,26 @@ class GELULinear(nn.Module):
         return result.unflatten(0, x.shape[:-1])
 
 
-@functools.cache
+@cache
 def fused_gelu_works(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch has that kernel under its private name and it computes the right values."""
     layer = nn.Linear(64, 128, device=device, dtype=dtype).requires_grad_(False)
     x = torch.randn(2, 16, 64, device=device, dtype=dtype)
-    try:
-        return _agree(GELULinear(layer)(x), F.gelu(layer(x)))
-    except (AttributeError, RuntimeError, TypeError):
-        return False
+    return _is_right(partial(GELULinear(layer), x), F.gelu(layer(x)))
 
 
-@functools.cache
+@cache
 def fused_convolutions_work(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether cuDNN has such convolutions in this precision and they compute the right values."""
     conv = nn.Conv2d(64, 64, 3, padding=1, device=device, dtype=dtype).requires_grad_(False)
     conv = conv.to(memory_format=torch.channels_last)
     x, added = (torch.randn(2, 64, 8, 8, device=device, dtype=dtype) for _ in range(2))
     x, added = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, added))
+    plain, fused = conv(x), FusedConv2d(conv)
+    return _is_right(partial(fused, x), plain.relu()) and _is_right(partial(fused, x, added), (plain + added).relu())
+
+
+def _is_right(fused: Callable[[], Tensor], plain: Tensor) -> bool:
+    """Whether torch has the kernel, under its private name and in this precision, and it computes the right values."""
     try:
-        plain, fused = conv(x), FusedConv2d(conv)
-        return _agree(fused(x), plain.relu()) and _agree(fused(x, added), (plain + added).relu())
+        return bool((fused() - plain).abs().max() <= TOLERANCE * plain.abs().max())
     except (AttributeError, RuntimeError, TypeError):
         return False
-
-
-def _agree(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() <= TOLERANCE * other.abs().max())

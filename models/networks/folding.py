@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections import Counter
 from collections.abc import Callable
 
@@ -15,10 +14,7 @@ SUMS = (operator.add, operator.iadd, torch.add)
 
 
 def fold_batch_norms(net: nn.Module) -> None:
-    """Fold batch norms into the weights of the convolutions before them, in place.
-
-    A batch norm is folded if nothing else reads the convolution. A network that cannot be traced is left as it is.
-    """
+    """Fold batch norms into the convolutions before them that nothing else reads, in place, if it can be traced."""
     graph = _trace(net, nn.BatchNorm2d)
     if graph is None:
         return
@@ -34,8 +30,6 @@ def fold_batch_norms(net: nn.Module) -> None:
 
 def fold_layer_scales(net: nn.Module) -> None:
     """Fold the LayerScale factors of a ViT's blocks into the linear layers before them, in place."""
-    if not _timm_is_in_use():
-        return
     from timm.layers import LayerScale
     from timm.models.vision_transformer import Block
 
@@ -53,8 +47,6 @@ def fold_layer_scales(net: nn.Module) -> None:
 
 def fuse_gelus(net: nn.Module, kernel: Callable[[nn.Linear], nn.Module]) -> None:
     """Let `kernel(linear)`, a module whose forward(x) gives gelu(linear(x)), start timm's MLPs, in place."""
-    if not _timm_is_in_use():
-        return
     from timm.layers import Mlp
 
     for module in net.modules():
@@ -64,20 +56,11 @@ def fuse_gelus(net: nn.Module, kernel: Callable[[nn.Linear], nn.Module]) -> None
             module.fc1 = kernel(module.fc1)
 
 
-def _timm_is_in_use() -> bool:
-    """Whether timm is imported; if not, no network can hold its layers, and importing it would take seconds."""
-    return "timm" in sys.modules
-
-
-def has_relus(net: nn.Module) -> bool:
-    return any(type(module) is nn.ReLU for module in net.modules())
-
-
 def fuse_relus(net: nn.Module, kernel: Callable[[nn.Conv2d], nn.Module]) -> nn.Module:
     """The network with each ReLU, and the sum before it, computed by the convolution before them.
 
     `kernel(conv)` is a module whose forward(x, added=None) gives relu(conv(x) + added). Batch norms must have been
-    folded before. A network without ReLU modules, or one that cannot be traced, is returned as it is.
+    folded before. A network that cannot be traced is returned as it is.
     """
     graph = _trace(net, nn.ReLU)
     if graph is None:

@@ -31,7 +31,7 @@ _state = threading.local()
 
 @contextlib.contextmanager
 def torchs_own_kernels() -> Iterator[None]:
-    """For the block, networks that are built and products that are computed do without oneDNN's kernels."""
+    """For the block, networks are built and products computed without oneDNN's kernels."""
     _state.plain = True
     try:
         yield
@@ -40,7 +40,6 @@ def torchs_own_kernels() -> Iterator[None]:
 
 
 def onednn_gains(dtype: torch.dtype) -> bool:
-    """Whether to compute by oneDNN's kernels."""
     return not getattr(_state, "plain", False) and onednn_pays(dtype)
 
 
@@ -49,8 +48,7 @@ def onednn_pays(dtype: torch.dtype) -> bool:
     """Whether oneDNN's kernels are right, and a linear layer with GELU is not clearly slower by them.
 
     Two runs on one machine must decide alike, or their numbers differ in the last digit. So torch's own kernels have to
-    be faster by the factor MARGIN, in the best of several turns. torch has oneDNN's under private names: if they are
-    missing or take other arguments, the answer is no.
+    be faster by the factor MARGIN, in the best of several turns. torch has oneDNN's under private names, which may go.
     """
     if dtype not in TOLERANCE or not torch.backends.mkldnn.is_available():
         return False
@@ -143,8 +141,7 @@ class OneDNN(TorchFunctionMode, contextlib.ContextDecorator):
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v for [B, H, N, d] each -> [B, H, N, d]; the scores and their softmax are float32.
 
-    A thread takes one head of one image at a time: the scores [N, N] of a head then stay in the processor's cache, and
-    threads synchronise once a layer.
+    A thread takes one head of one image at a time: its scores [N, N] then stay in the processor's cache.
     """
     images, heads, count, width = query.shape
     result = query.new_empty(images, count, heads, value.shape[-1])  # the order in which the next layer reads it

@@ -60,10 +60,7 @@ def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 @functools.cache
 def patch_side(name: str) -> int | None:
-    """Pixels along a patch of ViT `name`; None for any other network.
-
-    A ViT here is one whose tokens are class token, registers, then the patches row by row.
-    """
+    """Pixels along a patch of ViT `name` (tokens: class, registers, patches row by row); None for other networks."""
     if not timm.is_model(name):
         return None
     net = outline(name)
@@ -100,10 +97,7 @@ def _without_memory(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _copied(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """`make` works once for the same arguments, which takes a quarter of a second, and is then copied.
-
-    A network that has memory for its weights is made anew each time.
-    """
+    """What `make` gives is copied for the same arguments, which saves a quarter of a second, if it takes no memory."""
     made: dict[tuple, nn.Module] = {}
 
     @functools.wraps(make)
@@ -121,13 +115,10 @@ def _copied(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 @_copied
 def vit(name: str, image_size: int) -> nn.Module:
     """ViT for images of this size, no head, no pooling; weights not yet loaded."""
-
-    def make() -> nn.Module:
-        net = timm.create_model(name, num_classes=0, img_size=image_size, dynamic_img_size=False)
-        net.attn_pool, net.fc_norm = None, nn.Identity()  # the pooled head's
-        return net
-
-    return _without_memory(make)
+    options = {"num_classes": 0, "img_size": image_size, "dynamic_img_size": False}
+    net = _without_memory(lambda: timm.create_model(name, **options))
+    net.attn_pool, net.fc_norm = None, nn.Identity()  # the pooled head's
+    return net
 
 
 def check_divisible(name: str, size: int, flag: str) -> None:
@@ -142,11 +133,10 @@ def check_divisible(name: str, size: int, flag: str) -> None:
 class FeatureMaps(nn.Module):
     """Images [B, 3, S, S] -> feature maps [B, C, h, w] of `net`, which is cut after the last of them.
 
-    `stages` are the maps' numbers among those of a timm network; None for an extractor, which knows its own. `shapes`
-    are the maps' (C, h, w).
+    `stages` are the maps' numbers among those of a timm network; None for an extractor, which knows its own.
     """
 
-    shapes: list[tuple[int, int, int]]
+    shapes: list[tuple[int, int, int]]  # of the maps: C, h, w
 
     def __init__(self, net: nn.Module, stages: Sequence[int] | None) -> None:
         super().__init__()
@@ -177,10 +167,7 @@ def _blank(net: nn.Module, image_size: int) -> Tensor:
 
 @_copied
 def cnn(name: str, strides: tuple[int, ...] | None, image_size: int) -> FeatureMaps:
-    """Network for maps of the given strides, or with None for the last one of stride 16 or less; weights not loaded.
-
-    Raises InputError where the network has no such maps, or does not take images of this size.
-    """
+    """Network for maps of the given strides, or with None for the last one of stride 16 or less; weights not loaded."""
     maps = _feature_maps(name, strides).eval()
     try:
         with torch.no_grad():
@@ -246,8 +233,7 @@ def load_weights(net: nn.Module, name: str, state: StateDict, source: str, posit
     """Put `state`, laid out as timm, torchvision or the authors publish, into `net`; returns a fingerprint.
 
     A ViT's position embeddings are resampled to `position_size` pixels, if given, then to the size of `net`. The
-    fingerprint is that of the tensors in use as published: it does not depend on the kind of file, on an unused
-    classifier or on sizes. Raises InputError that names what is missing or has another shape.
+    fingerprint is that of the tensors in use as published.
     """
     target = net.net if isinstance(net, FeatureMaps) else net
     expected = target.state_dict()

@@ -17,29 +17,23 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclasses.dataclass(frozen=True)
 class BackboneSpec:
-    """Everything that decides what a backbone computes; stored in checkpoints.
+    """Stored in checkpoints; `build_backbone` fills in `fingerprint` and `precision`."""
 
-    `kind` is "tokens" or "maps". `weights` is "pretrained", "demo", "imagenet", "random" or "file" (then `file` is
-    the path). `position_size` None means the image size. `mean` and `std` are those by which the network wants the
-    colours of pixels of 0 to 1 normalised. `normalize_contrast` instead brings each image to the same mean colour and
-    contrast. `build_backbone` fills in `fingerprint` and `precision`.
-    """
-
-    kind: str
+    kind: str  # "tokens" or "maps"
     name: str
     image_size: int
-    position_size: int | None = None
-    weights: str = "pretrained"
-    file: str | None = None
+    position_size: int | None = None  # None: the image size
+    weights: str = "pretrained"  # or another of SOURCES, or "file"
+    file: str | None = None  # its path
     seed: int = 22
     precision: str = "auto"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # by which the network wants colours of 0 to 1 normalised
     std: tuple[float, float, float] = IMAGENET_STD
     fingerprint: str | None = None
-    normalize_contrast: bool = False
+    normalize_contrast: bool = False  # instead bring each image to the same mean colour and contrast
 
     def with_weights(self, weights: str) -> BackboneSpec:
-        """This network with the weights a flag names: "pretrained", "demo", "imagenet", "random", or a file's path."""
+        """This network with the weights that a flag names: one of SOURCES, or a file's path."""
         if weights in SOURCES:
             return dataclasses.replace(self, weights=weights, file=None)
         return dataclasses.replace(self, weights="file", file=weights)

