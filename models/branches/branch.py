@@ -35,8 +35,7 @@ class Branch(abc.ABC):
     """A way to look at a frame.
 
     A subclass needs a `name`, `fit` and `predict`; with a backbone, `state` and `load_state` it can be saved. By
-    default `predict` calls `extract` (the network), `patch_scores` and `anomaly_map`. The stages can then be timed
-    separately, and reproduce_tables.py keeps the small patch scores instead of maps.
+    default `predict` calls `extract` (the network), `patch_scores` and `anomaly_map`, each timed.
     """
 
     name: ClassVar[str]
@@ -59,7 +58,6 @@ class Branch(abc.ABC):
 
     @property
     def tiling(self) -> Tiling:
-        """How frames are cut."""
         return Tiling(self.tiles, self.tile_size)
 
     @property
@@ -71,22 +69,15 @@ class Branch(abc.ABC):
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:
         """Learn what is normal from batches whose "image" is [B, 3, S, S], ImageNet-normalised; "index" is [B].
 
-        With several processes each sees its share. The main process learns from what `collect` merges
-        (utils/gather.py), and its `state` is sent to the others.
+        Each process sees its share. The main one learns from what `collect` merges (utils/gather.py).
         """
 
     def update(self, loader: Iterable[dict[str, Any]]) -> None:
-        """Learn from further images as if `fit` had seen them, too; a branch need not have this.
-
-        Of several processes only the main one may add what was learned before to what `collect` merges.
-        """
+        """Learn from further images as if `fit` had seen them, too; a branch need not have this."""
         raise NotImplementedError
 
     def predict(self, images: Tensor) -> Part:
-        """Images [B, 3, S, S] at `image_size` -> scores [B] and maps [B, S, S].
-
-        Of several tiles the score is that of the strangest.
-        """
+        """Images [B, 3, S, S] at `image_size` -> scores [B], of several tiles the strangest's, and maps [B, S, S]."""
         if self.tiles == 1:
             return self._predict_tiles(images)
         views, parts = self.tiling.views(self.roi), []
@@ -105,8 +96,7 @@ class Branch(abc.ABC):
     @contextlib.contextmanager
     def looking_at(self, roi: RegionOfInterest | None) -> Iterator[None]:
         """The branch with the region of interest of some tiles in the place of that of the frame."""
-        frame = self.roi
-        self.roi = roi
+        frame, self.roi = self.roi, roi
         try:
             yield
         finally:
@@ -134,7 +124,6 @@ class Branch(abc.ABC):
         raise NotImplementedError
 
     def parts(self) -> list[str]:
-        """The names in `predict_parts`."""
         return [self.name, AS_PUBLISHED]
 
     def predict_parts(self, images: Tensor) -> dict[str, Part]:
@@ -154,7 +143,6 @@ class Branch(abc.ABC):
         return torch.cat([values, values.mean(1, keepdim=True)], 1)[:, columns].unflatten(1, self.backbone.grid)
 
     def stopwatches(self) -> dict[str, Stopwatch]:
-        """The times of the stages, under the branch's name."""
         return {self.name: self.stopwatch}
 
     def settings(self) -> dict[str, Any]:
@@ -197,9 +185,7 @@ class Branch(abc.ABC):
     ) -> Branch:
         """Read a checkpoint and the network that it was fitted with.
 
-        `weights`, which people give with `flag`, says where weights given as a file are now; `precision` "auto" is the
-        one of the training where the device has it. Raises InputError for another branch's checkpoint, a damaged one,
-        or other weights.
+        `weights`, which people give with `flag`, says where weights given as a file are now.
         """
         tensors, metadata = load_checkpoint(path)
         if metadata.get("branch") != cls.name:
@@ -208,16 +194,16 @@ class Branch(abc.ABC):
             spec = BackboneSpec.from_dict(metadata["backbone"])
             settings, training, calibration = (metadata[key] for key in ("settings", "training", "calibration"))
             parameters = inspect.signature(cls).parameters
-            settings = {name: _like(parameters[name].default, value) for name, value in settings.items()}
+            for name, value in settings.items():
+                default = parameters[name].default
+                settings[name] = value if default is None else type(default)(value)
             roi, bit_depth, tiles = region_in(metadata), bit_depth_in(metadata), tiles_in(metadata)
             Tiling(tiles, spec.image_size)  # raises if that cannot be
             if not isinstance(training, dict):
                 raise TypeError("training")
             if calibration is not None:
                 _check_statistics(calibration)
-            flag = flag or weights_flag(cls.name)
-            backbone = build_backbone(spec, device, weights=weights, precision=precision, flag=flag)
-            branch = cls(backbone, **settings)
+            branch = cls(build_backbone(spec, device, weights, precision, flag or weights_flag(cls.name)), **settings)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -249,12 +235,11 @@ def _columns_of_cells(roi: RegionOfInterest, grid: tuple[int, int], device: torc
 
 def region_in(metadata: dict[str, Any]) -> RegionOfInterest | None:
     """The region of interest of a checkpoint. Raises ValueError or InputError if it is damaged."""
-    text = metadata.get("roi")  # checkpoints of earlier versions have no such entry
+    text = metadata.get("roi")  # earlier versions had none
     return None if text is None else RegionOfInterest.from_text(text)
 
 
 def bit_depth_in(metadata: dict[str, Any]) -> int:
-    """The bit depth of a checkpoint. Raises ValueError where it is none."""
     return DEPTHS[DEPTHS.index(metadata.get("bit_depth", DEPTHS[-1]))]  # earlier versions took all to be of 16 bits
 
 
@@ -264,11 +249,6 @@ def tiles_in(metadata: dict[str, Any]) -> int:
     if tiles not in range(1, MAX_TILES + 1):
         raise ValueError(f"tiles {tiles!r}")
     return int(tiles)
-
-
-def _like(default: Any, value: Any) -> Any:
-    """A stored setting as the type of its default, unless the default is None."""
-    return value if default is None else type(default)(value)
 
 
 def _check_statistics(calibration: dict[str, float]) -> None:

@@ -17,8 +17,7 @@ from utils.files import digest_of_lines
 class TrainingFrames:
     """Digests of the names of all frames that a branch has had, and of those among them that it holds out.
 
-    A frame is known by its name, so that a data set can be moved and a million frames need not be read to find the new
-    ones. A digest takes 8 bytes, whatever the name.
+    A frame is known by its name, so that a data set can be moved, and a million frames need not be read.
     """
 
     known: frozenset[int] = frozenset()
@@ -26,7 +25,6 @@ class TrainingFrames:
 
     @classmethod
     def named(cls, names: Iterable[str], held_out: Iterable[str]) -> TrainingFrames:
-        """The frames of these names."""
         return cls(frozenset(map(mark, names)), frozenset(map(mark, held_out)))
 
     def not_fitted(self, samples: Iterable[Sample]) -> list[Sample]:
@@ -36,14 +34,14 @@ class TrainingFrames:
 
     def state(self) -> dict[str, Tensor]:
         """Two sorted int64 tensors for a checkpoint; none if no frame is known."""
-        if not self.known:
-            return {}
-        return {"frames": _sorted(self.known), "frames_held_out": _sorted(self.held_out)}
+        marks = {"frames": self.known, "frames_held_out": self.held_out} if self.known else {}
+        return {name: torch.tensor(sorted(own), dtype=torch.int64) for name, own in marks.items()}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor]) -> TrainingFrames:
         """The frames of a checkpoint, none for those of earlier versions; raises InputError if they are damaged."""
-        known, held_out = (tensors.get(name, _sorted(())) for name in ("frames", "frames_held_out"))
+        none = torch.tensor([], dtype=torch.int64)
+        known, held_out = (tensors.get(name, none) for name in ("frames", "frames_held_out"))
         if any(marks.dtype != torch.int64 or marks.dim() != 1 for marks in (known, held_out)):
             raise InputError("the tensors 'frames' and 'frames_held_out' are no lists of digests")
         return cls(frozenset(known.tolist()), frozenset(held_out.tolist()))
@@ -52,7 +50,3 @@ class TrainingFrames:
 def mark(name: str) -> int:
     """60 bits of the digest of a name."""
     return int(digest_of_lines([name])[:15], 16)
-
-
-def _sorted(marks: Iterable[int]) -> Tensor:
-    return torch.tensor(sorted(marks), dtype=torch.int64)

@@ -11,14 +11,15 @@ from torch import Tensor
 from utils.checkpoint import take
 from utils.errors import InputError
 
+MOMENTS = ("mean", "scatter", "third", "fourth")
 RIDGE = 1e-6  # added to the covariance's diagonal before it is inverted
 
 
 class RunningMoments:
     """Moments of a stream of vectors in double precision; the memory does not grow with the stream.
 
-    They hold what an empirical covariance and the shrinkage of Ledoit and Wolf need. Batches, other processes' moments
-    and those of an earlier fit are merged exactly, after both are moved to the common mean (Chan, Golub and LeVeque).
+    They hold what an empirical covariance and the shrinkage of Ledoit and Wolf need. Two are merged exactly, after both
+    are moved to the common mean (Chan, Golub and LeVeque).
     """
 
     def __init__(self) -> None:
@@ -45,14 +46,13 @@ class RunningMoments:
         """Everything added so far; empty if nothing was."""
         if self.count == 0:
             return {}
-        count = torch.tensor(self.count, dtype=torch.float64)
-        moments = {"mean": self.mean, "scatter": self.scatter, "third": self.third, "fourth": self.fourth}
-        return {"count": count, **moments}
+        moments = {name: getattr(self, name) for name in MOMENTS}
+        return {"count": torch.tensor(self.count, dtype=torch.float64), **moments}
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
         """Add the vectors of another RunningMoments, given its `state()`."""
         if state:
-            self._add(int(state["count"]), *(state[name] for name in ("mean", "scatter", "third", "fourth")))
+            self._add(int(state["count"]), *(state[name] for name in MOMENTS))
 
     @staticmethod
     def taken(tensors: dict[str, Tensor], dim: int, prefix: str = "") -> dict[str, Tensor]:
@@ -112,10 +112,14 @@ class Gaussian:
         self.moments = dict(moments or {})  # of the vectors it was fitted to, as `RunningMoments.state` gives them
         self.mean = mean.double()
         self.covariance = covariance.double()
-        if inverse is None:
-            inverse = _inverse(self.covariance)
-        self.inverse = (inverse.double() + inverse.double().mT) / 2
-        self.root = _square_root(self.inverse)
+        inverse = _inverse(self.covariance) if inverse is None else inverse.double()
+        self.inverse = (inverse + inverse.mT) / 2
+        # R with R Rᵀ = inverse, so that a quadratic form is a squared length and cannot turn negative. An inverse
+        # stored in float32 may have slightly negative eigenvalues; they count as zero.
+        self.root, failed = torch.linalg.cholesky_ex(self.inverse)
+        if failed:
+            values, vectors = torch.linalg.eigh(self.inverse)
+            self.root = vectors * values.clamp(min=0).sqrt()
         self.root_single = self.root.mT.float().contiguous()  # transposed, float32: for many vectors about their mean
 
     def to(self, device: torch.device | str) -> Gaussian:
@@ -129,12 +133,8 @@ class Gaussian:
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], dim: int) -> Gaussian:
         """The Gaussian of a checkpoint; raises InputError where it does not fit a network of width `dim`."""
-        return cls(
-            take(tensors, "mean", dim),
-            take(tensors, "covariance", dim, dim),
-            take(tensors, "inverse", dim, dim),
-            RunningMoments.taken(tensors, dim),
-        )
+        matrices = (take(tensors, name, dim, dim) for name in ("covariance", "inverse"))
+        return cls(take(tensors, "mean", dim), *matrices, RunningMoments.taken(tensors, dim))
 
     def distance(self, vectors: Tensor) -> Tensor:
         """Mahalanobis distance of vectors [..., D] to the mean: sqrt(max(q, 0) + 1e-12), float64 [...]."""
@@ -143,20 +143,16 @@ class Gaussian:
 
 
 class GaussianFit(RunningMoments):
-    """Collects the image vectors of a training pass; `finish` gives their Gaussian.
-
-    `estimator` of the covariance: `empirical`, or `ledoit-wolf` (shrinkage, for few images).
-    """
+    """Collects the image vectors of a training pass; `finish` gives their Gaussian."""
 
     def __init__(self, estimator: str = "empirical") -> None:
         super().__init__()
         self.estimator = estimator
 
     def finish(self, noise: Tensor | float = 0.0, before: Gaussian | None = None) -> Gaussian:
-        """The Gaussian, `noise` [D, D] added to its covariance; warns if there are fewer images than that needs.
+        """The Gaussian of these images and those of `before`, `noise` [D, D] added to its covariance.
 
-        It is that of the images `before` was fitted to, too. Both noises are then averaged over the images.
-        Raises InputError for fewer than two images: they have no covariance.
+        Both noises are averaged over the images.
         """
         if before:
             earlier = GaussianFit(self.estimator)
@@ -194,15 +190,3 @@ def _inverse(covariance: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(ridged)
         inverse = (vectors / values.clamp(min=RIDGE)) @ vectors.mT
     return inverse
-
-
-def _square_root(inverse: Tensor) -> Tensor:
-    """R [D, D] with R Rᵀ = inverse, so that a quadratic form is a squared length and cannot turn negative.
-
-    An inverse stored in float32 may have slightly negative eigenvalues; they count as zero.
-    """
-    root, failed = torch.linalg.cholesky_ex(inverse)
-    if failed:
-        values, vectors = torch.linalg.eigh(inverse)
-        root = vectors * values.clamp(min=0).sqrt()
-    return root

@@ -20,10 +20,7 @@ BLUR_SIGMA = 4.0  # pixels of the input
 
 
 class MA2Patch(Branch):
-    """Global: Mahalanobis distance of the mean patch token. Local: how leaving a patch out changes it.
-
-    (USAD, semantic attribution of the global deviation.)
-    """
+    """Global: Mahalanobis distance of the mean patch token. Local: how leaving a patch out changes it."""
 
     name = "ma2patch"
     score_weight = 0.0
@@ -77,9 +74,8 @@ class MA2Patch(Branch):
         deviations = tokens - mean.float()
         with exact_matmul(tokens.device):
             along = (deviations @ (center @ self.gaussian.root.mT).mT.float())[:, :, 0].double()  # c . d_i
-            lengths = (
-                linear(deviations.flatten(0, 1), self.gaussian.root_single).square().sum(-1).view_as(along).double()
-            )
+            whitened = linear(deviations.flatten(0, 1), self.gaussian.root_single)
+        lengths = whitened.square().sum(-1).view_as(along).double()
         change = (lengths / others - 2 * along) / others
         distance = (center.square().sum(-1) + 1e-12).sqrt()
         return change.abs() / (distance + (distance.square() + change).clamp(min=1e-12).sqrt())

@@ -28,8 +28,7 @@ class MACLU(Branch):
 
     Fit: Gaussian of the CLS tokens; k-means with two clusters on all patch tokens, the smaller one being the
     foreground (coal). Patches that are surely coal get the mean background confidence of their image; what is
-    still high is foreground but not coal. (USAD, object-level semantic composition; the confidence is d_bg / d_fg,
-    as in the authors' program.)
+    still high is foreground but not coal. The confidence is d_bg / d_fg, as in the authors' program.
     """
 
     name = "ma_clu"

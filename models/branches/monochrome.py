@@ -2,9 +2,7 @@
 
 In the frames of a monochrome or infrared camera red and blue follow from green. Their features have no variance in the
 directions of colour until a codec tints a frame by one grey level; divided by almost nothing, that would be an alarm.
-So some frames go through a codec when a branch is fitted, and the change of the features is added to their covariance;
-and the statistics of scores and maps are of held-out frames before and after a codec.
-Frames of colour cameras do not need this: they have noise of their own.
+So some frames go through a codec when a branch is fitted, and the change of the features is added to their covariance.
 """
 
 from __future__ import annotations
@@ -50,11 +48,9 @@ class CodecNoise:
             self.squares = self.squares + change.mT @ change
 
     def state(self) -> dict[str, Tensor]:
-        """Everything added so far."""
         return {"count": self.count, "squares": self.squares}
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
-        """Add the changes of another CodecNoise, given its `state()`."""
         self.count += state["count"]
         self.squares = self.squares + state["squares"]
 
@@ -70,10 +66,9 @@ class CodecNoise:
 
 
 def as_coded(pixels: Tensor, index: Tensor, backbone: Backbone) -> tuple[list[int], Tensor]:
-    """Which of the images [B, 3, S, S] (0 to 1) have no colour, and those as a coarse JPEG gives them.
+    """Which of the images [B, 3, S, S] (0 to 1) have no colour, and those as a coarse JPEG gives them [b, 3, S, S].
 
-    The latter are [b, 3, S, S], normalised for the backbone.
-    `index` [B], the images' numbers among all, are the seeds of the codec's errors.
+    The latter are normalised for the backbone; their numbers among all, `index` [B], are the seeds of the errors.
     """
     frames = (255 * pixels).cpu()
     rows = [row for row, frame in enumerate(frames) if is_colourless(frame)]
@@ -92,15 +87,12 @@ def is_colourless(pixels: Tensor) -> bool:
 
 
 def coded_frame(pixels: Tensor, seed: int) -> Tensor:
-    """Pixels [3, S, S] (0 to 255) as a coarse JPEG gives them, with errors in colour, not in brightness.
-
-    There is an error of the whole frame, one of each block, and one of each pixel, each up to `TINT`.
-    """
+    """Pixels [3, S, S] (0 to 255) as a coarse JPEG gives them, with errors in colour, not in brightness."""
     frame = pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()[..., ::-1]  # OpenCV's blue, green, red
     flags = (cv2.IMWRITE_JPEG_QUALITY, QUALITY, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420)
     decoded = cv2.imdecode(cv2.imencode(".jpg", frame, flags)[1], cv2.IMREAD_COLOR)[..., ::-1]
     generator, side = torch.Generator().manual_seed(seed), pixels.shape[-1]
-    sizes = (1, -(-side // BLOCK), side)
+    sizes = (1, -(-side // BLOCK), side)  # one error of the whole frame, one of each block, one of each pixel
     errors = [TINT * (2 * torch.rand(1, 3, size, size, generator=generator) - 1) for size in sizes]
     error = sum(F.interpolate(part, size=(side, side)) for part in errors)[0]
     return torch.from_numpy(decoded.copy()).permute(2, 0, 1) + error - error.mean(0)

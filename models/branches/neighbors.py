@@ -37,16 +37,10 @@ def exact_cdist(x: Tensor, y: Tensor) -> Tensor:
 class NearestNeighbors:
     """The rows of a matrix nearest to queries, by Euclidean distance.
 
-    Candidates are ranked by |r|² - 2 q·r in float32, one product for a block of queries and a block of rows. The mean
-    of the rows is subtracted from both, so that a common offset costs no digits. The distances to the candidates come
-    from differences and are exact to float32 rounding. Rows count as equally near if their squared distances differ by
-    less than the product's rounding, about 1e-6 of the squared distance to the mean.
-
-    `rows` [m, D] are kept without a copy if they are contiguous float32. A search takes about four times `budget`
-    bytes beside its result, whatever m and the number of queries.
-
-    If torch uses MKL for products on this CPU and faiss is installed, faiss finds the candidates. It is 1.3 times as
-    fast as MKL, but slower than oneDNN (benchmarks/README.md).
+    Candidates are ranked by |r|² - 2 q·r in float32, one product for a block of queries and a block of `rows` [m, D].
+    The mean of the rows is subtracted from both, so that a common offset costs no digits. The distances to the
+    candidates come from differences and are exact to float32 rounding. A search takes about four times `budget` bytes
+    beside its result. faiss, where it is installed, finds the candidates faster than MKL, but slower than oneDNN.
     """
 
     def __init__(self, rows: Tensor, budget: int | None = None) -> None:
@@ -61,10 +55,7 @@ class NearestNeighbors:
         self.faiss = None if rows.device.type != "cpu" or onednn_gains(torch.float32) else load_faiss()
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Distances [n, k] (float32, ascending) and indices [n, k] (int64) of the rows nearest to `queries` [n, D].
-
-        Queries lie on the rows' device. Raises ValueError if k is not in [1, m].
-        """
+        """Distances [n, k] (float32, ascending) and indices [n, k] (int64) of the rows nearest to `queries` [n, D]."""
         if not 1 <= k <= len(self.rows):
             raise ValueError(f"k must lie in [1, {len(self.rows)}], the number of rows, not {k}")
         with exact_matmul(self.rows.device):
@@ -96,7 +87,7 @@ class NearestNeighbors:
         return _smallest(linear(-2 * queries, rows, squares), k)
 
     def _at_once(self, copies: int) -> int:
-        """How many vectors a block takes, if it holds that many copies of them."""
+        """How many vectors a block takes, if it holds so many copies of them."""
         return max(1, min(self.side, self.budget // (4 * copies * self.rows.shape[1])))
 
 

@@ -15,16 +15,12 @@ from models.branches.tiling import Tiling, View
 
 
 class Part(NamedTuple):
-    """What a branch predicts for a batch; higher is more anomalous.
-
-    `low` and `span` [B, 1, 1] are the lowest value and the range by which the paper scales each map before it
-    multiplies them; without them a map enters the product as it is.
-    """
+    """Higher is more anomalous. Without `low` and `span` a map enters the paper's product as it is."""
 
     scores: Tensor  # [B]
     maps: Tensor  # [B, S, S], unscaled
-    low: Tensor | None = None
-    span: Tensor | None = None
+    low: Tensor | None = None  # [B, 1, 1], the lowest value of each map
+    span: Tensor | None = None  # [B, 1, 1], and the range, by which the paper scales it
 
     def scaled(self) -> Tensor:
         """The maps [B, S, S] on a scale of 0 to 1; all zeros where the range is under 1e-8."""

@@ -12,8 +12,7 @@ class PatchStore:
     """Keeps the patches of `images` training images, at most `budget` GB (10^9 bytes) of float32.
 
     Within the budget all patches stay, in order. Beyond it each image keeps the same number of patches (or one more),
-    drawn with a seed of its own, so that the choice depends neither on the batches nor on the other processes. With
-    tiles, images may differ in how many patches of them are looked at; those with few keep all.
+    drawn with a seed of its own, so that the choice depends neither on the batches nor on the other processes.
 
     Rows [m, D] of an earlier fit may come first; each stands for some `counts` [m] of patches.
     """
@@ -36,18 +35,15 @@ class PatchStore:
         total = self.images * count
         affordable = min(total, max(int(self.budget / (4 * width)), 1))
         self.seen += len(patches) * count
-        if affordable < total:
-            chosen = [self._draw(int(image), count, affordable) for image in index]
-            rows = torch.cat([image[own.to(image.device)] for image, own in zip(patches, chosen, strict=True)])
-        else:
-            rows = patches.reshape(-1, width)
-        self._append(rows, affordable)
-
-    def _draw(self, image: int, count: int, affordable: int) -> Tensor:
-        """Which of an image's `count` patches stay, in rising order."""
-        share = (image + 1) * affordable // self.images - image * affordable // self.images
-        generator = torch.Generator().manual_seed(self.seed + image)
-        return torch.randperm(count, generator=generator)[:share].sort().values
+        if affordable == total:
+            self._append(patches.reshape(-1, width), affordable)
+            return
+        rows = []
+        for own, image in zip(patches, index.tolist(), strict=True):
+            share = (image + 1) * affordable // self.images - image * affordable // self.images
+            generator = torch.Generator().manual_seed(self.seed + image)
+            rows.append(own[torch.randperm(count, generator=generator)[:share].sort().values.to(own.device)])
+        self._append(torch.cat(rows), affordable)
 
     def _append(self, rows: Tensor, capacity: int) -> None:
         if self.kept is None:
@@ -76,7 +72,6 @@ class PatchStore:
         return torch.cat([self.counts, new])
 
     def state(self) -> dict[str, Tensor]:
-        """What was added so far; empty if nothing was."""
         return {} if self.kept is None else {"rows": self.rows(), "seen": torch.tensor(self.seen)}
 
     def merge(self, state: Mapping[str, Tensor]) -> None:

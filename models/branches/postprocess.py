@@ -40,8 +40,7 @@ def mean_of_top(maps: Tensor) -> Tensor:
 def gaussian_blur(maps: Tensor, sigma: float, radius: int | None = None, edge_repeated: bool = True) -> Tensor:
     """Gaussian blur of maps [B, H, W], truncated at `radius` pixels (4 sigma unless given).
 
-    Borders are mirrored, with the edge pixel repeated (SciPy's `gaussian_filter`) or not (OpenCV's default). The blur
-    is two matrix products: they hold any border rule, and every device is fast at them.
+    Borders are mirrored, with the edge pixel repeated (SciPy's `gaussian_filter`) or not (OpenCV's default).
     """
     radius = int(4 * sigma + 0.5) if radius is None else radius
     for _ in range(2):  # along the columns; then, transposed, along the rows

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,10 +33,7 @@ class View(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """`count` x `count` overlapping tiles of `side` x `side` pixels.
-
-    Raises InputError if they make too large a frame.
-    """
+    """`count` x `count` overlapping tiles of `side` x `side` pixels. Raises InputError for too large a frame."""
 
     count: int
     side: int
@@ -48,7 +47,6 @@ class Tiling:
 
     @property
     def step(self) -> int:
-        """Pixels from one tile to the next."""
         return self.side - round(OVERLAP * self.side)
 
     @property
@@ -61,16 +59,11 @@ class Tiling:
         """The tiles that show something of the region of interest; those which show the same share a view."""
         starts = [index * self.step for index in range(self.count)]
         corners: dict[RegionOfInterest | None, list[Corner]] = {}
-        inside = None if roi is None else roi.at(self.frame_side, self.frame_side)
-        for top in starts:
-            for left in starts:
-                seen = None
-                if inside is not None:
-                    shown = inside[top : top + self.side, left : left + self.side]
-                    if not shown.any():
-                        continue
-                    seen = None if shown.all() else RegionOfInterest(shown)
-                corners.setdefault(seen, []).append((top, left))
+        inside = np.ones([self.frame_side] * 2, bool) if roi is None else roi.at(self.frame_side, self.frame_side)
+        for top, left in itertools.product(starts, starts):
+            shown = inside[top : top + self.side, left : left + self.side]
+            if shown.any():
+                corners.setdefault(None if shown.all() else RegionOfInterest(shown), []).append((top, left))
         return tuple(
             View(tuple(places[first : first + AT_ONCE]), seen)
             for seen, places in corners.items()
@@ -83,10 +76,7 @@ class Tiling:
         return torch.stack(tiles, 1).flatten(0, 1)
 
     def joined(self, maps: Sequence[Tensor], views: Sequence[View]) -> Tensor:
-        """The maps [B * n, S, S] of each view's tiles -> maps of the frames [B, F, F], blended where tiles overlap.
-
-        Where no tile is, a map has its lowest value.
-        """
+        """The maps [B * n, S, S] of each view's tiles -> maps of the frames [B, F, F], lowest where no tile is."""
         window, weight = self._weights(tuple(views), maps[0].device)
         total = 0
         for tiles, view in zip(maps, views, strict=True):

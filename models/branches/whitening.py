@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -39,8 +40,7 @@ class Whitening:
     ) -> Whitening:
         """From training patches [n, D] whose D channels are maps of `widths` channels side by side.
 
-        `noise` [D, D] is added to their covariance (models/branches/monochrome.py). Each patch stands for a `share` of
-        them, beside those that the whitening `before` was fitted to.
+        `noise` [D, D] is added to their covariance. Each patch stands for a `share` of them, beside those of `before`.
         """
         moments = RunningMoments()
         for rows in patches.split(ROWS):
@@ -52,18 +52,15 @@ class Whitening:
         deviations = covariance.diagonal().sqrt()
         deviations = deviations.clamp(min=(LEAST_DEVIATION * deviations.max()).clamp(min=1e-6))
         matrix = torch.zeros_like(covariance)
-        start = 0
-        for width in widths:
-            block = slice(start, start + width)
+        for width, end in zip(widths, itertools.accumulate(widths), strict=True):
+            block = slice(end - width, end)
             deviation = deviations[block]
             values, vectors = torch.linalg.eigh(covariance[block, block] / torch.outer(deviation, deviation))
             scale = (len(covariance) / (len(widths) * width)) ** 0.5
             matrix[block, block] = scale * vectors / deviation[:, None] / (values.clamp(min=0) + FLOOR).sqrt()
-            start += width
         return cls(moments.mean, matrix, moments.state())
 
     def to(self, device: torch.device | str) -> Whitening:
-        """The same whitening on `device`."""
         return Whitening(self.mean.to(device), self.matrix.to(device), self.moments)
 
     def __call__(self, features: Tensor) -> Tensor:
@@ -79,7 +76,6 @@ class Whitening:
             rows.copy_(self(rows))
 
     def state(self) -> dict[str, Tensor]:
-        """Named tensors for a checkpoint."""
         moments = {"mean": self.mean, **self.moments}
         return {"whitening_matrix": self.matrix, **{f"{PREFIX}{name}": moment for name, moment in moments.items()}}
 
