@@ -18,5 +18,4 @@ class RedModel:
 
     def look(self, picture):
         red = np.asarray(picture.image)[..., 0].astype(np.float32) / 255
-        limits = self.threshold, self.pixel_threshold, self.min_area
-        return decide(float(red.max()), red, picture.size, {}, *limits)
+        return decide(self, float(red.max()), red, picture.size, {})

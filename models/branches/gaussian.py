@@ -79,15 +79,6 @@ class RunningMoments:
         """Covariance [D, D] with divisor n - 1."""
         return self.scatter / (self.count - 1)
 
-    def shrunk_covariance(self) -> Tensor:
-        """Covariance [D, D] shrunk towards a multiple of I (Ledoit and Wolf, J. Multivariate Analysis 88, 2004)."""
-        empirical = self.scatter / self.count
-        target = empirical.trace() / len(empirical) * torch.eye(len(empirical)).to(empirical)
-        distance = (empirical - target).square().sum()
-        error = (self.fourth / self.count - empirical.square().sum()) / self.count
-        share = (error / distance.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
-        return empirical + share * (target - empirical)
-
 
 def _moved(step: Tensor, count: int, scatter: Tensor, third: Tensor, fourth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The moments of `count` vectors about a point from which their mean is `step` [D] away."""
@@ -157,7 +148,7 @@ class GaussianFit(RunningMoments):
         if before:
             earlier = GaussianFit(self.estimator)
             earlier.merge(before.moments)
-            added = (before.covariance - earlier._estimate().to(before.covariance)) * earlier.count
+            added = (before.covariance - earlier.covariance().to(before.covariance)) * earlier.count
             noise = (added + self.count * torch.as_tensor(noise).to(added)) / (earlier.count + self.count)
             self.merge(before.moments)
         if self.count < 2:
@@ -165,7 +156,7 @@ class GaussianFit(RunningMoments):
                 f"{self.count} training image(s): a covariance needs at least two; "
                 "add images to train/good, or raise --train-ratio if it is below 1"
             )
-        covariance = self._estimate()
+        covariance = self.covariance()
         channels = len(covariance)
         if self.estimator == "empirical" and self.count <= channels:
             warnings.warn(
@@ -175,8 +166,16 @@ class GaussianFit(RunningMoments):
             )
         return Gaussian(self.mean, covariance + torch.as_tensor(noise).to(covariance), moments=self.state())
 
-    def _estimate(self) -> Tensor:
-        return self.covariance() if self.estimator == "empirical" else self.shrunk_covariance()
+    def covariance(self) -> Tensor:
+        """Covariance [D, D], or shrunk towards a multiple of I (Ledoit and Wolf, J. Multivariate Analysis 88, 2004)."""
+        if self.estimator == "empirical":
+            return super().covariance()
+        empirical = self.scatter / self.count
+        target = empirical.trace() / len(empirical) * torch.eye(len(empirical)).to(empirical)
+        distance = (empirical - target).square().sum()
+        error = (self.fourth / self.count - empirical.square().sum()) / self.count
+        share = (error / distance.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
+        return empirical + share * (target - empirical)
 
 
 def _inverse(covariance: Tensor) -> Tensor:

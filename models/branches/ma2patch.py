@@ -31,14 +31,10 @@ class MA2Patch(Branch):
         self.covariance = covariance
         self.gaussian: Gaussian | None = None
 
-    def fit(self, loader: Iterable[dict[str, Any]]) -> None:
-        self._learn(loader)
-
     def update(self, loader: Iterable[dict[str, Any]]) -> None:
-        self._learn(loader, self.gaussian)
+        self.fit(loader, self.gaussian)
 
-    def _learn(self, loader: Iterable[dict[str, Any]], before: Gaussian | None = None) -> None:
-        """Fit on the images, and on those of the Gaussian `before`."""
+    def fit(self, loader: Iterable[dict[str, Any]], before: Gaussian | None = None) -> None:
         fit = GaussianFit(self.covariance)
         noise = CodecNoise(lambda images: self.extract(images).mean(1), self.backbone)
         for batch in loader:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.branches.neighbors import NearestNeighbors
 from models.exported.model import OnnxModel
 from models.exported.operators import WithOperatorsOfONNX
@@ -35,8 +34,6 @@ class Exportable(nn.Module):
         super().__init__()
         self.usad = usad
         self.networks = nn.ModuleDict({branch.name: branch.backbone for branch in usad.branches})
-        for name, values in (("imagenet_mean", IMAGENET_MEAN), ("imagenet_std", IMAGENET_STD)):
-            self.register_buffer(name, torch.tensor(values)[:, None, None])
         for branch in usad.branches:
             branch.backbone.net.to(memory_format=torch.contiguous_format)
             branch.backbone.forward = branch.backbone.features
@@ -45,7 +42,7 @@ class Exportable(nn.Module):
                     setattr(branch, attribute, WholeSearch(value.rows))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        parts = self.usad.predict_parts((images - self.imagenet_mean) / self.imagenet_std)
+        parts = self.usad.predict_parts(self.usad.branches[0].backbone.normalized(images))
         return [tensor for part in parts.values() for tensor in (part.scores.double(), part.maps.float())]
 
 
@@ -54,7 +51,6 @@ class WholeSearch(NearestNeighbors):
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__(rows)
-        self.faiss = None
         self.centered = self.rows - self.mean
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

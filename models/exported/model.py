@@ -15,15 +15,14 @@ from datasets.images import DEPTHS, stretched
 from datasets.region import RegionOfInterest
 from models.exported import EDGE, FORMAT
 from models.fusion.operating_point import OperatingPoint
-from models.fusion.prediction import ImageLike, Prediction, predict_in_batches
+from models.fusion.prediction import Model
 from utils.errors import InputError
 
 
-class OnnxModel:
-    """What USAD is to predict.py: scores and maps of frames, by an ONNX file instead of PyTorch.
+class OnnxModel(Model):
+    """What USAD is to predict.py, by an ONNX file whose metadata are `description`.
 
-    `description` is the file's metadata, as models/exported/export.py writes them. Raises KeyError, TypeError,
-    ValueError or AttributeError if they are not, or do not fit the graph.
+    Raises KeyError, TypeError, ValueError or AttributeError if they are not those of an export, or of another graph.
     """
 
     name = "fusion"
@@ -37,14 +36,12 @@ class OnnxModel:
         self.bit_depth = DEPTHS[DEPTHS.index(description["bit_depth"])]
         self.roi = description["roi"] and RegionOfInterest.from_text(description["roi"])
         self.parts = [self.name, *description["branches"]]
-        self._check_graph()
-        self.min_area = 0  # pixels that a region needs to count
-        self.threshold: float | None = None  # of the score
-        self.pixel_threshold: float | None = None
-        self.operating_point: OperatingPoint | None = None
+        sides = [list(taken.shape[2:]) for taken in session.get_inputs()]
+        missing = set(self.output_names(self.parts)) - {given.name for given in session.get_outputs()}
+        if sides != [[self.image_size] * 2] or missing:
+            raise ValueError(f"image size {self.image_size} and branches {self.parts[1:]} are not those of its graph")
         if description["operating_point"]:
-            self.operating_point = point = OperatingPoint.from_values(description["operating_point"])
-            self.threshold, self.pixel_threshold = point.threshold, point.pixel_threshold
+            self.set_operating_point(OperatingPoint.from_values(description["operating_point"]))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> OnnxModel:
@@ -57,19 +54,7 @@ class OnnxModel:
                 f"{path}: its metadata are not what export_onnx.py writes ({error!r}); export the model again"
             ) from None
 
-    def _check_graph(self) -> None:
-        """Raise ValueError if the graph takes frames of another size, or lacks a part."""
-        sides = [list(taken.shape[2:]) for taken in self.session.get_inputs()]
-        missing = set(self.output_names(self.parts)) - {given.name for given in self.session.get_outputs()}
-        if sides != [[self.image_size] * 2] or missing:
-            raise ValueError(f"image size {self.image_size} and branches {self.parts[1:]} are not those of its graph")
-
-    def __call__(self, images: ImageLike | Sequence[ImageLike], batch_size: int | None = None) -> list[Prediction]:
-        """See `predict_in_batches`."""
-        return predict_in_batches(self, images, batch_size, self._numbers)
-
-    def _numbers(self, images: list[Image.Image]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Scores [B] and maps [B, S, S] of RGB images, by part."""
+    def numbers(self, images: list[Image.Image]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         found = self.session.run(self.output_names(self.parts), {"images": as_input(images, self.image_size)})
         return dict(zip(self.parts, zip(found[::2], found[1::2], strict=True), strict=True))
 

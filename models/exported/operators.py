@@ -16,17 +16,14 @@ from torch.overrides import TorchFunctionMode
 TAIL_DEGREE, TAIL_CENTER = 20, 3.0  # of the polynomial in `log_ndtr`: relative error under 1e-12
 
 
-def resize_antialiased(images: Tensor, size: Sequence[int], *_: Any) -> Tensor:
+def resize_antialiased(images: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, antialiased resize [B, C, H, W] -> [B, C, *size]: a product with a matrix for each side."""
     rows, columns = (_resizing(side, to).to(images) for side, to in zip(images.shape[-2:], size, strict=True))
     return rows @ images @ columns.mT
 
 
 def _resizing(side: int, to: int) -> Tensor:
-    """The matrix [to, side] that resizes a column: a triangle as wide as two of the larger pixels, at their centres.
-
-    In float32, as torch computes its weights.
-    """
+    """The matrix [to, side] that resizes a column: triangles at the larger pixels' centres, in float32 as torch's."""
     scale, half = np.float32(side / to), np.float32(0.5)
     centers = scale * (np.arange(to, dtype=np.float32)[:, None] + half)
     reach = np.abs(np.arange(side, dtype=np.float32) - centers + half) * (1 / max(scale, np.float32(1)))

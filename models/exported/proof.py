@@ -23,10 +23,10 @@ class Tolerance(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What thresholds are compared with: a frame's score, and the highest value of its map."""
+    """What thresholds are compared with."""
 
     score: float
-    peak: float
+    peak: float  # of the map
 
 
 class Compared(NamedTuple):
@@ -92,9 +92,8 @@ def difference(expected: Prediction, found: Prediction) -> Tolerance:
 def settle_thresholds(original: Model, exported: Model, proof: Iterable[Compared], rounding: float) -> None:
     """Raise the thresholds of `exported` above all frames that are quiet by the original.
 
-    The thresholds of an operating point lie just above a held-out frame, which rounding, relative, can lift over them,
-    even by PyTorch with other batches: so near to a threshold a frame counts as quiet. Raises InputError, naming the
-    frame, if there still is an alarm by one of the two alone.
+    The thresholds of an operating point lie just above a held-out frame, which rounding, relative, can lift over them:
+    so near to a threshold a frame counts as quiet. Raises InputError if one of the two alone still gives an alarm.
     """
     for name, of in (("threshold", "score"), ("pixel_threshold", "peak")):
         limit = getattr(original, name)

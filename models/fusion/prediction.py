@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -31,66 +32,58 @@ class Prediction:
     area: int | None = None  # pixels at or above the pixel threshold
 
 
-class Model(Protocol):
+class Model(abc.ABC):
     """The interface between frames and results. It gives scores and maps, whether by PyTorch or by something else."""
 
     name: str
     device: Any
-    threshold: float | None
-    pixel_threshold: float | None
-    min_area: int  # pixels that a region needs to count
-    operating_point: OperatingPoint | None
+    batch_size: int  # frames at a time, unless the caller says otherwise
     roi: RegionOfInterest | None
     bit_depth: int  # of the camera behind 16-bit images
-    batch_size: int  # frames at a time, unless the caller says otherwise
+    threshold: float | None = None  # of the score
+    pixel_threshold: float | None = None
+    min_area: int = 0  # pixels that a region needs to count
+    operating_point: OperatingPoint | None = None
 
-    def __call__(self, images: Sequence[ImageLike], batch_size: int | None = None) -> list[Prediction]: ...
+    def set_operating_point(self, point: OperatingPoint) -> None:
+        """Take the thresholds of `point`."""
+        self.operating_point = point
+        self.threshold, self.pixel_threshold = point.threshold, point.pixel_threshold
 
+    @abc.abstractmethod
+    def numbers(self, images: list[Image.Image]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Scores [B] and maps [B, S, S] of RGB images by name, the model's own and its branches'."""
 
-def predict_in_batches(
-    model: Model,
-    images: ImageLike | Sequence[ImageLike],
-    batch_size: int | None,
-    parts_of: Callable[[list[Image.Image]], Mapping[str, tuple[np.ndarray, np.ndarray]]],
-) -> list[Prediction]:
-    """A path, picture, PIL image or RGB array [H, W, 3] of uint8, or a list of these -> a list of predictions.
+    def __call__(self, images: ImageLike | Sequence[ImageLike], batch_size: int | None = None) -> list[Prediction]:
+        """A path, picture, PIL image or RGB array [H, W, 3] of uint8, or a list of these -> a list of predictions.
 
-    `parts_of` gives by name scores [B] and maps [B, S, S] of B images, the model's own and its branches'. Maps, boxes
-    and areas are in each image's own pixels. Raises InputError for a file that cannot be read, an array of another
-    kind, or scores that are not finite.
-    """
-    images = list(images) if isinstance(images, list | tuple) else [images]
-    batch_size = batch_size or model.batch_size
-    predictions = []
-    for start in range(0, len(images), batch_size):
-        decoding = Decoding(bit_depth=model.bit_depth)
-        pictures = [as_picture(image, model.roi, decoding) for image in images[start : start + batch_size]]
-        parts = parts_of([picture.image for picture in pictures])
-        for name, numbers in parts.items():
-            if not all(np.isfinite(values).all() for values in numbers):
-                raise InputError(f"{name} gives a score or map that is not finite; check the weights")
-        for row, picture in enumerate(pictures):
-            own = {name: (float(scores[row]), maps[row]) for name, (scores, maps) in parts.items()}
-            fused = own.pop(model.name)
-            limits = model.threshold, model.pixel_threshold, model.min_area
-            predictions.append(decide(*fused, picture.size, own, *limits))
-    return predictions
+        Maps, boxes and areas are in each image's own pixels. Raises InputError for a file that cannot be read, an array
+        of another kind, or scores that are not finite.
+        """
+        images = list(images) if isinstance(images, list | tuple) else [images]
+        batch_size = batch_size or self.batch_size
+        predictions = []
+        for start in range(0, len(images), batch_size):
+            decoding = Decoding(bit_depth=self.bit_depth)
+            pictures = [as_picture(image, self.roi, decoding) for image in images[start : start + batch_size]]
+            parts = self.numbers([picture.image for picture in pictures])
+            for name, numbers in parts.items():
+                if not all(np.isfinite(values).all() for values in numbers):
+                    raise InputError(f"{name} gives a score or map that is not finite; check the weights")
+            for row, picture in enumerate(pictures):
+                own = {name: (float(scores[row]), maps[row]) for name, (scores, maps) in parts.items()}
+                predictions.append(decide(self, *own.pop(self.name), picture.size, own))
+        return predictions
 
 
 def decide(
-    score: float,
-    square: np.ndarray,
-    size: tuple[int, int],
-    branches: dict[str, tuple[float, np.ndarray]],
-    threshold: float | None,
-    pixel_threshold: float | None,
-    min_area: int = 0,
+    model: Model, score: float, square: np.ndarray, size: tuple[int, int], branches: dict[str, tuple[float, np.ndarray]]
 ) -> Prediction:
     """The prediction for an image of `size` (width, height) whose map `square` [S, S] is stretched back to it."""
     fused = cv2.resize(square, size, interpolation=cv2.INTER_LINEAR)
-    anomalous = None if threshold is None else score >= threshold
-    boxes, area = (None, None) if pixel_threshold is None else regions(fused, pixel_threshold, min_area)
-    return Prediction(score, fused, branches, anomalous, boxes, area)
+    anomalous = None if model.threshold is None else score >= model.threshold
+    found = () if model.pixel_threshold is None else regions(fused, model.pixel_threshold, model.min_area)
+    return Prediction(score, fused, branches, anomalous, *found)
 
 
 def as_picture(image: ImageLike, roi: RegionOfInterest | None = None, decoding: Decoding = PLAIN) -> Picture:
@@ -104,13 +97,9 @@ def as_picture(image: ImageLike, roi: RegionOfInterest | None = None, decoding: 
     elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         picture = Picture(Image.fromarray(image), image.shape[1::-1])
     else:
-        _refuse(image)
+        kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise InputError(f"an image is {kind}; give a path, a PIL image or an RGB array [H, W, 3] of uint8")
     return picture._replace(image=roi.apply(picture.image)) if roi else picture
-
-
-def _refuse(image: object) -> NoReturn:
-    kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-    raise InputError(f"an image is {kind}; give a path, a PIL image or an RGB array [H, W, 3] of uint8")
 
 
 def regions(

@@ -21,17 +21,16 @@ from models.branches.postprocess import resize_images
 from models.fusion import RULES
 from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths, default_fusion
 from models.fusion.operating_point import FILE_NAME, OperatingPoint
-from models.fusion.prediction import ImageLike, Prediction, predict_in_batches
+from models.fusion.prediction import Model
 from utils.errors import InputError
 from utils.gpu import CapturedPasses, side_by_side
 from utils.timing import Stopwatch
 
 
-class USAD:
+class USAD(Model):
     """Fuses any branches; it knows only their names, scores and maps.
 
-    `fusion` names the rule (models/fusion/__init__.py), `settings` are the rule's own. Raises InputError if there is no
-    such rule, or the branches lack something that it needs.
+    `fusion` names the rule, `settings` are its own. Raises InputError if the branches lack something that it needs.
     """
 
     name = "fusion"
@@ -43,7 +42,7 @@ class USAD:
         self.image_size = max(branch.image_size for branch in branches)
         self.device = branches[0].device
         self.tiles = max(branch.tiles for branch in branches)  # along each side of a frame, at most
-        self.batch_size = max(1, (32 if self.device.type == "cuda" else 4) // self.tiles**2)  # frames, of `__call__`
+        self.batch_size = max(1, (32 if self.device.type == "cuda" else 4) // self.tiles**2)
         self.roi = branches[0].roi
         if any(branch.roi != self.roi for branch in branches):
             raise InputError("the branches were not trained with the same --roi; train them again with one")
@@ -51,14 +50,10 @@ class USAD:
         if any(branch.bit_depth != self.bit_depth for branch in branches):
             raise InputError("the branches were not trained with the same --bit-depth; train them again with one")
         self.rule = RULES[fusion](branches, **settings)
-        self.min_area = 0  # pixels that a region needs to count
         self.stopwatch = Stopwatch(self.device)
         self.passes = self._predict_parts
         if self.device.type == "cuda":
             self.passes = CapturedPasses(self._predict_parts, self.stopwatches().values())
-        self.operating_point: OperatingPoint | None = None
-        self.threshold: float | None = None  # of the score
-        self.pixel_threshold: float | None = None
 
     @classmethod
     def load(
@@ -75,7 +70,6 @@ class USAD:
         settings. Without options, fusion and thresholds are those of the folder's usad.json, if there is one. With
         options, the stored thresholds are used if they were made for the same options. If neither names a fusion, the
         checkpoints decide (`default_fusion`).
-        Raises InputError that names every missing checkpoint, or what is wrong with one or with usad.json.
         """
         folder = Path(folder)
         paths = checkpoint_paths(folder)
@@ -90,9 +84,8 @@ class USAD:
             options = point.fusion
         if "fusion" not in options:
             options = options | {"fusion": default_fusion(folder)}
-        branches = [
-            BRANCHES[name].load(path, (weights or {}).get(name), device, precision) for name, path in paths.items()
-        ]
+        weights = weights or {}
+        branches = [BRANCHES[name].load(path, weights.get(name), device, precision) for name, path in paths.items()]
         try:
             usad = cls(branches, **options)
         except TypeError as error:
@@ -101,21 +94,11 @@ class USAD:
             usad.set_operating_point(point)
         return usad
 
-    def set_operating_point(self, point: OperatingPoint) -> None:
-        """Take the thresholds of `point`."""
-        self.operating_point = point
-        self.threshold, self.pixel_threshold = point.threshold, point.pixel_threshold
-
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments beside the branches, as plain JSON values."""
         return {"fusion": self.rule.name, **self.rule.settings()}
 
-    def __call__(self, images: ImageLike | Sequence[ImageLike], batch_size: int | None = None) -> list[Prediction]:
-        """See `predict_in_batches`."""
-        return predict_in_batches(self, images, batch_size, self._numbers)
-
-    def _numbers(self, images: list[Image.Image]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Scores [B] and maps [B, S, S] of `predict_parts` on the host."""
+    def numbers(self, images: list[Image.Image]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         batch = torch.stack([to_tensor(image, self.image_size, "bicubic") for image in images])
         parts = self.predict_parts(batch.to(self.device))
         return {
@@ -127,7 +110,6 @@ class USAD:
         return self.predict_parts(images)[self.name]
 
     def parts(self) -> list[str]:
-        """The names in `predict_parts`."""
         return [self.name, *(branch.name for branch in self.branches)]
 
     def predict_parts(self, images: Tensor) -> dict[str, Part]:

@@ -103,13 +103,15 @@ def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
     """
     sources = list(_sources(name))
     failures = []
-    for cached, (place, fetch) in itertools.product((True, False), sources):
-        try:
-            with _network_timeout():
+    with contextlib.ExitStack() as stack:
+        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        socket.setdefaulttimeout(NETWORK_TIMEOUT)  # so that a dead network is noticed
+        for cached, (place, fetch) in itertools.product((True, False), sources):
+            try:
                 return read_state_dict(fetch(cached))
-        except Exception as error:  # whatever a download library raises, the next source is tried
-            if not cached:
-                failures.append(f"{place} ({reason(error)})")
+            except Exception as error:  # whatever a download library raises, the next source is tried
+                if not cached:
+                    failures.append(f"{place} ({reason(error)})")
     tried = "; ".join(failures) or "nothing is published under this name"
     raise InputError(
         f"no pretrained weights for {name}; tried: {tried}. Download the file by other means and give it with {flag} "
@@ -214,17 +216,6 @@ def _check_reachable(address: str) -> None:
     except urllib.error.URLError as error:
         if not isinstance(error.reason, ssl.SSLError):  # the libraries bring their own certificates
             raise
-
-
-@contextlib.contextmanager
-def _network_timeout() -> Iterator[None]:
-    """Give connections without a time limit one, so that a dead network is noticed."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_TIMEOUT)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def reason(error: BaseException) -> str:
