@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,14 +23,7 @@ class ImageMetrics(Metric):
     def __init__(self) -> None:
         self._scores, self._labels = np.zeros(0), np.zeros(0, bool)
 
-    def update(
-        self,
-        maps: np.ndarray,
-        masks: np.ndarray,
-        anomalous: np.ndarray,
-        scores: np.ndarray,
-        inside: np.ndarray | None = None,
-    ) -> None:
+    def update(self, maps: Any, masks: Any, anomalous: np.ndarray, scores: np.ndarray, inside: Any = None) -> None:
         self._scores = np.append(self._scores, scores)
         self._labels = np.append(self._labels, anomalous)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,18 +44,9 @@ class PixelMetrics(Metric):
         self._is_sorted = False
 
     def update(
-        self,
-        maps: np.ndarray,
-        masks: np.ndarray,
-        anomalous: np.ndarray,
-        scores: np.ndarray | None = None,
-        inside: np.ndarray | None = None,
+        self, maps: np.ndarray, masks: np.ndarray, anomalous: np.ndarray, scores: Any = None, inside: Any = None
     ) -> None:
-        """Add images, see `Metric`; their scores play no part.
-
-        An anomalous image with an empty mask has no region; all its pixels are background. Raises ValueError on shapes
-        that do not fit.
-        """
+        """An anomalous image with an empty mask has no region; all its pixels are background."""
         maps, masks = np.asarray(maps, np.float32), np.asarray(masks, bool)
         anomalous = np.asarray(anomalous, bool)
         if maps.ndim != 3 or maps.shape != masks.shape or maps.shape[:1] != anomalous.shape:
@@ -73,7 +64,6 @@ class PixelMetrics(Metric):
         self._is_sorted = False
 
     def compute(self) -> dict[str, float | None]:
-        """All are None without a defect region or without a background pixel."""
         ranking, aupro = self._ranked()
         figures = {f"pixel_{name}": value for name, value in ranking.result().items()}
         return {**figures, "aupro": aupro, "pro_as_published": self._published.compute()}

@@ -1,8 +1,4 @@
-"""Exact counts and curves of a ranking, for image scores and for pixels.
-
-The counts matter only at the scores of positives. So all scores are sorted once, and the positives are looked up
-among them; no threshold is ever applied to an image.
-"""
+"""Exact counts and curves of a ranking, for image scores and for pixels: positives are looked up among all scores."""
 
 from __future__ import annotations
 

@@ -81,14 +81,14 @@ def refusal(folder: Path) -> str:
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_the_numbers_are_those_of_the_files(tmp_path, protocol):
     files = Published(protocol=protocol)
-    found = read_published(files.write(tmp_path))
-    for ours, theirs in ((found.ma_clu, files.ma_clu), (found.ma2patch, files.ma2patch)):
+    found, settings = read_published(files.write(tmp_path))
+    for ours, theirs in ((found["ma_clu"], files.ma_clu), (found["ma2patch"], files.ma2patch)):
         assert torch.equal(ours["mean"], theirs["mean_vector"])
         assert torch.equal(ours["covariance"], theirs["cov_matrix"])
         assert torch.equal(ours["inverse"], theirs["inv_cov_matrix"])
-    assert np.array_equal(found.ma_clu["centers"], files.centers)
-    assert torch.equal(found.patchcore["bank"], files.patchcore["memory_bank"])
-    assert (found.neighbors, found.coreset_ratio, found.image_size) == (3, 0.01, 238)
+    assert np.array_equal(found["ma_clu"]["centers"], files.centers)
+    assert torch.equal(found["pc"]["bank"], files.patchcore["memory_bank"])
+    assert settings == {"neighbors": 3, "coreset_ratio": 0.01, "image_size": 238}
 
 
 def test_other_ways_of_saving_the_same(tmp_path):
@@ -100,11 +100,11 @@ def test_other_ways_of_saving_the_same(tmp_path):
     files.patchcore = {"memory_bank": large[5:25, 10:42], "other": large, "image_size": (124, 124)}
     files.kmeans["foreground_cluster"] = np.int64(files.kmeans["foreground_cluster"])
     files.kmeans["kmeans"].cluster_centers_ = np.asfortranarray(files.kmeans["kmeans"].cluster_centers_).astype(">f8")
-    found = read_published(files.write(tmp_path))
-    assert torch.equal(found.ma_clu["mean"], files.ma_clu["mean_vector"][0])
-    assert torch.equal(found.patchcore["bank"], large[5:25, 10:42])
-    assert np.array_equal(found.ma_clu["centers"], files.centers)
-    assert (found.neighbors, found.coreset_ratio, found.image_size) == (3, None, 124)
+    found, settings = read_published(files.write(tmp_path))
+    assert torch.equal(found["ma_clu"]["mean"], files.ma_clu["mean_vector"][0])
+    assert torch.equal(found["pc"]["bank"], large[5:25, 10:42])
+    assert np.array_equal(found["ma_clu"]["centers"], files.centers)
+    assert settings == {"neighbors": 3, "coreset_ratio": None, "image_size": 124}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_names_of_older_libraries(tmp_path, new, old):
     swapped = data.replace(new, old) if new in data else data.replace(old, new)
     assert swapped != data
     (folder / KMEANS_FILE).write_bytes(swapped)
-    assert np.array_equal(read_published(folder).ma_clu["centers"], files.centers)
+    assert np.array_equal(read_published(folder)[0]["ma_clu"]["centers"], files.centers)
 
 
 # Pickles that would run something. Each writes to `marker` (or ends the process) if anything is ever called.
@@ -244,7 +244,7 @@ def test_the_hand_made_model_is_well_formed(tmp_path):
     folder = Published(dim=3).write(tmp_path)
     values = np.arange(6.0).reshape(2, 3)
     (folder / KMEANS_FILE).write_bytes(model(build(b"K\x02K\x03\x86", values.tobytes())))
-    assert np.array_equal(read_published(folder).ma_clu["centers"], values)
+    assert np.array_equal(read_published(folder)[0]["ma_clu"]["centers"], values)
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
@@ -415,10 +415,10 @@ def test_the_published_programs_files_give_its_scores_and_maps(tmp_path):
         setattr(files, name, {"mean_vector": mean, "cov_matrix": covariance, "inv_cov_matrix": inverse})
     files.kmeans["kmeans"].cluster_centers_ = golden["ma_clu"]["cluster_centers"]
     files.kmeans["foreground_cluster"] = int(golden["ma_clu"]["foreground_cluster"])
-    published = read_published(files.write(tmp_path))
+    published, _ = read_published(files.write(tmp_path))
     ma_clu, ma2patch = MACLU(StoredTokens()), MA2Patch(StoredTokens())
-    ma_clu.load_state(published.ma_clu)
-    ma2patch.load_state(published.ma2patch)
+    ma_clu.load_state(published["ma_clu"])
+    ma2patch.load_state(published["ma2patch"])
     tokens = {name: torch.from_numpy(arrays["test_tokens"]) for name, arrays in golden.items()}
     assert_close(ma_clu.confidence(tokens["ma_clu"][:, 1:]), golden["ma_clu"]["patch_confidence"])
     results = {

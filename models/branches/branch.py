@@ -104,7 +104,7 @@ class Branch(abc.ABC):
 
     def batches(self, loader: Any) -> Any:
         """The batches of frames in `loader` as `fit` and `update` take them."""
-        return loader if self.tiles == 1 else TiledBatches(loader, self.tiling, self.roi, self.looking_at)
+        return loader if self.tiles == 1 else TiledBatches(loader, self)
 
     def score(self, features: Any) -> Part:
         """The output of `extract` -> scores [B] and maps [B, S, S] of tiles."""
@@ -183,10 +183,7 @@ class Branch(abc.ABC):
         precision: str = "auto",
         flag: str | None = None,
     ) -> Branch:
-        """Read a checkpoint and the network that it was fitted with.
-
-        `weights`, which people give with `flag`, says where weights given as a file are now.
-        """
+        """Read a checkpoint and the network that it was fitted with; `weights`, given by `flag`, may have moved."""
         tensors, metadata = load_checkpoint(path)
         if metadata.get("branch") != cls.name:
             raise InputError(f"{path} is a checkpoint of branch '{metadata.get('branch')}', not of '{cls.name}'")

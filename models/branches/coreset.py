@@ -1,9 +1,8 @@
 """The patches that enter PatchCore's memory bank: sparse random projection and greedy k-centre selection.
 
-Roth et al., "Towards Total Recall in Industrial Anomaly Detection" (2022), use the greedy k-centre of Sener and
-Savarese (2018) on projected features: start at the first patch, then always add the patch farthest from all chosen
-ones. Here the selection is lazy (Minoux, 1978): a distance to the nearest centre can only shrink, so an old one is an
-upper bound, and only points with a large bound are computed again.
+Roth et al. (2022) use the greedy k-centre of Sener and Savarese (2018) on projected features. Here it is lazy (Minoux,
+1978): a distance to the nearest centre can only shrink, so an old one is an upper bound, and only points with a large
+bound are computed again.
 """
 
 from __future__ import annotations
@@ -23,10 +22,9 @@ CHOSEN = -1.0  # the distance of a chosen point, below all others
 
 
 def sparse_projection(features: Tensor, eps: float = 0.9, seed: int = 22) -> Tensor:
-    """Project `features` [n, D] as scikit-learn's `SparseRandomProjection(eps=eps, random_state=seed)` does.
+    """Project `features` [n, D] as scikit-learn's `SparseRandomProjection(eps=eps, random_state=seed)` does: [n, d].
 
-    Returns [n, d] float32 on the same device, where d is the Johnson-Lindenstrauss width for n points (284 for
-    100,000). If d exceeds D (or is 0, for a single point), `features` are returned as they are.
+    d is the Johnson-Lindenstrauss width for n points. If it exceeds D (or is 0), `features` are returned as they are.
     """
     count, width = features.shape
     johnson_lindenstrauss = int(4 * np.log(count) / (eps**2 / 2 - eps**3 / 3))
@@ -53,11 +51,10 @@ def greedy_k_center(features: Tensor, size: int, progress: bool = True, chosen: 
 
 
 class LazyGreedy:
-    """Greedy k-centre selection that evaluates only a part of the n · size distances.
+    """Greedy k-centre selection that evaluates only a part of the n · size distances: `evaluations`.
 
-    `nearest` [n] holds each point's distance to the nearest of the first `seen` [n] centres, an upper bound until the
-    later centres are compared, too. The nearest centre is found by |c|² - 2 x·c in float64, the distance to it from
-    differences, so that copies of a point have equal distances. `evaluations` counts all distances computed.
+    `nearest` [n] holds each point's distance to the nearest of the first `seen` [n] centres. The nearest is found by
+    |c|² - 2 x·c in float64, the distance to it from differences, so that copies of a point have equal distances.
     """
 
     def __init__(self, features: Tensor) -> None:
@@ -65,7 +62,6 @@ class LazyGreedy:
         self.evaluations = 0
 
     def select(self, size: int, progress: bool = True, chosen: int = 1) -> Tensor:
-        """See `greedy_k_center`."""
         count, width = self.features.shape
         if not chosen <= size <= count:
             raise ValueError(f"size must lie in [{chosen}, {count}], the number of points, not {size}")

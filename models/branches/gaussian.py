@@ -18,8 +18,7 @@ RIDGE = 1e-6  # added to the covariance's diagonal before it is inverted
 class RunningMoments:
     """Moments of a stream of vectors in double precision; the memory does not grow with the stream.
 
-    They hold what an empirical covariance and the shrinkage of Ledoit and Wolf need. Two are merged exactly, after both
-    are moved to the common mean (Chan, Golub and LeVeque).
+    Two are merged exactly, after both are moved to the common mean (Chan, Golub and LeVeque).
     """
 
     def __init__(self) -> None:
@@ -114,11 +113,9 @@ class Gaussian:
         self.root_single = self.root.mT.float().contiguous()  # transposed, float32: for many vectors about their mean
 
     def to(self, device: torch.device | str) -> Gaussian:
-        """The same Gaussian on `device`."""
         return Gaussian(self.mean.to(device), self.covariance.to(device), self.inverse.to(device), self.moments)
 
     def state(self) -> dict[str, Tensor]:
-        """Named tensors for a checkpoint."""
         return {**self.moments, "mean": self.mean, "covariance": self.covariance, "inverse": self.inverse}
 
     @classmethod
@@ -141,10 +138,7 @@ class GaussianFit(RunningMoments):
         self.estimator = estimator
 
     def finish(self, noise: Tensor | float = 0.0, before: Gaussian | None = None) -> Gaussian:
-        """The Gaussian of these images and those of `before`, `noise` [D, D] added to its covariance.
-
-        Both noises are averaged over the images.
-        """
+        """The Gaussian of these images and those of `before`, their mean `noise` [D, D] added to its covariance."""
         if before:
             earlier = GaussianFit(self.estimator)
             earlier.merge(before.moments)

@@ -60,9 +60,8 @@ class MA2Patch(Branch):
     def contribution(self, tokens: Tensor) -> Tensor:
         """Patch tokens [B, N, D] -> |D_M(g) - D_M(g without patch i)| [B, N], float64.
 
-        With c the whitened deviation of g and d_i that of p_i - g, g without patch i whitens to c - d_i / (N - 1): one
-        matrix product serves all patches, in float32, since the large mean is gone. The difference of the squared
-        lengths is taken before the roots, so that it keeps its digits.
+        With c the whitened deviation of g and d_i that of p_i - g, g without patch i whitens to c - d_i / (N - 1). The
+        difference of the squared lengths is taken before the roots, so that it keeps its digits.
         """
         others = max(tokens.shape[1] - 1, 1)
         mean = tokens.mean(1, keepdim=True, dtype=torch.float64)

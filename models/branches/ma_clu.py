@@ -113,8 +113,7 @@ def _foreground_and_background(
 ) -> tuple[Tensor, Tensor]:
     """Two k-means centres [2, D] of weighted patches [n, D], that of the smaller cluster first, and their sizes [2].
 
-    The search starts at `centers` if they are given. The patches are shifted in place and back, which rounds them: a
-    copy would double the memory.
+    The search starts at `centers`, if given. The patches are shifted in place and back: a copy would take memory.
     """
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits

@@ -24,10 +24,7 @@ FRAMES = 16  # of the training images, on which the change is measured
 
 
 class CodecNoise:
-    """Gathers how a codec changes the vectors of the first training images, if they have no colour.
-
-    `vectors` maps normalised images [B, 3, S, S] to [B, D] or, with several vectors an image, to [B, N, D].
-    """
+    """Gathers how a codec changes the `vectors` ([B, D] or [B, N, D]) of the first training images without colour."""
 
     def __init__(self, vectors: Callable[[Tensor], Tensor], backbone: Backbone) -> None:
         self.vectors = vectors
@@ -55,21 +52,15 @@ class CodecNoise:
         self.squares = self.squares + state["squares"]
 
     def covariance(self) -> Tensor | float:
-        """What to add to the covariance [D, D] of the vectors; 0 if the frames have colour.
-
-        Half of it is on the diagonal: so few frames do not show every direction.
-        """
+        """What to add to the covariance [D, D] of the vectors; 0 if the frames have colour."""
         if self.count == 0:
             return 0.0
         joint = self.squares / self.count
-        return (joint + joint.diagonal().diag()) / 2
+        return (joint + joint.diagonal().diag()) / 2  # so few frames do not show every direction
 
 
 def as_coded(pixels: Tensor, index: Tensor, backbone: Backbone) -> tuple[list[int], Tensor]:
-    """Which of the images [B, 3, S, S] (0 to 1) have no colour, and those as a coarse JPEG gives them [b, 3, S, S].
-
-    The latter are normalised for the backbone; their numbers among all, `index` [B], are the seeds of the errors.
-    """
+    """Which of the images [B, 3, S, S] (0 to 1) have no colour, and those as JPEG, normalised; `index` [B]: seeds."""
     frames = (255 * pixels).cpu()
     rows = [row for row, frame in enumerate(frames) if is_colourless(frame)]
     if not rows:

@@ -37,10 +37,9 @@ def exact_cdist(x: Tensor, y: Tensor) -> Tensor:
 class NearestNeighbors:
     """The rows of a matrix nearest to queries, by Euclidean distance.
 
-    Candidates are ranked by |r|² - 2 q·r in float32, one product for a block of queries and a block of `rows` [m, D].
-    The mean of the rows is subtracted from both, so that a common offset costs no digits. The distances to the
-    candidates come from differences and are exact to float32 rounding. A search takes about four times `budget` bytes
-    beside its result. faiss, where it is installed, finds the candidates faster than MKL, but slower than oneDNN.
+    Candidates are ranked by |r|² - 2 q·r in float32, for a block of queries and a block of `rows` [m, D], both less the
+    mean row, so that a common offset costs no digits. Distances come from differences. A search takes about four times
+    `budget` bytes. faiss, where it is installed, finds the candidates faster than MKL, but slower than oneDNN.
     """
 
     def __init__(self, rows: Tensor, budget: int | None = None) -> None:

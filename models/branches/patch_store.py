@@ -11,10 +11,8 @@ from torch import Tensor
 class PatchStore:
     """Keeps the patches of `images` training images, at most `budget` GB (10^9 bytes) of float32.
 
-    Within the budget all patches stay, in order. Beyond it each image keeps the same number of patches (or one more),
-    drawn with a seed of its own, so that the choice depends neither on the batches nor on the other processes.
-
-    Rows [m, D] of an earlier fit may come first; each stands for some `counts` [m] of patches.
+    Beyond it each image keeps the same number of patches (or one more), drawn with a seed of its own, so that batches
+    and processes do not matter. Rows [m, D] of an earlier fit may come first; each stands for `counts` [m] patches.
     """
 
     def __init__(

@@ -38,10 +38,7 @@ def mean_of_top(maps: Tensor) -> Tensor:
 
 
 def gaussian_blur(maps: Tensor, sigma: float, radius: int | None = None, edge_repeated: bool = True) -> Tensor:
-    """Gaussian blur of maps [B, H, W], truncated at `radius` pixels (4 sigma unless given).
-
-    Borders are mirrored, with the edge pixel repeated (SciPy's `gaussian_filter`) or not (OpenCV's default).
-    """
+    """Gaussian blur of maps [B, H, W], truncated at `radius` pixels (4 sigma unless given), borders mirrored."""
     radius = int(4 * sigma + 0.5) if radius is None else radius
     for _ in range(2):  # along the columns; then, transposed, along the rows
         matrix = _blur_matrix(maps.shape[-1], sigma, radius, edge_repeated, maps.dtype, maps.device)

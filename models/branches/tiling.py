@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,19 +103,11 @@ class Tiling:
 
 
 class TiledBatches:
-    """The batches of a loader, cut into tiles; each view's are given within `looking_at`, called with its region."""
+    """The batches of a loader, cut into tiles; while it sees a view's, the branch looks at the view's region."""
 
-    def __init__(
-        self,
-        loader: Any,
-        tiling: Tiling,
-        roi: RegionOfInterest | None,
-        looking_at: Callable[[RegionOfInterest | None], AbstractContextManager],
-    ) -> None:
-        self.loader = loader
-        self.tiling = tiling
-        self.views = tiling.views(roi)
-        self.looking_at = looking_at
+    def __init__(self, loader: Any, branch: Any) -> None:
+        self.loader, self.branch = loader, branch
+        self.views = branch.tiling.views(branch.roi)
         self.tiles = sum(len(view.corners) for view in self.views)  # of a frame
         self.dataset = range(self.tiles * len(loader.dataset))
 
@@ -126,6 +117,6 @@ class TiledBatches:
             for view in self.views:
                 numbers = torch.arange(first, first + len(view.corners))
                 index = (batch["index"][:, None] * self.tiles + numbers).flatten()
-                with self.looking_at(view.roi):
-                    yield {"image": self.tiling.cut(batch["image"], view), "index": index}
+                with self.branch.looking_at(view.roi):
+                    yield {"image": self.branch.tiling.cut(batch["image"], view), "index": index}
                 first += len(view.corners)

@@ -20,8 +20,7 @@ ROWS = 1 << 16  # patches at a time
 class Whitening:
     """Patch features [..., D] -> (features - mean) @ matrix, with unit covariance except for the floor.
 
-    Features made of several maps are whitened map by map. Each map then counts the same in a distance, whatever its
-    number of channels; otherwise many channels of texture would drown three of colour.
+    Features made of several maps are whitened map by map, so that each counts the same in a distance.
     """
 
     def __init__(self, mean: Tensor, matrix: Tensor, moments: Mapping[str, Tensor] | None = None) -> None:

@@ -106,7 +106,6 @@ def halve_weights(path: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep to ourselves what the exporter tells of its progress and its own code."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -20,10 +20,7 @@ from utils.errors import InputError
 
 
 class OnnxModel(Model):
-    """What USAD is to predict.py, by an ONNX file whose metadata are `description`.
-
-    Raises KeyError, TypeError, ValueError or AttributeError if they are not those of an export, or of another graph.
-    """
+    """What USAD is to predict.py, by an ONNX file whose metadata are `description`."""
 
     name = "fusion"
     device = "cpu"
@@ -45,7 +42,6 @@ class OnnxModel(Model):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> OnnxModel:
-        """The model of a file. Raises InputError: not there, damaged, another program's, no onnxruntime."""
         session = open_session(path)
         try:
             return cls(session, json.loads(session.get_modelmeta().custom_metadata_map[FORMAT]))

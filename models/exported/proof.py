@@ -44,11 +44,9 @@ class Proof(list[Compared]):
 
     @property
     def worst(self) -> Tolerance:
-        """The largest differences."""
         return Tolerance(*(max(values) for values in zip(*(frame.difference for frame in self), strict=True)))
 
     def figures(self) -> dict[str, Any]:
-        """For the metadata, as plain JSON values."""
         score, largest, mean = self.worst
         return {"frames": len(self), "score_difference": score, "map_difference": largest, "map_mean_difference": mean}
 
@@ -93,7 +91,7 @@ def settle_thresholds(original: Model, exported: Model, proof: Iterable[Compared
     """Raise the thresholds of `exported` above all frames that are quiet by the original.
 
     The thresholds of an operating point lie just above a held-out frame, which rounding, relative, can lift over them:
-    so near to a threshold a frame counts as quiet. Raises InputError if one of the two alone still gives an alarm.
+    so near to a threshold a frame counts as quiet.
     """
     for name, of in (("threshold", "score"), ("pixel_threshold", "peak")):
         limit = getattr(original, name)

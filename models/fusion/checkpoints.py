@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from models.branches import BRANCHES, METHOD
 from utils.checkpoint import read_metadata
@@ -17,11 +16,7 @@ def checkpoint_path(folder: Path, branch: str) -> Path:
 
 
 def checkpoint_paths(folder: Path) -> dict[str, Path]:
-    """The checkpoints in `folder` by branch name.
-
-    The paper's three must be there; other registered branches are added if they have been trained. Raises InputError
-    that names every missing one.
-    """
+    """The checkpoints in `folder` by branch name: the paper's three, or InputError, and those of other branches."""
     paths = {name: checkpoint_path(folder, name) for name in BRANCHES}
     missing = [paths[name].name for name in METHOD if not paths[name].is_file()]
     if missing:
@@ -38,16 +33,10 @@ def checkpoint_digests(folder: Path) -> dict[str, str]:
 
 
 def default_fusion(folder: Path) -> str:
-    """The fusion for the checkpoints in `folder`: standardized if all have held-out statistics and `--weights` demo or
-    imagenet, else the paper's.
-
-    Raises InputError if one is missing or damaged.
-    """
-    everything = map(read_metadata, checkpoint_paths(folder).values())
-    return "standardized" if all(map(_standardizes, everything)) else "paper"
-
-
-def _standardizes(metadata: dict[str, Any]) -> bool:
-    network = metadata.get("backbone")
-    small = isinstance(network, dict) and network.get("weights") in ("demo", "imagenet")
-    return small and metadata.get("calibration") is not None
+    """Standardized if all checkpoints in `folder` have held-out statistics and `--weights` demo or imagenet."""
+    for metadata in map(read_metadata, checkpoint_paths(folder).values()):
+        network = metadata.get("backbone")
+        small = isinstance(network, dict) and network.get("weights") in ("demo", "imagenet")
+        if not small or metadata.get("calibration") is None:
+            return "paper"
+    return "standardized"

@@ -21,24 +21,19 @@ CONFIDENCE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class OperatingPoint:
-    """A score at or above `threshold` is an alarm, a map at or above `pixel_threshold` a region.
+    """Thresholds and their false-alarm rate, which also is that of normal images with any region."""
 
-    `expected_rate` is the false-alarm rate to expect on normal images like the held-out ones; `interval` contains the
-    true rate of this threshold with 95 % probability. Both also hold for the share of normal images with any region.
-    """
-
-    threshold: float
-    pixel_threshold: float
+    threshold: float  # a score at or above it is an alarm
+    pixel_threshold: float  # a map at or above it is a region
     false_alarm_rate: float  # as asked for
     images: int  # held-out normal images
-    expected_rate: float
-    interval: tuple[float, float]
+    expected_rate: float  # on normal images like the held-out ones
+    interval: tuple[float, float]  # contains the true rate with 95 % probability
     fusion: dict[str, Any]  # `USAD.settings`
     checkpoints: dict[str, str]  # file name -> SHA-256
 
     @property
     def source(self) -> str:
-        """Where the thresholds come from, for people."""
         low, high = self.interval
         return (
             f"{self.images} held-out normal images: expected rate {self.expected_rate:.3g}, "
@@ -123,31 +118,19 @@ def _are_numbers(value: Any) -> bool:
 def find_operating_point(
     scores: np.ndarray, peaks: np.ndarray, false_alarm_rate: float, fusion: dict[str, Any], checkpoints: dict[str, str]
 ) -> OperatingPoint:
-    """The operating point from held-out normal images: their fused scores [N] and the maxima of their maps [N].
-
-    `fusion` and `checkpoints` say what it is valid for. Raises InputError if a number is not finite.
-    """
+    """The operating point from held-out normal images: their fused scores [N] and the maxima of their maps [N]."""
     if not (np.isfinite(scores).all() and np.isfinite(peaks).all()):
         raise InputError("the fused score or map of a held-out image is not finite; check the weights")
-    expected, interval = exceedance(len(scores), false_alarm_rate)
-    return OperatingPoint(
-        threshold=quantile(scores, false_alarm_rate),
-        pixel_threshold=quantile(peaks, false_alarm_rate),
-        false_alarm_rate=false_alarm_rate,
-        images=len(scores),
-        expected_rate=expected,
-        interval=interval,
-        fusion=fusion,
-        checkpoints=checkpoints,
-    )
+    thresholds = (quantile(values, false_alarm_rate) for values in (scores, peaks))
+    expected = exceedance(len(scores), false_alarm_rate)
+    return OperatingPoint(*thresholds, false_alarm_rate, len(scores), *expected, fusion, checkpoints)
 
 
 def rank(count: int, rate: float) -> int:
     """The rank k (from 1, in rising order of `count` values) just above which the threshold lies.
 
-    A new value of the same kind exceeds the k-th of n with probability (n + 1 - k) / (n + 1), whatever the
-    distribution (split conformal prediction, Vovk et al.). This is the smallest k that keeps it at `rate` or less, or
-    the last if there are too few values.
+    A new value of the same kind exceeds the k-th of n with probability (n + 1 - k) / (n + 1), of any distribution.
+    This is the smallest k that keeps it at `rate` or less, or the last if there are too few values.
     """
     return min(count, math.ceil((count + 1) * (1 - rate) - 1e-9))
 

@@ -17,8 +17,7 @@ from models.fusion.rule import FusionRule
 class PaperProduct(FusionRule):
     """M = product of the maps, each scaled to its own range; s = Σ weight · branch score + lambda_map · max M.
 
-    The returned map is M after a 5x5 Gaussian blur. A branch's weight is its `score_weight` (MACLU 0.01, the paper's
-    λ_obj; PatchCore 1; MA2Patch 0) unless `score_weights` names it.
+    The returned map is M after a 5x5 Gaussian blur. A branch's weight is its own unless `score_weights` names it.
     """
 
     name = "paper"

@@ -57,8 +57,7 @@ class Model(abc.ABC):
     def __call__(self, images: ImageLike | Sequence[ImageLike], batch_size: int | None = None) -> list[Prediction]:
         """A path, picture, PIL image or RGB array [H, W, 3] of uint8, or a list of these -> a list of predictions.
 
-        Maps, boxes and areas are in each image's own pixels. Raises InputError for a file that cannot be read, an array
-        of another kind, or scores that are not finite.
+        Maps, boxes and areas are in each image's own pixels.
         """
         images = list(images) if isinstance(images, list | tuple) else [images]
         batch_size = batch_size or self.batch_size
@@ -105,10 +104,7 @@ def as_picture(image: ImageLike, roi: RegionOfInterest | None = None, decoding: 
 def regions(
     anomaly_map: np.ndarray, threshold: float, min_area: int = 0
 ) -> tuple[list[tuple[int, int, int, int]], int]:
-    """Boxes (x, y, width, height), largest area first, of the 8-connected regions at or above, and their pixel count.
-
-    Regions of fewer than `min_area` pixels do not count.
-    """
+    """Boxes (x, y, width, height), largest area first, of the 8-connected regions at or above, and their pixels."""
     mask = (anomaly_map >= threshold).astype(np.uint8)
     _, _, statistics, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     found = sorted(statistics[1:].tolist(), key=lambda row: -row[cv2.CC_STAT_AREA])

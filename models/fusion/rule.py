@@ -13,10 +13,9 @@ from models.branches.part import Part
 
 
 class FusionRule(abc.ABC):
-    """A rule is built from the branches. It may read their names, weights and statistics, and changes none of them.
+    """A rule is built from the branches, and changes none of them.
 
-    The keyword arguments of a subclass's constructor are its settings: plain JSON values, stored with the thresholds
-    in usad.json.
+    The keyword arguments of a subclass's constructor are its settings, stored with the thresholds in usad.json.
     """
 
     name: ClassVar[str]

@@ -43,12 +43,11 @@ class USAD(Model):
         self.device = branches[0].device
         self.tiles = max(branch.tiles for branch in branches)  # along each side of a frame, at most
         self.batch_size = max(1, (32 if self.device.type == "cuda" else 4) // self.tiles**2)
-        self.roi = branches[0].roi
-        if any(branch.roi != self.roi for branch in branches):
-            raise InputError("the branches were not trained with the same --roi; train them again with one")
-        self.bit_depth = branches[0].bit_depth
-        if any(branch.bit_depth != self.bit_depth for branch in branches):
-            raise InputError("the branches were not trained with the same --bit-depth; train them again with one")
+        self.roi, self.bit_depth = branches[0].roi, branches[0].bit_depth
+        for name in ("roi", "bit_depth"):
+            if any(getattr(branch, name) != getattr(self, name) for branch in branches):
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"the branches were not trained with the same {flag}; train them again with one")
         self.rule = RULES[fusion](branches, **settings)
         self.stopwatch = Stopwatch(self.device)
         self.passes = self._predict_parts

@@ -49,10 +49,7 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Features of images [B, 3, S, S], normalised as ImageNet's, where S is the spec's image size.
-
-        On a GPU the caller has to `check_finite`, because checking each batch would wait for the device.
-        """
+        """Features of images [B, 3, S, S], normalised as ImageNet's. On a GPU the caller has to `check_finite`."""
         if images.shape[-2:] != (self.spec.image_size,) * 2:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, the backbone takes {self.spec.image_size}")
         with torch.no_grad():
@@ -62,7 +59,6 @@ class Backbone(nn.Module):
         return outputs
 
     def features(self, images: Tensor, layout: torch.memory_format = torch.contiguous_format) -> tuple[Tensor, ...]:
-        """What `forward` gives, unchecked."""
         if self.spec.normalize_contrast:  # each image minus its mean colour, over the deviation of its grey values
             pixels = self.pixels(images)
             pixels = pixels - pixels.mean((2, 3), keepdim=True)
@@ -189,15 +185,11 @@ class DemoTokens(Demo, TokenBackbone):
 
 
 class MapBackbone(Backbone):
-    """Images [B, 3, S, S] -> maps [B, C, h, w], the finest first.
+    """Images [B, 3, S, S] -> maps [B, C, h, w], the finest first."""
 
-    `grid` is its (h, w), `widths` the maps' channels, `dim` all of them together; `neighborhood` is the side of the
-    square over which PatchCore averages a map.
-    """
-
-    grid: tuple[int, int]
-    widths: list[int]
-    neighborhood: int
+    grid: tuple[int, int]  # of the finest map
+    widths: list[int]  # channels of the maps; `dim` is all of them together
+    neighborhood: int  # side of the square over which PatchCore averages a map
 
     @property
     def dim(self) -> int:
@@ -239,10 +231,9 @@ def build_backbone(
     precision: str = "auto",
     flag: str = "--weights",
 ) -> TokenBackbone | MapBackbone:
-    """Build the network of `spec`, load its weights and move it to `device`.
+    """The network of `spec` on `device`; `weights` overrides where its weights come from.
 
-    `weights` overrides where the weights come from; `precision`: see `resolve_precision`. Raises InputError: unknown
-    network, a size that does not suit it, weights that cannot be had or do not fit the spec and its fingerprint.
+    Raises InputError: unknown network, unsuitable size, weights that cannot be had or do not fit the fingerprint.
     """
     if weights is not None:
         spec = spec.with_weights(weights)

@@ -1,8 +1,7 @@
 """oneDNN's kernels on the CPU: linear layers, convolutions and attention, in float32 and bfloat16.
 
 By default torch uses MKL for matrix products in float32, which can be half as fast on CPUs that are not Intel's, and
-computes a convolution of one image on one thread without oneDNN. Whether oneDNN is clearly slower is measured once, on
-the machine that runs.
+computes a convolution of one image on one thread without oneDNN.
 """
 
 from __future__ import annotations
@@ -45,10 +44,9 @@ def onednn_gains(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def onednn_pays(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's kernels are right, and a linear layer with GELU is not clearly slower by them.
+    """Whether oneDNN's kernels, private names of torch, are right, and a linear layer is not slower by MARGIN.
 
-    Two runs on one machine must decide alike, or their numbers differ in the last digit. So torch's own kernels have to
-    be faster by the factor MARGIN, in the best of several turns. torch has oneDNN's under private names, which may go.
+    Two runs on one machine must decide alike, or their numbers differ in the last digit: hence the best of several turns.
     """
     if dtype not in TOLERANCE or not torch.backends.mkldnn.is_available():
         return False
@@ -106,10 +104,7 @@ def _conv2d(
 
 
 class GELULinear(nn.Module):
-    """gelu(linear(x)) by one kernel, its weights in the order in which oneDNN reads them.
-
-    A ReLU has none: oneDNN's turns NaN into 0, and a broken network would look sound.
-    """
+    """gelu(linear(x)) by one kernel. A ReLU has none: oneDNN's turns NaN into 0, which would hide a broken network."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -139,10 +134,7 @@ class OneDNN(TorchFunctionMode, contextlib.ContextDecorator):
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d) v for [B, H, N, d] each -> [B, H, N, d]; the scores and their softmax are float32.
-
-    A thread takes one head of one image at a time: its scores [N, N] then stay in the processor's cache.
-    """
+    """softmax(q kᵀ / √d) v for [B, H, N, d] each -> [B, H, N, d]; a thread takes one head of one image at a time."""
     images, heads, count, width = query.shape
     result = query.new_empty(images, count, heads, value.shape[-1])  # the order in which the next layer reads it
 

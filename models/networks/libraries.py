@@ -149,7 +149,7 @@ class FeatureMaps(nn.Module):
         return self.net.forward_intermediates(images, indices=self.stages, intermediates_only=True)
 
     def drop_unused(self, image_size: int) -> FeatureMaps:
-        """Take out the parts that no map depends on: what pruning leaves of a head differs between timm's releases."""
+        """Take out the parts that no map depends on: what pruning leaves differs between timm's releases."""
         parameters = [value for value in self.parameters() if value.requires_grad]
         total = sum(found.sum() for found in self(_blank(self, image_size)))
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
@@ -230,10 +230,9 @@ def _strides_of_modules(net: nn.Module, image_size: int) -> dict[str, int]:
 
 
 def load_weights(net: nn.Module, name: str, state: StateDict, source: str, position_size: int | None = None) -> str:
-    """Put `state`, laid out as timm, torchvision or the authors publish, into `net`; returns a fingerprint.
+    """Put `state`, as timm, torchvision or the authors publish it, into `net`; returns the fingerprint of what is used.
 
-    A ViT's position embeddings are resampled to `position_size` pixels, if given, then to the size of `net`. The
-    fingerprint is that of the tensors in use as published.
+    A ViT's position embeddings are resampled to `position_size` pixels, if given, then to the size of `net`.
     """
     target = net.net if isinstance(net, FeatureMaps) else net
     expected = target.state_dict()
@@ -264,10 +263,7 @@ def load_weights(net: nn.Module, name: str, state: StateDict, source: str, posit
 
 
 def _in_timm_layout(name: str, state: StateDict) -> StateDict:
-    """`state` under timm's names and in its shapes, as far as timm's own loader makes anything of it.
-
-    timm does not say what the loader has found: that shows from what becomes of a file full of NaN.
-    """
+    """`state` under timm's names, as far as timm's loader takes it, which shows from what becomes of a file of NaN."""
     if "_conv_stem.weight" in state:  # the names of EfficientNet-PyTorch, whose tensors come in timm's order
         return dict(zip(outline(name).state_dict(), state.values(), strict=False))
     positions = state.get("pos_embed", torch.empty(0))

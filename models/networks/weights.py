@@ -47,10 +47,7 @@ def state_dict_of(spec: BackboneSpec, build: Callable[[], nn.Module], flag: str)
 
 
 def read_state_dict(path: str | os.PathLike) -> StateDict:
-    """Tensors of a `.safetensors`, `.pth`, `.pt` or `.bin` file, by name; nothing in the file can run code.
-
-    A dictionary wrapped as {"state_dict": ...} or {"model": ...} is unwrapped; other values than tensors are dropped.
-    """
+    """Tensors of a file by name, also out of {"state_dict": ...} or {"model": ...}; nothing in it can run code."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"weights {path}: the name must end in one of {', '.join(SUFFIXES)}")
@@ -86,8 +83,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def random_state_dict(build: Callable[[], nn.Module], seed: int) -> StateDict:
     """State dict of an untrained network, the same for a seed and versions of torch and timm.
 
-    LayerScale factors are one instead of DINOv2's 1e-5, with which an untrained CLS token would hardly depend on the
-    image, and rounding would make up a hundredth of the differences.
+    LayerScale factors are one, since with DINOv2's 1e-5 an untrained CLS token would hardly depend on the image.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -96,11 +92,7 @@ def random_state_dict(build: Callable[[], nn.Module], seed: int) -> StateDict:
 
 
 def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
-    """Published weights of a network of timm or torchvision, downloaded once into the libraries' caches.
-
-    Networks that torchvision publishes in timm's layout: its own URL (ImageNet-1k, first version), then timm's copy, as
-    all others, from the Hugging Face hub and its mirror (or HF_ENDPOINT alone), then ModelScope.
-    """
+    """Published weights of a network of timm or torchvision, downloaded once into the libraries' caches."""
     sources = list(_sources(name))
     failures = []
     with contextlib.ExitStack() as stack:

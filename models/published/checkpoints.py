@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import zipfile
 from collections.abc import Callable
@@ -35,28 +34,11 @@ STORAGES = {
 TENSORS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", *STORAGES}
 
 
-@dataclasses.dataclass(frozen=True)
-class PublishedCheckpoints:
-    """Tensors by the names that our branches' `load_state` takes, and the settings in the files.
+def read_published(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The four files in `folder`: by branch the tensors that `load_state` takes, and PatchCore's settings.
 
-    ma_clu: mean [D], covariance [D, D], inverse [D, D] as stored, centers [2, D] (foreground first).
-    ma2patch: mean, covariance, inverse. patchcore: bank [M, D]. Sizes that a file does not state are None.
+    Nothing in them is executed. `coreset_ratio` and `image_size` are None where the file does not state them.
     """
-
-    ma_clu: dict[str, Tensor]
-    ma2patch: dict[str, Tensor]
-    patchcore: dict[str, Tensor]
-    neighbors: int
-    coreset_ratio: float | None
-    image_size: int | None
-
-
-def read_published(folder: Path) -> PublishedCheckpoints:
-    """Read the four files in `folder`; nothing in them is executed.
-
-    Raises InputError if one is missing or damaged, or holds anything but the expected numbers.
-    """
-    folder = Path(folder)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise InputError(
@@ -72,7 +54,7 @@ def read_published(folder: Path) -> PublishedCheckpoints:
         )
     ma2patch = _read(folder / MA2PATCH, _gaussian)
     bank, settings = _read(folder / PATCHCORE, _bank)
-    return PublishedCheckpoints({**ma_clu, "centers": centers}, ma2patch, {"bank": bank}, **settings)
+    return {"ma_clu": {**ma_clu, "centers": centers}, "ma2patch": ma2patch, "pc": {"bank": bank}}, settings
 
 
 def _read(path: Path, read: Callable[[Path], Any]) -> Any:

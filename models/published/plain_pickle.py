@@ -47,8 +47,7 @@ class Call:
 def follow(data: bytes, admitted: Collection[str]) -> Any:
     """The value of a pickle of protocol 2 to 5 that uses no names but the `admitted` ones.
 
-    Raises ValueError if it uses others, is damaged, or has more than MAX_STEPS; IndexError or KeyError if its steps do
-    not fit together.
+    Raises ValueError, or IndexError or KeyError if its steps do not fit together.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -101,9 +100,9 @@ def follow(data: bytes, admitted: Collection[str]) -> Any:
             case "STOP":
                 (result,) = stack
                 return result
-            case name if name in PUSHED_AS_READ:
+            case _ if name in PUSHED_AS_READ:
                 stack.append(value)
-            case name if name in PUSHED:
+            case _ if name in PUSHED:
                 stack.append(PUSHED[name])
             case _:
                 raise ValueError(f"the step {name} is refused")
