@@ -46,7 +46,7 @@ def onednn_gains(dtype: torch.dtype) -> bool:
 def onednn_pays(dtype: torch.dtype) -> bool:
     """Whether oneDNN's kernels, private names of torch, are right, and a linear layer is not slower by MARGIN.
 
-    Two runs on one machine must decide alike, or their numbers differ in the last digit: hence the best of several turns.
+    Two runs on one machine must decide alike, or their numbers differ in the last digit: so the best of several turns.
     """
     if dtype not in TOLERANCE or not torch.backends.mkldnn.is_available():
         return False
