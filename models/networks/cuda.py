@@ -17,8 +17,8 @@ TOLERANCE = 2e-2  # of the largest value: half precision, and GELU by its tanh f
 def use_cuda_kernels(net: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The network; its convolutions and linear layers also compute the ReLU or GELU that follows them.
 
-    cuBLAS has GELU by the tanh formula, used in half precision only. cuDNN's ReLU may turn NaN into 0, so it is not used
-    in fp16, whose range an unusual image may exceed.
+    cuBLAS has GELU by the tanh formula, for half precision only. cuDNN's ReLU may turn NaN into 0, so it is not used in
+    fp16, whose range an unusual image may exceed.
     """
     if dtype != torch.float16 and fused_convolutions_work(dtype, device):
         net = fuse_relus(net, FusedConv2d)
