@@ -25,7 +25,7 @@ def main() -> None:
     args = parser.parse_args()
 
     with importing():  # PyTorch takes seconds to import: --help needs none
-        from models.published.conversion import convert
+        from models.published.checkpoints import convert
 
     convert(args.source, args.models_dir, args.category, weights_by_branch(args, METHOD))
 

@@ -438,7 +438,7 @@ def small_networks(monkeypatch):
         "ma2patch": ("tokens", "test_vit", 160),
         "pc": ("maps", "test_resnet", 96),
     }
-    monkeypatch.setattr("models.published.conversion.NETWORKS", networks)
+    monkeypatch.setattr("models.published.checkpoints.NETWORKS", networks)
     return tuple(empty_backbone(BackboneSpec(*network)).dim for network in networks.values())
 
 

@@ -22,7 +22,7 @@ from models.branches.postprocess import resize_images
 from models.exported import operators
 from models.exported.export import Exportable, halve_weights
 from models.exported.model import OnnxModel, as_input
-from models.exported.proof import Compared, Judged, Tolerance, prove, settle_thresholds
+from models.exported.proof import Compared, Tolerance, prove, settle_thresholds
 from models.fusion.prediction import Prediction
 from models.networks.kernels import torchs_own_kernels
 from training import exporting
@@ -270,7 +270,7 @@ def test_thresholds_stay_above_the_frames_they_came_from():
     settle_thresholds(original, exported, proof, 1e-4)
     assert 2.00001 < exported.threshold < 2.0001 and 2.00001 < exported.pixel_threshold < 2.0001
     with pytest.raises(InputError, match="about an alarm"):
-        both = Judged(2.1, 2.1), Judged(1.9, 1.9)
+        both = (2.1, 1.9), (2.1, 1.9)
         settle_thresholds(original, exported, [Compared(Frame(), *both, Tolerance(0, 0, 0), (0, 0))], 1e-4)
 
 

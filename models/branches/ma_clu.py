@@ -35,11 +35,7 @@ class MACLU(Branch):
     score_weight = 0.01
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        threshold: float = 1.14,
-        covariance: str = "empirical",
-        patch_budget: float = 1.0,
+        self, backbone: nn.Module, threshold: float = 1.14, covariance: str = "empirical", patch_budget: float = 1.0
     ) -> None:
         super().__init__(backbone)
         self.threshold = threshold

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from models.networks.kernels import linear, onednn_gains
 
-BUDGETS = {"cpu": 1 << 24}  # bytes of a block of distances; on a CPU small enough for the cache
-BUDGET = 1 << 28  # elsewhere: large products, few launches
+CACHE, BUDGET = 1 << 24, 1 << 28  # bytes of a block of distances on a CPU, and elsewhere: few launches
 GROUP = 64  # columns that share one minimum in the search for the smallest
 
 
@@ -46,8 +45,7 @@ class NearestNeighbors:
         if rows.ndim != 2 or rows.shape[0] == 0:
             raise ValueError(f"rows must be [m, D] with m > 0, not {list(rows.shape)}")
         self.rows = rows.detach().float().contiguous()
-        self.budget = budget or BUDGETS.get(rows.device.type, BUDGET)
-        self.side = math.isqrt(self.budget // 4)  # of a square block of distances
+        self.budget = budget or (CACHE if rows.device.type == "cpu" else BUDGET)
         self.mean = self.rows.mean(0)
         parts = self.rows.split(self._at_once(1))
         self.squares = torch.cat([(part - self.mean).square_().sum(1) for part in parts])
@@ -87,7 +85,8 @@ class NearestNeighbors:
 
     def _at_once(self, copies: int) -> int:
         """How many vectors a block takes, if it holds so many copies of them."""
-        return max(1, min(self.side, self.budget // (4 * copies * self.rows.shape[1])))
+        side = math.isqrt(self.budget // 4)  # of a square block of distances
+        return max(1, min(side, self.budget // (4 * copies * self.rows.shape[1])))
 
 
 def load_faiss() -> ModuleType | None:

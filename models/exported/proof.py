@@ -22,19 +22,12 @@ class Tolerance(NamedTuple):
     mean: float  # of the map's differences
 
 
-class Judged(NamedTuple):
-    """What thresholds are compared with."""
-
-    score: float
-    peak: float  # of the map
-
-
 class Compared(NamedTuple):
-    """A frame by the original and by the exported model, how far they differ, and the seconds of each."""
+    """A frame by the original and by the exported model."""
 
     sample: Sample
-    expected: Judged
-    found: Judged
+    score: tuple[float, float]
+    peak: tuple[float, float]  # the highest value of the map
     difference: Tolerance
     seconds: tuple[float, float]
 
@@ -61,8 +54,8 @@ def prove(original: Model, exported: Model, samples: Iterable[Sample], tolerance
         middle = time.perf_counter()
         (found,) = exported([picture])
         seconds = middle - start, time.perf_counter() - middle
-        judged = [Judged(one.score, float(one.map.max())) for one in (expected, found)]
-        proof.append(Compared(sample, *judged, difference(expected, found), seconds))
+        peak = float(expected.map.max()), float(found.map.max())
+        proof.append(Compared(sample, (expected.score, found.score), peak, difference(expected, found), seconds))
 
     def excess(frame: Compared) -> float:
         return max(own / limit for own, limit in zip(frame.difference, tolerance, strict=True))
@@ -72,7 +65,7 @@ def prove(original: Model, exported: Model, samples: Iterable[Sample], tolerance
         raise InputError(
             f"the exported model does not agree with PyTorch (scores to {tolerance.score:g}, maps to {tolerance.map:g} "
             f"of their range, {tolerance.mean:g} on average); worst is {worst.sample.path}: score "
-            f"{worst.found.score:.6g}, by PyTorch {worst.expected.score:.6g}; maps differ by "
+            f"{worst.score[1]:.6g}, by PyTorch {worst.score[0]:.6g}; maps differ by "
             f"{worst.difference.map:.2g}, {worst.difference.mean:.2g} on average; nothing was written"
         )
     return proof
@@ -98,7 +91,7 @@ def settle_thresholds(original: Model, exported: Model, proof: Iterable[Compared
         if limit is None:
             continue
         alarm = limit + rounding * abs(limit)
-        frames = [(frame.sample, getattr(frame.expected, of), getattr(frame.found, of)) for frame in proof]
+        frames = [(frame.sample, *getattr(frame, of)) for frame in proof]
         highest = max((found for _, expected, found in frames if expected < alarm), default=-np.inf)
         raised = max(limit, float(np.nextafter(highest, np.inf, dtype=np.float32 if of == "peak" else float)))
         setattr(exported, name, raised)

@@ -3,8 +3,5 @@
 from utils.registry import Registry
 
 RULES = Registry(
-    {
-        "paper": "models.fusion.paper:PaperProduct",
-        "standardized": "models.fusion.standardized:Standardized",
-    }
+    {"paper": "models.fusion.paper:PaperProduct", "standardized": "models.fusion.standardized:Standardized"}
 )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,11 +24,18 @@ from torch import Tensor, nn
 from models.networks import IMAGENET_NETWORKS
 from models.networks.spec import BackboneSpec
 from utils.errors import InputError
+from utils.registry import Registry
 
 StateDict = dict[str, Tensor]
 HUB = "https://huggingface.co"
 HUB_MIRROR = "https://hf-mirror.com"
 MODELSCOPE = "https://modelscope.cn"
+DOWNLOADS = Registry(
+    {
+        "huggingface": "huggingface_hub:hf_hub_download",
+        "modelscope": "modelscope.hub.file_download:model_file_download",
+    }
+)
 NETWORK_TIMEOUT = 10  # seconds without an answer before the next source is tried
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 LAYER_SCALES = (".ls1.gamma", ".ls2.gamma", ".gamma_1", ".gamma_2")
@@ -165,8 +173,10 @@ def _sources(name: str) -> Iterator[tuple[str, Callable[[bool], str | Path]]]:
         yield url, partial(_from_url, url)
     if repository:
         for endpoint in [os.environ["HF_ENDPOINT"]] if os.environ.get("HF_ENDPOINT") else [HUB, HUB_MIRROR]:
-            yield f"{endpoint}/{repository}", partial(_from_hub, endpoint, repository, filename)
-        yield f"ModelScope {repository}", partial(_from_modelscope, repository, filename)
+            options = {"endpoint": endpoint, "etag_timeout": NETWORK_TIMEOUT}
+            yield f"{endpoint}/{repository}", partial(_from_hub, "huggingface", repository, filename, options)
+        options = {"endpoint": os.environ.get("MODELSCOPE_ENDPOINT", MODELSCOPE), "revision": "master"}
+        yield f"ModelScope {repository}", partial(_from_hub, "modelscope", repository, filename, options)
 
 
 def _from_url(url: str, cached: bool) -> Path:
@@ -179,23 +189,11 @@ def _from_url(url: str, cached: bool) -> Path:
     return path
 
 
-def _from_hub(endpoint: str, repository: str, filename: str, cached: bool) -> str:
-    from huggingface_hub import hf_hub_download
-
+def _from_hub(hub: str, repository: str, filename: str, options: dict[str, Any], cached: bool) -> str:
+    download = DOWNLOADS[hub]
     if not cached:
-        _check_reachable(endpoint)
-    options = {"endpoint": endpoint, "etag_timeout": NETWORK_TIMEOUT, "local_files_only": cached}
-    return hf_hub_download(repository, filename, **options)
-
-
-def _from_modelscope(repository: str, filename: str, cached: bool) -> str:
-    from modelscope.hub.file_download import model_file_download
-
-    endpoint = os.environ.get("MODELSCOPE_ENDPOINT", MODELSCOPE)
-    if not cached:
-        _check_reachable(endpoint)
-    options = {"revision": "master", "endpoint": endpoint, "local_files_only": cached}
-    return model_file_download(repository, filename, **options)
+        _check_reachable(options["endpoint"])
+    return download(repository, filename, local_files_only=cached, **options)
 
 
 def _check_reachable(address: str) -> None:
