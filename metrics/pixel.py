@@ -1,11 +1,4 @@
-"""Figures of the pixels, exact on raw maps: nothing is clamped or rescaled.
-
-AUROC, AP, F1-max   as scikit-learn defines them, ties included, over all thresholds
-AUPRO               Bergmann et al. 2021: overlap averaged over the defect regions of all images, against the false
-                    positive rate over the background of all images (normal ones too), integrated up to FPR 0.3 and
-                    divided by 0.3; every distinct score is a threshold
-PRO as published    the USAD authors' own protocol (published_pro.py)
-"""
+"""Figures of the pixels, exact on raw maps: nothing is clamped or rescaled. docs/figures.md defines them."""
 
 from __future__ import annotations
 

@@ -76,10 +76,7 @@ class OperatingPoint:
 
     def write(self, folder: Path) -> None:
         """Write <folder>/usad.json."""
-        write_json(
-            folder / FILE_NAME,
-            {"format": FORMAT, **self.figures(), "fusion": self.fusion, "checkpoints": self.checkpoints},
-        )
+        write_json(folder / FILE_NAME, {"format": FORMAT, **dataclasses.asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> OperatingPoint | None:
