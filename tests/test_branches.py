@@ -24,7 +24,7 @@ from torch import nn
 
 from models import MACLU, USAD, Branch, MA2Patch, PatchCore
 from models.branches.calibration import calibrate
-from models.branches.gaussian import Gaussian, GaussianFit, RunningMoments
+from models.branches.gaussian import Gaussian, RunningMoments
 from models.branches.ma_clu import _foreground_and_background
 from models.branches.patch_store import PatchStore
 from models.networks.backbones import BackboneSpec, build_backbone
@@ -395,7 +395,7 @@ def test_merged_moments():
 
 def test_mahalanobis_distance():
     data, points = vectors(40, 6), vectors(5, 6, seed=4)
-    fit = GaussianFit()
+    fit = RunningMoments()
     fit.update(torch.from_numpy(data))
     expected = [mahalanobis(point, data.mean(0), np.cov(data.T)) for point in points]
     np.testing.assert_allclose(fit.finish().distance(torch.from_numpy(points)), expected, rtol=1e-9)
@@ -403,7 +403,7 @@ def test_mahalanobis_distance():
 
 def test_ledoit_wolf():
     data = vectors(10, 16).astype(np.float32)
-    fit = GaussianFit("ledoit-wolf")
+    fit = RunningMoments("ledoit-wolf")
     for part in torch.from_numpy(data).split(3):
         fit.update(part)
     expected = LedoitWolf().fit(data.astype(np.float64)).covariance_
@@ -412,7 +412,7 @@ def test_ledoit_wolf():
 
 def test_fewer_images_than_channels_warns_and_works():
     data = torch.from_numpy(vectors(5, 16))
-    fit = GaussianFit()
+    fit = RunningMoments()
     fit.update(data)
     with pytest.warns(UserWarning, match=r"5 training images for 16 channels.*--covariance ledoit-wolf"):
         gaussian = fit.finish()
@@ -423,13 +423,13 @@ def test_fewer_images_than_channels_warns_and_works():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("count", "estimator"), [(17, "empirical"), (5, "ledoit-wolf")])
 def test_no_warning_where_the_covariance_has_full_rank(count, estimator):
-    fit = GaussianFit(estimator)
+    fit = RunningMoments(estimator)
     fit.update(torch.from_numpy(vectors(count, 16)))
     fit.finish()
 
 
 def test_one_image_has_no_covariance():
-    fit = GaussianFit()
+    fit = RunningMoments()
     fit.update(torch.ones(1, 4))
     with pytest.raises(InputError, match="1 training image"):
         fit.finish()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import draw_category, run_in_process, small_flags
 
 from models import MACLU, USAD, MA2Patch, PatchCore
-from models.branches.gaussian import Gaussian, GaussianFit
+from models.branches.gaussian import Gaussian, RunningMoments
 from models.networks.backbones import BackboneSpec, build_backbone
 from models.networks.libraries import full_network
 from models.networks.weights import random_state_dict
@@ -102,7 +102,7 @@ def test_a_network_that_gives_no_numbers(tmp_path, script, value):
 def test_a_covariance_singular_to_machine_precision(scale, rank):
     generator = torch.Generator().manual_seed(rank)
     vectors = scale * (torch.randn(40, rank, generator=generator) @ torch.randn(rank, 16, generator=generator) + 1)
-    fit = GaussianFit()
+    fit = RunningMoments()
     fit.update(vectors)
     gaussian = fit.finish()
     far = scale * torch.randn(5, 16, generator=generator).double() * 1e3

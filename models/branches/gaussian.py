@@ -21,7 +21,8 @@ class RunningMoments:
     Two are merged exactly, after both are moved to the common mean (Chan, Golub and LeVeque).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, estimator: str = "empirical") -> None:
+        self.estimator = estimator  # of the covariance
         self.count = 0
         self.mean: Tensor | None = None  # [D]
         self.scatter: Tensor | None = None  # [D, D], sum of outer products of the deviations d
@@ -75,8 +76,38 @@ class RunningMoments:
         self.count = total
 
     def covariance(self) -> Tensor:
-        """Covariance [D, D] with divisor n - 1."""
-        return self.scatter / (self.count - 1)
+        """Covariance [D, D] with divisor n - 1, or shrunk towards a multiple of I (Ledoit and Wolf, 2004)."""
+        if self.estimator == "empirical":
+            return self.scatter / (self.count - 1)
+        empirical = self.scatter / self.count
+        target = empirical.trace() / len(empirical) * torch.eye(len(empirical)).to(empirical)
+        distance = (empirical - target).square().sum()
+        error = (self.fourth / self.count - empirical.square().sum()) / self.count
+        share = (error / distance.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
+        return empirical + share * (target - empirical)
+
+    def finish(self, noise: Tensor | float = 0.0, before: Gaussian | None = None) -> Gaussian:
+        """The Gaussian of these images and those of `before`, their mean `noise` [D, D] added to its covariance."""
+        if before:
+            earlier = RunningMoments(self.estimator)
+            earlier.merge(before.moments)
+            added = (before.covariance - earlier.covariance().to(before.covariance)) * earlier.count
+            noise = (added + self.count * torch.as_tensor(noise).to(added)) / (earlier.count + self.count)
+            self.merge(before.moments)
+        if self.count < 2:
+            raise InputError(
+                f"{self.count} training image(s): a covariance needs at least two; "
+                "add images to train/good, or raise --train-ratio if it is below 1"
+            )
+        covariance = self.covariance()
+        channels = len(covariance)
+        if self.estimator == "empirical" and self.count <= channels:
+            warnings.warn(
+                f"{self.count} training images for {channels} channels: the covariance is singular, "
+                "distances grow by orders of magnitude; --covariance ledoit-wolf suits small data sets",
+                stacklevel=2,
+            )
+        return Gaussian(self.mean, covariance + torch.as_tensor(noise).to(covariance), moments=self.state())
 
 
 def _moved(step: Tensor, count: int, scatter: Tensor, third: Tensor, fourth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,48 +159,6 @@ class Gaussian:
         """Mahalanobis distance of vectors [..., D] to the mean: sqrt(max(q, 0) + 1e-12), float64 [...]."""
         whitened = (vectors.double() - self.mean) @ self.root
         return (whitened.square().sum(-1) + 1e-12).sqrt()
-
-
-class GaussianFit(RunningMoments):
-    """Collects the image vectors of a training pass; `finish` gives their Gaussian."""
-
-    def __init__(self, estimator: str = "empirical") -> None:
-        super().__init__()
-        self.estimator = estimator
-
-    def finish(self, noise: Tensor | float = 0.0, before: Gaussian | None = None) -> Gaussian:
-        """The Gaussian of these images and those of `before`, their mean `noise` [D, D] added to its covariance."""
-        if before:
-            earlier = GaussianFit(self.estimator)
-            earlier.merge(before.moments)
-            added = (before.covariance - earlier.covariance().to(before.covariance)) * earlier.count
-            noise = (added + self.count * torch.as_tensor(noise).to(added)) / (earlier.count + self.count)
-            self.merge(before.moments)
-        if self.count < 2:
-            raise InputError(
-                f"{self.count} training image(s): a covariance needs at least two; "
-                "add images to train/good, or raise --train-ratio if it is below 1"
-            )
-        covariance = self.covariance()
-        channels = len(covariance)
-        if self.estimator == "empirical" and self.count <= channels:
-            warnings.warn(
-                f"{self.count} training images for {channels} channels: the covariance is singular, "
-                "distances grow by orders of magnitude; --covariance ledoit-wolf suits small data sets",
-                stacklevel=2,
-            )
-        return Gaussian(self.mean, covariance + torch.as_tensor(noise).to(covariance), moments=self.state())
-
-    def covariance(self) -> Tensor:
-        """Covariance [D, D], or shrunk towards a multiple of I (Ledoit and Wolf, J. Multivariate Analysis 88, 2004)."""
-        if self.estimator == "empirical":
-            return super().covariance()
-        empirical = self.scatter / self.count
-        target = empirical.trace() / len(empirical) * torch.eye(len(empirical)).to(empirical)
-        distance = (empirical - target).square().sum()
-        error = (self.fourth / self.count - empirical.square().sum()) / self.count
-        share = (error / distance.clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
-        return empirical + share * (target - empirical)
 
 
 def _inverse(covariance: Tensor) -> Tensor:

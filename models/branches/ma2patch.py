@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.branches.branch import Branch
-from models.branches.gaussian import Gaussian, GaussianFit
+from models.branches.gaussian import Gaussian, RunningMoments
 from models.branches.monochrome import CodecNoise
 from models.branches.neighbors import exact_matmul
 from models.branches.postprocess import gaussian_blur, resize_maps
@@ -35,7 +35,7 @@ class MA2Patch(Branch):
         self.fit(loader, self.gaussian)
 
     def fit(self, loader: Iterable[dict[str, Any]], before: Gaussian | None = None) -> None:
-        fit = GaussianFit(self.covariance)
+        fit = RunningMoments(self.covariance)
         noise = CodecNoise(lambda images: self.extract(images).mean(1), self.backbone)
         for batch in loader:
             images = batch["image"].to(self.device, non_blocking=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.branches.branch import Branch
-from models.branches.gaussian import Gaussian, GaussianFit
+from models.branches.gaussian import Gaussian, RunningMoments
 from models.branches.monochrome import CodecNoise
 from models.branches.patch_store import PatchStore
 from models.branches.postprocess import gaussian_blur, map_range, resize_maps
@@ -50,7 +50,7 @@ class MACLU(Branch):
 
     def fit(self, loader: Iterable, clusters: Sequence[Tensor] = (), gaussian: Gaussian | None = None) -> None:
         """On the images, and on those that gave the `clusters` (centres and sizes) and the `gaussian`."""
-        fit = GaussianFit(self.covariance)
+        fit = RunningMoments(self.covariance)
         patches = PatchStore(len(loader.dataset), self.patch_budget, 0, *clusters)
         noise = CodecNoise(lambda images: self.extract(images)[0], self.backbone)
         for batch in loader:

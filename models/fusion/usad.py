@@ -66,9 +66,8 @@ class USAD(Model):
         """The fusion of the branches whose checkpoints lie in `folder`, for instance saved_models/coal_ad.
 
         `weights` gives the present place of weights files by branch name. `options` are `fusion` and the rule's
-        settings. Without options, fusion and thresholds are those of the folder's usad.json, if there is one. With
-        options, the stored thresholds are used if they were made for the same options. If neither names a fusion, the
-        checkpoints decide (`default_fusion`).
+        settings; without them those of the folder's usad.json hold, or else `default_fusion`. The stored thresholds are
+        used if they were made for the same options.
         """
         folder = Path(folder)
         paths = checkpoint_paths(folder)

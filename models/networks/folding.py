@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections import Counter
 from collections.abc import Callable
@@ -15,10 +16,8 @@ SUMS = (operator.add, operator.iadd, torch.add)
 
 def fold_batch_norms(net: nn.Module) -> None:
     """Fold batch norms into the convolutions before them that nothing else reads, in place, if it can be traced."""
-    graph = _trace(net, nn.BatchNorm2d)
-    if graph is None:
-        return
-    modules, lonely = dict(net.named_modules()), _called_once(graph)
+    graph, lonely = _trace(net, nn.BatchNorm2d)
+    modules = dict(net.named_modules())
     for node in graph.nodes:
         if not _calls(node, modules, nn.BatchNorm2d):
             continue
@@ -62,10 +61,10 @@ def fuse_relus(net: nn.Module, kernel: Callable[[nn.Conv2d], nn.Module]) -> nn.M
     `kernel(conv)` is a module whose forward(x, added=None) gives relu(conv(x) + added). Batch norms must have been
     folded before. A network that cannot be traced is returned as it is.
     """
-    graph = _trace(net, nn.ReLU)
-    if graph is None:
+    graph, lonely = _trace(net, nn.ReLU)
+    if not graph.nodes:
         return net
-    modules, lonely = dict(net.named_modules()), _called_once(graph)
+    modules = dict(net.named_modules())
     for node in list(graph.nodes):
         if _calls(node, modules, nn.Identity):
             node.replace_all_uses_with(node.args[0])
@@ -98,20 +97,14 @@ def fuse_relus(net: nn.Module, kernel: Callable[[nn.Conv2d], nn.Module]) -> nn.M
     return fx.GraphModule(net, graph)
 
 
-def _trace(net: nn.Module, kind: type[nn.Module]) -> fx.Graph | None:
-    """The graph of the network, if it has layers of `kind` and can be traced."""
-    if not any(type(module) is kind for module in net.modules()):
-        return None
-    try:
-        return fx.symbolic_trace(net).graph
-    except Exception:  # control flow that depends on values makes tracing fail in many ways; then nothing is folded
-        return None
-
-
-def _called_once(graph: fx.Graph) -> set[str]:
-    """Paths of the modules that a pass calls exactly once."""
+def _trace(net: nn.Module, kind: type[nn.Module]) -> tuple[fx.Graph, set[str]]:
+    """The network's graph, empty unless it has layers of `kind`, and the paths of modules that are called just once."""
+    graph = fx.Graph()
+    if any(type(module) is kind for module in net.modules()):
+        with contextlib.suppress(Exception):  # control flow that depends on values makes tracing fail in many ways
+            graph = fx.symbolic_trace(net).graph
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    return {path for path, count in calls.items() if count == 1}
+    return graph, {path for path, count in calls.items() if count == 1}
 
 
 def _calls(node: object, modules: dict[str, nn.Module], kind: type[nn.Module]) -> bool:

@@ -31,10 +31,7 @@ HUB = "https://huggingface.co"
 HUB_MIRROR = "https://hf-mirror.com"
 MODELSCOPE = "https://modelscope.cn"
 DOWNLOADS = Registry(
-    {
-        "huggingface": "huggingface_hub:hf_hub_download",
-        "modelscope": "modelscope.hub.file_download:model_file_download",
-    }
+    {"hub": "huggingface_hub:hf_hub_download", "modelscope": "modelscope.hub.file_download:model_file_download"}
 )
 NETWORK_TIMEOUT = 10  # seconds without an answer before the next source is tried
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -174,7 +171,7 @@ def _sources(name: str) -> Iterator[tuple[str, Callable[[bool], str | Path]]]:
     if repository:
         for endpoint in [os.environ["HF_ENDPOINT"]] if os.environ.get("HF_ENDPOINT") else [HUB, HUB_MIRROR]:
             options = {"endpoint": endpoint, "etag_timeout": NETWORK_TIMEOUT}
-            yield f"{endpoint}/{repository}", partial(_from_hub, "huggingface", repository, filename, options)
+            yield f"{endpoint}/{repository}", partial(_from_hub, "hub", repository, filename, options)
         options = {"endpoint": os.environ.get("MODELSCOPE_ENDPOINT", MODELSCOPE), "revision": "master"}
         yield f"ModelScope {repository}", partial(_from_hub, "modelscope", repository, filename, options)
 
