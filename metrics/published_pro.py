@@ -30,7 +30,7 @@ class PublishedPro:
         scaled = np.subtract(scores, low, dtype=np.float64) * 255.0 / ((high - low) or 1.0)
         # The published program adds 1e-8 to the range, so that the maximum ends in level 254 instead of 255. The cap
         # does the same without depending on the unit of the scores.
-        levels = np.minimum(scaled, 254.0).astype(np.uint8)
+        levels = np.minimum(scaled, 254.0, out=scaled).astype(np.uint8)
         histogram = cv2.calcHist([levels], [0], None, [256], [0, 256]).ravel().astype(np.int64)
         region_levels = levels[mask]
         self.background += histogram - np.bincount(region_levels, minlength=256)
