@@ -15,7 +15,6 @@ from datasets.loading import ImageLoader
 from evaluation.result_files import (
     REPORT,
     SHEET,
-    write_average,
     write_heatmaps,
     write_map,
     write_scores,
@@ -25,7 +24,6 @@ from evaluation.results import Results
 from metrics import protocols
 from models.branches.branch import AS_PUBLISHED, Branch
 from models.branches.part import Part
-from models.fusion.operating_point import OperatingPoint
 from models.fusion.usad import USAD
 from reporting.heatmaps import Thumbnails
 from reporting.report import Threshold
@@ -45,21 +43,19 @@ def evaluate(
     config: dict[str, Any],
     images: bool = True,
     save_maps: bool = False,
-    operating_point: OperatingPoint | None = None,
 ) -> dict[str, Any]:
-    """Run `model` over the test images and write metrics, scores, config, maps, heat maps and report.
+    """Run `model` over the test images; write metrics, scores, config, maps, heat maps and report; print the metrics.
 
-    `model` is a branch or their fusion. A fusion gets a report, with the thresholds of `operating_point` or, without
-    one, those of the highest F1. Returns the metrics.
-
-    With several processes, each tests its share of the images and writes their maps and heat maps. The main process
-    writes everything else, and only it has the metrics.
+    A fusion gets a report, with the thresholds of its operating point or, without one, those of the highest F1. With
+    several processes, each tests its share of the images and writes their maps and heat maps; the main process
+    writes everything else, and only it returns the metrics.
     """
     start = time.perf_counter()
     samples, shard = loader.dataset.samples, loader.shard
     thumbnails = Thumbnails(folder, len(samples)) if images else None
-    report = images and isinstance(model, USAD)
-    results, watch = Results(samples, model.parts(), shard.start, report, thumbnails, model.roi), Stopwatch()
+    fusion = isinstance(model, USAD)
+    point = model.operating_point if fusion else None
+    results, watch = Results(samples, model.parts(), shard.start, images and fusion, thumbnails, model.roi), Stopwatch()
     for batch, parts in predicted(model, loader, watch):
         with watch("collect"):
             maps = results.add(parts, batch)
@@ -81,26 +77,27 @@ def evaluate(
         by_part = results.metrics()
     main, *others = by_part
     metrics = dict(by_part[main])
-    if operating_point:
+    if point:
         labels = np.array([item.label for item in samples])
-        metrics["operating_point"] = operating_point.on_test(results.scores[main], labels)
-    if isinstance(model, USAD):
+        metrics["operating_point"] = point.on_test(results.scores[main], labels)
+    if fusion:
         metrics["branches"] = {name: by_part[name] for name in others}
     else:
         scaled = by_part[AS_PUBLISHED]
         metrics[AS_PUBLISHED] = {key: scaled[key] for key in scaled if not key.startswith(("image_", "n_"))}
     timings = {**watch.seconds, **stage_seconds(model), "total": time.perf_counter() - start}
-    write_scores(folder / "scores.csv", results, others if isinstance(model, USAD) else [])
+    write_scores(folder / "scores.csv", results, others if fusion else [])
     write_json(folder / "metrics.json", metrics)
     config = {"program": PROGRAM, **config, **environment(model.device), "seconds": _rounded(timings)}
     write_json(folder / "config.json", config)
     if results.gallery is not None:
-        point = operating_point
         threshold = point and Threshold(point.threshold, point.pixel_threshold, point.source)
-        write_test_report(folder, results, metrics, threshold, config)
+        write_test_report(folder, results, metrics, threshold or results.best_threshold(), config)
     else:
         for name in (REPORT, SHEET):
             (folder / name).unlink(missing_ok=True)  # it would show the figures of an earlier run
+    print_metrics(model.name, metrics)
+    print(f"{folder.parent.name}: results in {folder}", flush=True)
     return metrics
 
 
@@ -126,11 +123,18 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
         )
 
 
-def print_average(title: str, path: Path, metrics: dict[str, dict[str, Any]]) -> None:
-    """Write and print the mean over the categories, if there are several."""
-    if len(metrics) > 1 and is_main_process():
-        print(f"average of {len(metrics)} categories")
-        print_metrics(title, write_average(path, metrics))
+def average(title: str, path: Path, metrics: dict[str, dict[str, Any]]) -> None:
+    """Write and print each figure's mean over the categories where it is defined, if there are several categories."""
+    if len(metrics) < 2 or not is_main_process():
+        return
+    means = {}
+    for key in protocols():
+        values = [part[key] for part in metrics.values() if part[key] is not None]
+        means[key] = float(np.mean(values)) if values else None
+    means |= {key: sum(part[key] for part in metrics.values()) for key in ("n_images", "n_anomalous")}
+    write_json(path, {"program": PROGRAM, **means, "categories": metrics})
+    print(f"average of {len(metrics)} categories")
+    print_metrics(title, means)
 
 
 def predicted(

@@ -14,15 +14,14 @@ from tqdm import tqdm
 
 from datasets.mvtec import Sample
 from evaluation.results import Results
-from metrics import protocols
 from reporting.heatmaps import Thumbnails, strip
 from reporting.pictures import write_picture
 from reporting.report import Threshold, write_report
 from reporting.sheet import write_sheet
 from utils.csv_cells import safe_cell
 from utils.errors import InputError
-from utils.files import atomic_write, write_json, write_text
-from utils.ownership import PROGRAM, is_ours
+from utils.files import atomic_write, write_text
+from utils.ownership import is_ours
 from utils.signals import stoppable
 
 REPORT, SHEET = "report.html", "sheet.jpg"
@@ -34,17 +33,6 @@ def average_path(results_dir: Path, name: str) -> Path:
     if path.exists() and not is_ours(path):
         raise InputError(f"{path} was not written by USAD; move it or choose another --results-dir")
     return path
-
-
-def write_average(path: Path, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Write each figure's mean over the categories where it is defined, and the figures of each category."""
-    average = {}
-    for key in protocols():
-        values = [part[key] for part in metrics.values() if part[key] is not None]
-        average[key] = float(np.mean(values)) if values else None
-    counts = {key: sum(part[key] for part in metrics.values()) for key in ("n_images", "n_anomalous")}
-    write_json(path, {"program": PROGRAM, **average, **counts, "categories": metrics})
-    return {**average, **counts}
 
 
 def write_scores(path: Path, results: Results, branches: Sequence[str]) -> None:
@@ -78,22 +66,17 @@ def write_heatmaps(folder: Path, samples: Sequence[Sample], thumbnails: Thumbnai
 def write_test_report(
     folder: Path, results: Results, metrics: dict[str, Any], threshold: Threshold | None, config: dict[str, Any]
 ) -> None:
-    """report.html and sheet.jpg of a fusion's test; without a threshold they show that of the highest F1, and say so.
-
-    Without any threshold there is no sheet.
-    """
-    settings = config.get("settings", {})
-    weights = sorted({branch["backbone"]["weights"] for branch in config.get("branches", {}).values()})
+    """report.html and, if there is a threshold, sheet.jpg of a fusion's test."""
+    weights = sorted({branch["backbone"]["weights"] for branch in config["branches"].values()})
     facts = {
         "images": str(metrics["n_images"]),
         "anomalous": str(metrics["n_anomalous"]),
-        **{key: str(settings[key]) for key in ("fusion",) if key in settings},
-        **({"region of interest": f"{config['roi_share']:.0%} of the frame"} if config.get("roi_share") else {}),
-        **({"networks": ", ".join(weights).replace("random", "untrained")} if weights else {}),
+        "fusion": config["settings"]["fusion"],
+        **({"region of interest": f"{config['roi_share']:.0%} of the frame"} if config["roi_share"] else {}),
+        "networks": ", ".join(weights).replace("random", "untrained"),
         "device": config["device"],
     }
-    title = str(settings.get("category", folder.parent.name))
-    threshold = threshold or results.best_threshold()
+    title = config["settings"]["category"]
     write_report(folder / REPORT, title, results.gallery, metrics, results.curves(), threshold, config, facts)
     if threshold:
         write_sheet(folder / SHEET, title, results.gallery, threshold)
