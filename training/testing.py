@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from datasets.mvtec import Category, Sample
-from evaluation.evaluate import average
-from evaluation.result_files import average_path
+from evaluation.evaluate import average, average_path
 from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths
 from models.fusion.operating_point import FILE_NAME, OperatingPoint, find_operating_point
 from models.fusion.usad import USAD

@@ -15,8 +15,7 @@ import torch
 from datasets.loading import ImageDataset, ImageLoader
 from datasets.mvtec import Category, Sample, default_holdout, split_training
 from datasets.region import RegionOfInterest
-from evaluation.evaluate import average, evaluate
-from evaluation.result_files import average_path
+from evaluation.evaluate import average, average_path, evaluate
 from models.branches import BRANCHES
 from models.branches.branch import Branch
 from models.branches.calibration import BORDER_IMAGES, calibrate
