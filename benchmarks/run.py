@@ -15,6 +15,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,25 +106,15 @@ def neighbors(bench: Bench, count: int) -> Iterator[Row]:
     ours.faiss = None
     fits = 4 * count * (queries + width) < MATRIX_BYTES
     sides = {"torch.cdist whole, minimum": (lambda: reference.nearest(patches, bank)[0]) if fits else None}
-    if search := faiss_search(bank):
-        sides["faiss.knn"] = lambda: search(patches)[:, 0].clamp(min=0).sqrt()
+    if load_faiss():
+        import faiss.contrib.torch_utils  # lets it take torch's tensors
+
+        knn = partial(faiss.knn_gpu, faiss.StandardGpuResources()) if bank.is_cuda else faiss.knn
+        sides["faiss.knn"] = lambda: knn(patches, bank, 1)[0][:, 0].clamp(min=0).sqrt()
     for against, plain in sides.items():
         pair = bench.pair(lambda: ours.search(patches, 1)[0][:, 0], plain)
         near = f"; distances within {difference(pair.found, pair.expected):.1e}" if plain else ""
         yield row("neighbours", bench, count, "bank rows", pair, against + near)
-
-
-def faiss_search(bank: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """faiss's exact search on the bank's device: queries [q, D] -> squared distances [q, 1]; None without faiss."""
-    faiss = load_faiss()
-    if not faiss:
-        return None
-    if bank.is_cuda:
-        import faiss.contrib.torch_utils  # lets it take torch's tensors
-
-        resources = faiss.StandardGpuResources()
-        return lambda queries: faiss.knn_gpu(resources, queries, bank, 1)[0]
-    return lambda queries: torch.from_numpy(faiss.knn(queries.numpy(), bank.numpy(), 1)[0])
 
 
 def row(stage: str, bench: Bench, count: int, unit: str, pair: Pair, remark: str, gflop: float | None = None) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,13 @@ from datasets.region import RegionOfInterest
 from evaluation.results import Results
 from experiments.table import Unavailable, digest
 from experiments.variants import Variant
+from models.branches import weights_flag
 from models.branches.branch import Branch
 from models.branches.part import Part
 from models.branches.postprocess import resize_images
+from models.networks.backbones import build_backbone
 from training.settings import RunSettings
-from training.training import make_loader
+from training.training import fit_branch, make_loader
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError, UnreadableError
 from utils.files import digest_of_lines, sha256_of_file
@@ -87,12 +90,15 @@ class Measurements:
 
     def _fitted(self, variant: Variant) -> Branch:
         """The branch, from its checkpoint, or fitted once in this grid."""
-        weights = self.weights.get(variant.branch.name)
+        run, weights, flag = self.run, self.weights.get(variant.branch.name), weights_flag(variant.branch.name)
         path = variant.checkpoint or self.folder / "fitted" / f"{self._fit_key(variant)}.safetensors"
         if path.is_file():
-            return variant.branch.load(path, weights, self.run.device, self.run.precision)
+            return variant.branch.load(path, weights, run.device, run.precision)
         try:
-            branch = variant.fit(self.category, self.run, weights)
+            backbone = build_backbone(variant.network, run.device, weights, run.precision, flag)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # too few images for the covariance: the first training has warned
+                branch = fit_branch(run, self.category, variant.split, variant.built(backbone))
         except UnreadableError:
             raise
         except InputError as error:
