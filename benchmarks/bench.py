@@ -86,10 +86,7 @@ class Bench:
 
     @functools.cache  # noqa: B019
     def gflop(self, branch: type[Branch]) -> float:
-        """10^9 operations for an image by the branch's network, cut after its last layer in use.
-
-        Multiplications and additions count apart.
-        """
+        """10^9 operations, additions too, for an image by the branch's network, cut after its last layer in use."""
         name, size = self.spec(branch).name, self.spec(branch).image_size
         net = libraries.cnn(name, (8, 16), size) if branch.backbone_kind == "maps" else libraries.vit(name, size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():

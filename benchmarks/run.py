@@ -156,8 +156,8 @@ def measure(stages: dict[str, Stage], args: argparse.Namespace, bench: Bench) ->
     machine = {"device": about["device"], "threads": torch.get_num_threads(), **about["versions"]}
     report = {"machine": machine, "product_gflop_per_second": bench.product_rate(bench.precision)}
     report |= {"rows": rows, "skipped": skipped}
-    full = 2 if bench.quick else 1
-    plan = [(name, size) for name in args.stages for size in args.sizes.get(name, stages[name][full])]
+    usual = {name: quick if bench.quick else full for name, (_, full, quick) in stages.items()} | args.sizes
+    plan = [(name, size) for name in args.stages for size in usual[name]]
     print(line(dict(zip(COLUMNS, COLUMNS, strict=True))), "|---" * len(COLUMNS) + "|", sep="\n")
     for name, size in tqdm(plan, unit="size", disable=None):
         try:

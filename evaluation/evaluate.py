@@ -207,10 +207,7 @@ def _result_path(folder: Path, sample: Sample, suffix: str) -> Path:
 
 
 def print_metrics(title: str, metrics: dict[str, Any]) -> None:
-    """Print one line for each figure, with the protocol that it follows.
-
-    Columns beside the first: the branches of a fusion, or the figures of a branch with maps scaled as in the paper.
-    """
+    """Print a line for each figure, with columns for the branches of a fusion, or for the scaled maps of a branch."""
     others = {"scaled maps": metrics[AS_PUBLISHED]} if AS_PUBLISHED in metrics else metrics.get("branches", {})
     columns = {title: metrics, **others}
     print("".join(f"{name:>12}" for name in columns))

@@ -42,8 +42,7 @@ class Measured(NamedTuple):
 class Measurements:
     """Measures variants on a category's test images, or finds earlier measurements in `folder`.
 
-    A measurement takes 4 bytes a patch and 8 bytes an image: about 10 KB an image for the three branches at the
-    paper's sizes. Branches fitted for it lie in `folder`/fitted until `tidy`.
+    Three branches take about 10 KB an image. Branches fitted for it lie in `folder`/fitted until `tidy`.
     """
 
     def __init__(self, folder: Path, category: Category, run: RunSettings, weights: dict[str, str | None]) -> None:
@@ -66,10 +65,7 @@ class Measurements:
         }
 
     def of(self, variant: Variant, input_size: int) -> Measured:
-        """The variant's measurement on the test images, loaded at `input_size` and resized to the branch's own size.
-
-        Raises Unavailable if the variant cannot be fitted.
-        """
+        """The variant's measurement on images loaded at `input_size`; raises Unavailable if it cannot be fitted."""
         path = self.folder / f"{digest(self.needs(variant, input_size))}.safetensors"
         try:
             tensors, metadata = load_checkpoint(path)

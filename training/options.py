@@ -79,10 +79,7 @@ def add_fusion_flags(parser: Parser) -> None:
 
 
 def fusion_options(args: argparse.Namespace, folders: Iterable[Path]) -> dict[str, Any]:
-    """Arguments of `USAD` for the checkpoints in `folders`; if no rule is named, the checkpoints decide.
-
-    Raises InputError if the checkpoints disagree, or a factor was given that the rule does not have.
-    """
+    """Arguments of `USAD`; if no rule is named, the checkpoints in `folders` decide, unless they disagree."""
     from models.fusion.checkpoints import default_fusion
 
     name, *others = {args.fusion} if args.fusion else set(map(default_fusion, folders))
@@ -140,10 +137,7 @@ def run_settings(args: argparse.Namespace) -> RunSettings:
 
 
 def choose_device(name: str, precision: str) -> str:
-    """The device for `--device`. Also switches TF32 on if, and only if, it is asked for.
-
-    Raises InputError for a device that is missing, or a precision that it does not have.
-    """
+    """The device for `--device`, which must have the precision; switches TF32 on if it is asked for, else off."""
     import torch
 
     from utils.gather import own_gpu

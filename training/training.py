@@ -36,10 +36,9 @@ from utils.gather import from_first, one_per_machine_first, require_same
 
 
 def train(args: argparse.Namespace, name: str) -> None:
-    """Fit or update the branch of that name on each category, write its checkpoint and, unless --no-eval, its results.
+    """Fit, update or roll back the branch of that name on each category, and unless --no-eval test it.
 
-    With --rollback only put the former checkpoints back. `args` are the flags of `training_parser`, and one for each
-    setting of the branch.
+    `args` are the flags of `training_parser`, and one for each setting of the branch.
     """
     data, branch_class = data_settings(args), BRANCHES[name]
 
@@ -156,10 +155,7 @@ def updated_branches(
 
 
 def suited_split(split: SplitSettings, category: Category, by_default: bool) -> SplitSettings:
-    """The split for a category; with few images a holdout ratio that is only a default is changed, with a message.
-
-    Raises InputError if no image is left to fit on, or too few are held out.
-    """
+    """The split for a category, checked; with few images a holdout ratio that is only a default gives way."""
     samples = category.train_samples()
     ratio = default_holdout(split.holdout_ratio, len(samples)) if by_default else split.holdout_ratio
     suited = dataclasses.replace(split, holdout_ratio=ratio)
@@ -176,14 +172,8 @@ def fit_branch(run: RunSettings, category: Category, split: SplitSettings, branc
     fitted, held = split_training(samples, split.train_ratio, split.holdout_ratio, split.seed)
     learn(run, branch, branch.fit, fitted, held)
     branch.frames = TrainingFrames.named((sample.name for sample in samples), (sample.name for sample in held))
-    branch.training = {
-        "category": category.name,
-        "images": len(fitted),
-        "left_out": left_out_of(category),
-        "train_ratio": split.train_ratio,
-        "holdout_ratio": split.holdout_ratio,
-        "seed": split.seed,
-    }
+    branch.training = {"category": category.name, "images": len(fitted), "left_out": left_out_of(category)}
+    branch.training |= dataclasses.asdict(split)
     return branch
 
 
@@ -221,10 +211,7 @@ def tested(
     settled: dict[str, Any],
     config: dict[str, Any],
 ) -> dict[str, Any]:
-    """Test the model on the category; returns its figures.
-
-    config.json gets the flags with the `settled` values in the place of open ones, and what is in `config`.
-    """
+    """Test the model; returns its figures. `settled` values replace flags in config.json, which also gets `config`."""
     folder = args.results_dir / category.name / model.name
     config = {
         "settings": record(args, **settled | dataclasses.asdict(run)),
@@ -242,10 +229,7 @@ def left_out_of(category: Category) -> list[str]:
 
 
 def held_out_samples(category: Category, branches: Sequence[Branch]) -> list[Sample]:
-    """The normal training images that no branch was fitted on.
-
-    Raises InputError if no images were held out, or one of them is gone.
-    """
+    """The normal training images that no branch was fitted on; raises InputError if there are none, or one is gone."""
     held = {branch.frames.held_out for branch in branches}
     if not all(held):
         raise InputError(
