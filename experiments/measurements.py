@@ -110,18 +110,17 @@ class Measurements:
         results, start = Results(self.samples, ["all"], roi=roi), 0
         labels = torch.tensor([sample.label for sample in self.samples])
         for part in found:
-            rows, size = slice(start, start + len(part.scores)), part.maps.shape[-1]
-            masks = np.unpackbits(self._masks(size)[rows], axis=1, count=size * size).reshape(-1, size, size)
-            batch = {"mask": torch.from_numpy(masks.astype(bool)), "label": labels[rows]}
+            rows = slice(start, start + len(part.scores))
+            batch = {"mask": self._masks(part.maps.shape[-1])[rows], "label": labels[rows]}
             results.add({"all": part}, {**batch, "index": torch.arange(rows.start, rows.stop)})
             start = rows.stop
         return results.metrics()["all"]
 
     @functools.lru_cache(maxsize=1)  # noqa: B019  there is one of these for each category
-    def _masks(self, size: int) -> np.ndarray:
-        """The masks of all test images at `size` x `size`, in one bit a pixel."""
+    def _masks(self, size: int) -> Tensor:
+        """The masks [N, size, size] of all test images; the pixel metrics hold four times as much."""
         masks = [sample.read_mask()[0] if sample.masks else np.zeros((1, 1), bool) for sample in self.samples]
-        return np.stack([np.packbits(mask_to_tensor(mask, size)) for mask in masks])
+        return torch.stack([mask_to_tensor(mask, size) for mask in masks])
 
     def tidy(self) -> None:
         """Remove the fitted branches, once everything has been measured, and what a killed run left."""
