@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.branches import METHOD
-from training.options import add_weights_flags, weights_by_branch
+from training.options import add_models_flag, add_weights_flags, weights_by_branch
 from utils.command_line import Parser, category_name, run
 from utils.packages import importing
 
@@ -19,7 +19,7 @@ from utils.packages import importing
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("source", metavar="SRC", type=Path, help="folder of the authors' four files")
-    parser.add_argument("--models-dir", type=Path, default=Path("saved_models"), help="default: saved_models")
+    add_models_flag(parser)
     parser.add_argument("--category", type=category_name, default="coal_ad", help="default: coal_ad")
     add_weights_flags(parser, METHOD, default="pretrained")
     args = parser.parse_args()

@@ -11,8 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets import MAX_MEGAPIXELS
-from training.options import add_models_flag, add_weights_flags, weights_by_branch
-from training.settings import ExportSettings
+from training.options import add_models_flag, add_weights_flags
 from utils.command_line import Parser, add_size_flag, category_name, run
 from utils.packages import importing
 
@@ -22,16 +21,10 @@ def main() -> None:
     parser.add_argument("--category", type=category_name, default="coal_ad", help="default: coal_ad")
     add_models_flag(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file, whose name ends in .onnx")
-    parser.add_argument(
-        "--data-root", type=Path, default=Path("data"), help="holds <category>/train, for the proof (default: data)"
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("fp32", "fp16", "int8"),
-        metavar="{fp32,fp16}",
-        default="fp32",
-        help="fp16: weights of half the size (default: fp32)",
-    )
+    text = "holds <category>/train, for the proof (default: data)"
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help=text)
+    kinds, text = ("fp32", "fp16", "int8"), "fp16: weights of half the size (default: fp32)"
+    parser.add_argument("--precision", choices=kinds, metavar="{fp32,fp16}", default="fp32", help=text)
     add_size_flag(parser, MAX_MEGAPIXELS)
     add_weights_flags(parser)
     args = parser.parse_args()
@@ -41,17 +34,7 @@ def main() -> None:
     with importing():  # PyTorch takes seconds to import: --help and mistyped flags need none
         from training.exporting import export
 
-    export(
-        ExportSettings(
-            args.category,
-            args.models_dir,
-            args.data_root,
-            args.out,
-            args.precision,
-            args.max_megapixels,
-            weights_by_branch(args),
-        )
-    )
+    export(args)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ again, the script goes on where it was interrupted.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from experiments import BASELINES, SWEEPS, TABLES
@@ -20,33 +19,18 @@ from utils.packages import importing
 
 
 def main() -> None:
-    args = parse_args()
-
-    with importing():  # PyTorch takes seconds to import: --help and mistyped flags need none
-        from experiments.grid import reproduce
-
-    reproduce(args)
-
-
-def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add_data_flags(parser)
     add_models_flag(parser)
     group = parser.add_argument_group("tables")
     group.add_argument("--tables", type=some_of(TABLES), default=list(TABLES), help=f"default: {','.join(TABLES)}")
-    group.add_argument(
-        "--seeds",
-        type=number(int, 0, 2**32 - 1),
-        nargs="+",
-        help="mean ± standard deviation over these; branches that depend on the seed are fitted again (default: the "
-        "checkpoints' own)",
-    )
+    text = "mean ± deviation over these; branches that depend on them are fitted again (default: the checkpoints' own)"
+    group.add_argument("--seeds", type=number(int, 0, 2**32 - 1), nargs="+", help=text)
     group.add_argument("--sweeps", type=some_of(SWEEPS), help=f"of the sensitivity table (default: {','.join(SWEEPS)})")
     group = parser.add_argument_group("baselines (anomalib)")
     group.add_argument("--baselines", type=some_of(BASELINES), help=f"default: {','.join(BASELINES)}")
-    group.add_argument(
-        "--baselines-python", type=Path, metavar="PATH", help="a Python that has anomalib (default: .venv-baselines)"
-    )
+    text = "a Python that has anomalib (default: .venv-baselines)"
+    group.add_argument("--baselines-python", type=Path, metavar="PATH", help=text)
     add_fusion_flags(parser)
     add_weights_flags(parser)
     add_run_flags(parser)
@@ -58,7 +42,11 @@ def parse_args() -> argparse.Namespace:
         parser.error("--seeds has no effect on the table speed alone; leave it out")
     args.seeds = args.seeds and list(dict.fromkeys(args.seeds))
     args.baselines = args.baselines or list(BASELINES)
-    return args
+
+    with importing():  # PyTorch takes seconds to import: --help and mistyped flags need none
+        from experiments.grid import reproduce
+
+    reproduce(args)
 
 
 if __name__ == "__main__":

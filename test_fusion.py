@@ -24,12 +24,8 @@ def main() -> None:
     add_data_flags(parser)
     add_models_flag(parser)
     add_fusion_flags(parser)
-    parser.add_argument(
-        "--false-alarm-rate",
-        type=number(float, 0, 0.5, above=True),
-        help="find the thresholds for this rate on the held-out normal images; they go to <models-dir>/<category>/"
-        "usad.json, for predict.py",
-    )
+    text = "find the thresholds for this rate on the held-out normal images, and store them for predict.py (usad.json)"
+    parser.add_argument("--false-alarm-rate", type=number(float, 0, 0.5, above=True), help=text)
     add_weights_flags(parser)
     add_run_flags(parser)
     add_output_flags(parser)

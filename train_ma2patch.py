@@ -19,7 +19,7 @@ def main() -> None:
     with importing():  # PyTorch takes seconds to import: --help and mistyped flags need none
         from training.training import train
 
-    train(args, "ma2patch", covariance=args.covariance)
+    train(args, "ma2patch")
 
 
 if __name__ == "__main__":

@@ -14,19 +14,15 @@ from utils.packages import importing
 def main() -> None:
     parser = training_parser(__doc__, "vit_small_patch14_dinov2.lvd142m", image_size=350, train_ratio=1.0)
     add_token_flags(parser)
-    parser.add_argument(
-        "--threshold",
-        type=number(float, 0, above=True),
-        default=1.14,
-        help="foreground confidence above which a patch is surely coal (default: 1.14)",
-    )
+    text = "foreground confidence above which a patch is surely coal (default: 1.14)"
+    parser.add_argument("--threshold", type=number(float, 0, above=True), default=1.14, help=text)
     add_budget_flag(parser, default=1.0)
     args = parse_training(parser, covariance="ledoit-wolf", patch_budget=0.1)
 
     with importing():  # PyTorch takes seconds to import: --help and mistyped flags need none
         from training.training import train
 
-    train(args, "ma_clu", threshold=args.threshold, covariance=args.covariance, patch_budget=args.patch_budget)
+    train(args, "ma_clu")
 
 
 if __name__ == "__main__":

@@ -15,30 +15,14 @@ from utils.packages import importing
 
 def main() -> None:
     parser = training_parser(__doc__, "wide_resnet50_2", image_size=238, train_ratio=0.5)
-    parser.add_argument(
-        "--coreset-ratio",
-        type=share,
-        default=0.01,
-        help="share of the patches that the bank keeps (default: 0.01)",
-    )
-    parser.add_argument(
-        "--neighbors",
-        type=number(int, 1),
-        default=3,
-        help="bank entries around the nearest one, itself included, that weight the score (default: 3)",
-    )
-    parser.add_argument(
-        "--whiten",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="whiten the patch features by the training patches' covariance",
-    )
-    parser.add_argument(
-        "--average-bank",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="make each entry of the bank the mean of the training patches nearest to it",
-    )
+    text = "share of the patches that the bank keeps (default: 0.01)"
+    parser.add_argument("--coreset-ratio", type=share, default=0.01, help=text)
+    text = "bank entries around the nearest one, itself included, that weight the score (default: 3)"
+    parser.add_argument("--neighbors", type=number(int, 1), default=3, help=text)
+    text = "whiten the patch features by the training patches' covariance"
+    parser.add_argument("--whiten", action=argparse.BooleanOptionalAction, default=False, help=text)
+    text = "make each entry of the bank the mean of the training patches nearest to it"
+    parser.add_argument("--average-bank", action=argparse.BooleanOptionalAction, default=False, help=text)
     add_budget_flag(parser, default=8.0)
     args = parse_training(
         parser,
@@ -52,16 +36,7 @@ def main() -> None:
     with importing():  # PyTorch takes seconds to import: --help and mistyped flags need none
         from training.training import train
 
-    train(
-        args,
-        "pc",
-        coreset_ratio=args.coreset_ratio,
-        neighbors=args.neighbors,
-        patch_budget=args.patch_budget,
-        seed=args.seed,
-        whiten=args.whiten,
-        average_bank=args.average_bank,
-    )
+    train(args, "pc")
 
 
 if __name__ == "__main__":

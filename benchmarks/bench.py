@@ -6,16 +6,16 @@ import functools
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import reference
 from models import BRANCHES, USAD
 from models.branches.branch import Branch
 from models.networks import libraries
@@ -55,15 +55,11 @@ class Bench:
         self.work = out.absolute() / "work" / ("quick" if quick else "full")  # files of the one are not the other's
         self.work.mkdir(parents=True, exist_ok=True)
 
-    def network(self, branch: type[Branch]) -> tuple[str, int]:
-        """Name and input size of the branch's network."""
-        table = SMALL if self.quick else PAPER
-        return table.get(branch.name, table[LIKE[branch.backbone_kind]])
-
     @functools.cache  # noqa: B019  there is one Bench
     def spec(self, branch: type[Branch]) -> BackboneSpec:
         """Its untrained network, whose weights come from a file: to load them costs what it costs a user."""
-        name, size = self.network(branch)
+        table = SMALL if self.quick else PAPER
+        name, size = table.get(branch.name, table[LIKE[branch.backbone_kind]])
         file = self.work / f"{name}.safetensors"
         save_file(random_state_dict(lambda: libraries.full_network(name), SEED), file)
         return BackboneSpec(branch.backbone_kind, name, size).with_weights(str(file))
@@ -78,7 +74,8 @@ class Bench:
         for kind in BRANCHES.values():
             shrinks = "covariance" in inspect.signature(kind).parameters  # 16 images have no empirical one
             branch = kind(self.backbone(kind, "fp32"), **({"covariance": "ledoit-wolf"} if shrinks else {}))
-            branch.fit(Noise(16, branch.image_size))
+            images = [{"image": noise(1, branch.image_size, seed)[0], "index": seed} for seed in range(16)]
+            branch.fit(DataLoader(images, batch_size=8))
             branch.save(folder / f"{branch.name}.safetensors")
         return folder
 
@@ -87,18 +84,10 @@ class Bench:
         """The fusion at this precision, of the same branches at each."""
         return USAD.load(self.checkpoints, self.device, precision, fusion="paper")
 
-    def published_loop(self) -> reference.PublishedLoop | None:
-        """The same branches in the published way, which has three."""
-        known = set(BRANCHES) == reference.BRANCHES
-        return reference.PublishedLoop.load(self.checkpoints, self.device) if known else None
-
     @functools.cache  # noqa: B019
     def gflop(self, branch: type[Branch]) -> float:
-        """10^9 operations for an image by the branch's network, cut after its last layer in use.
-
-        Multiplications and additions count apart.
-        """
-        name, size = self.network(branch)
+        """10^9 operations, additions too, for an image by the branch's network, cut after its last layer in use."""
+        name, size = self.spec(branch).name, self.spec(branch).image_size
         net = libraries.cnn(name, (8, 16), size) if branch.backbone_kind == "maps" else libraries.vit(name, size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net.to_empty(device="meta").eval()(torch.empty(1, 3, size, size, device="meta"))
@@ -110,9 +99,7 @@ class Bench:
         side = 512 if self.quick else 8192 if self.cuda else 4096
         dtype = HALF.get(precision, torch.float32)
         a, b = (torch.randn(side, side, device=self.device, dtype=dtype) for _ in range(2))
-        kernels = [lambda: a @ b]
-        if dtype == torch.float32:
-            kernels.append(lambda: linear(a, b))
+        kernels = [lambda: a @ b, lambda: linear(a, b)] if dtype == torch.float32 else [lambda: a @ b]
         return 2 * side**3 / min(self.pair(kernel).ours for kernel in kernels) / 1e9
 
     def pair(self, ours: Callable[[], Any], plain: Callable[[], Any] | None = None) -> Pair:
@@ -140,17 +127,6 @@ class Bench:
     def wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
-
-
-class Noise:
-    """A loader of `count` square images of noise, made as they are read, 8 at a time."""
-
-    def __init__(self, count: int, size: int) -> None:
-        self.dataset, self.size = range(count), size
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for index in torch.arange(len(self.dataset)).split(8):
-            yield {"image": noise(len(index), self.size, int(index[0])), "index": index}
 
 
 def noise(count: int, size: int, seed: int, device: str = "cpu", spot: float = 0.0) -> Tensor:

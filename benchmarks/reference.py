@@ -43,12 +43,10 @@ def layer_maps(net: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
     """layer2 and layer3 [1, C, h, w] by hooks, the network running to its end."""
     kept = []
     hooks = [layer[-1].register_forward_hook(lambda *call: kept.append(call[2])) for layer in (net.layer2, net.layer3)]
-    try:
-        with torch.no_grad():
-            net(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad():
+        net(image)
+    for hook in hooks:
+        hook.remove()
     return tuple(kept)
 
 

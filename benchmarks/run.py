@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,9 @@ Row = dict[str, Any]  # by column; seconds of ours and of the reference
 def extract(bench: Bench, count: int) -> Iterator[Row]:
     """Each network in batches, cut after its last layer in use, against the whole one, an image at a time in fp32."""
     for branch in BRANCHES.values():
-        name, size = bench.network(branch)
-        backbone, net = bench.backbone(branch), reference.whole_network(bench.spec(branch)).to(bench.device)
-        images = noise(count, size, SEED, bench.device)
+        spec = bench.spec(branch)
+        backbone, net = bench.backbone(branch), reference.whole_network(spec).to(bench.device)
+        images = noise(count, spec.image_size, SEED, bench.device)
         features = reference.layer_maps if branch.backbone_kind == "maps" else reference.vit_tokens
 
         def ours(backbone=backbone, images=images) -> Tensor:
@@ -57,12 +59,14 @@ def extract(bench: Bench, count: int) -> Iterator[Row]:
         pair = bench.pair(ours, plain)
         near = difference(pair.found, torch.as_tensor(pair.expected).squeeze(0))
         remark = f"whole network, one image at a time, fp32; largest difference {near:.1e} of the largest value"
-        yield row(f"extract {name}", bench, count, "images", pair, remark, bench.gflop(branch))
+        yield row(f"extract {spec.name}", bench, count, "images", pair, remark, bench.gflop(branch))
 
 
 def fused(bench: Bench, count: int) -> Iterator[Row]:
     """All branches and their fusion, fitted on noise, against the published loop, which knows three branches."""
-    usad, loop = bench.usad(bench.precision), bench.published_loop()
+    usad, loop = bench.usad(bench.precision), None
+    if set(BRANCHES) == reference.BRANCHES:
+        loop = reference.PublishedLoop.load(bench.checkpoints, bench.device)
     images = noise(count, usad.image_size, 1, bench.device)
     on_their_way: deque[ReadBack] = deque()
 
@@ -89,9 +93,8 @@ def coreset(bench: Bench, count: int) -> Iterator[Row]:
     patches, size = patches.to(bench.device), max(count // 100, 2)
     pair = bench.pair(lambda: greedy_k_center(patches, size, progress=False), lambda: reference.sampled(patches, size))
     equal = sum(a == b for a, b in zip(pair.found.tolist(), pair.expected, strict=True))
-    yield row(
-        "coreset", bench, count, "patches", pair, f"a difference for each centre; {equal} of {size} indices equal"
-    )
+    remark = f"a difference for each centre; {equal} of {size} indices equal"
+    yield row("coreset", bench, count, "patches", pair, remark)
 
 
 def neighbors(bench: Bench, count: int) -> Iterator[Row]:
@@ -103,44 +106,33 @@ def neighbors(bench: Bench, count: int) -> Iterator[Row]:
     ours.faiss = None
     fits = 4 * count * (queries + width) < MATRIX_BYTES
     sides = {"torch.cdist whole, minimum": (lambda: reference.nearest(patches, bank)[0]) if fits else None}
-    if search := faiss_search(bank):
-        sides["faiss.knn"] = lambda: search(patches)[:, 0].clamp(min=0).sqrt()
+    if load_faiss():
+        import faiss.contrib.torch_utils  # lets it take torch's tensors
+
+        knn = partial(faiss.knn_gpu, faiss.StandardGpuResources()) if bank.is_cuda else faiss.knn
+        sides["faiss.knn"] = lambda: knn(patches, bank, 1)[0][:, 0].clamp(min=0).sqrt()
     for against, plain in sides.items():
         pair = bench.pair(lambda: ours.search(patches, 1)[0][:, 0], plain)
         near = f"; distances within {difference(pair.found, pair.expected):.1e}" if plain else ""
         yield row("neighbours", bench, count, "bank rows", pair, against + near)
 
 
-def faiss_search(bank: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """faiss's exact search on the bank's device: queries [q, D] -> squared distances [q, 1]; None without faiss."""
-    faiss = load_faiss()
-    if not faiss:
-        return None
-    if bank.is_cuda:
-        import faiss.contrib.torch_utils  # lets it take torch's tensors
-
-        resources = faiss.StandardGpuResources()
-        return lambda queries: faiss.knn_gpu(resources, queries, bank, 1)[0]
-    return lambda queries: torch.from_numpy(faiss.knn(queries.numpy(), bank.numpy(), 1)[0])
-
-
 def row(stage: str, bench: Bench, count: int, unit: str, pair: Pair, remark: str, gflop: float | None = None) -> Row:
     """A row of the table, for `count` of `unit`; with the 10^9 operations of each also the rate of these."""
-    rates = {}
-    if gflop:
-        rate = gflop * count / pair.ours
-        rates = {"tflops": rate / 1e3, "share": rate / bench.product_rate(bench.precision)}
-    return {
+    found = {
         "stage": f"{stage}, {bench.precision}",
         "size": f"{count} {unit}",
         "ours": pair.ours,
         "reference": pair.plain,
         "ratio": pair.plain and pair.plain / pair.ours,
         "per_second": count / pair.ours,
-        **rates,
         "memory_mb": pair.memory,
         "remark": remark,
     }
+    if gflop:
+        rate = gflop * count / pair.ours
+        found |= {"tflops": rate / 1e3, "share": rate / bench.product_rate(bench.precision)}
+    return found
 
 
 def difference(ours: Tensor, expected: Tensor) -> float:
@@ -163,12 +155,11 @@ def measure(stages: dict[str, Stage], args: argparse.Namespace, bench: Bench) ->
     about, rows, skipped = environment(bench.device), [], {}
     machine = {"device": about["device"], "threads": torch.get_num_threads(), **about["versions"]}
     report = {"machine": machine, "product_gflop_per_second": bench.product_rate(bench.precision)}
-    plan = [
-        (name, size) for name in args.stages for size in args.sizes.get(name, stages[name][2 if bench.quick else 1])
-    ]
+    report |= {"rows": rows, "skipped": skipped}
+    usual = {name: quick if bench.quick else full for name, (_, full, quick) in stages.items()} | args.sizes
+    plan = [(name, size) for name in args.stages for size in usual[name]]
     print(line(dict(zip(COLUMNS, COLUMNS, strict=True))), "|---" * len(COLUMNS) + "|", sep="\n")
-    for name, size in (bar := tqdm(plan, unit="size", disable=None)):
-        bar.set_description(f"{name} {size}")
+    for name, size in tqdm(plan, unit="size", disable=None):
         try:
             for found in stages[name][0](bench, size):
                 rows.append(found)
@@ -176,7 +167,7 @@ def measure(stages: dict[str, Stage], args: argparse.Namespace, bench: Bench) ->
         except (RuntimeError, MemoryError) as error:  # the other stages need not be lost
             skipped[f"{name} {size}"] = " ".join(str(error).split())[:300]
             print(f"{name} {size}: not measured, {skipped[f'{name} {size}']}", flush=True)
-        write_json(args.out / "results.json", {**report, "rows": rows, "skipped": skipped})
+        write_json(args.out / "results.json", report)
     with atomic_write(args.out / "table.csv") as path, path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -195,25 +186,22 @@ def parse_args(description: str, stages: dict[str, Stage], device: str, precisio
     """The flags, with these defaults."""
     parser = Parser(description)
     parser.add_argument("--stages", type=some_of(stages), default=list(stages), help=f"default: {','.join(stages)}")
-    parser.add_argument(
-        "--sizes", nargs="+", default=[], metavar="STAGE=SIZE,SIZE", help="images, patches or bank rows"
-    )
+    text = "images, patches or bank rows"
+    parser.add_argument("--sizes", nargs="+", default=[], metavar="STAGE=SIZE,SIZE", help=text)
     parser.add_argument("--quick", action="store_true", help="small networks and sizes, a minute in all")
     parser.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
     parser.add_argument("--device", default=device, help=f"auto, cpu, cuda (default: {device})")
     parser.add_argument("--precision", choices=PRECISIONS[1:], default=precision, help=f"of our side ({precision})")
     args = parser.parse_args()
     args.device = choose_device(args.device, args.precision)
-    args.sizes = dict(sizes(text, args.stages) for text in args.sizes)
+    given, args.sizes = args.sizes, {}
+    for text in given:
+        name, _, sizes = text.partition("=")
+        if name not in args.stages or not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*)*", sizes):
+            stages = ", ".join(args.stages)
+            raise InputError(f"--sizes {text}: write STAGE=SIZE,SIZE with a stage that is run ({stages})")
+        args.sizes[name] = [int(size) for size in sizes.split(",")]
     return args
-
-
-def sizes(text: str, chosen: list[str]) -> tuple[str, list[int]]:
-    """`coreset=1000,100000` -> ("coreset", [1000, 100000]); raises InputError for anything else."""
-    name, _, values = text.partition("=")
-    if name not in chosen or not all(value.isdecimal() and int(value) > 0 for value in values.split(",")):
-        raise InputError(f"--sizes {text}: write STAGE=SIZE,SIZE with a stage that is run ({', '.join(chosen)})")
-    return name, [int(value) for value in values.split(",")]
 
 
 def main() -> None:

@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from tqdm import tqdm
 
 from datasets.loading import ImageLoader
-from evaluation.result_files import (
-    REPORT,
-    SHEET,
-    write_average,
-    write_heatmaps,
-    write_map,
-    write_scores,
-    write_test_report,
-)
+from datasets.mvtec import Sample
 from evaluation.results import Results
 from metrics import protocols
 from models.branches.branch import AS_PUBLISHED, Branch
 from models.branches.part import Part
-from models.fusion.operating_point import OperatingPoint
 from models.fusion.usad import USAD
-from reporting.heatmaps import Thumbnails
-from reporting.report import Threshold
+from reporting.heatmaps import Thumbnails, strip
+from reporting.pictures import write_picture
+from reporting.report import Threshold, write_report
+from reporting.sheet import write_sheet
+from utils.csv_cells import safe_cell
 from utils.distributed import is_main_process
-from utils.files import write_json
+from utils.errors import InputError
+from utils.files import atomic_write, write_json, write_text
 from utils.gather import barrier, from_first
 from utils.gpu import ReadBack
 from utils.machine import environment
-from utils.ownership import PROGRAM, mark_folder
+from utils.ownership import PROGRAM, is_ours, mark_folder
+from utils.signals import stoppable
 from utils.timing import Stopwatch
+
+REPORT, SHEET = "report.html", "sheet.jpg"
 
 
 def evaluate(
@@ -45,21 +47,19 @@ def evaluate(
     config: dict[str, Any],
     images: bool = True,
     save_maps: bool = False,
-    operating_point: OperatingPoint | None = None,
 ) -> dict[str, Any]:
-    """Run `model` over the test images and write metrics, scores, config, maps, heat maps and report.
+    """Run `model` over the test images; write metrics, scores, config, maps, heat maps and report; print the metrics.
 
-    `model` is a branch or their fusion. A fusion gets a report, with the thresholds of `operating_point` or, without
-    one, those of the highest F1. Returns the metrics.
-
-    With several processes, each tests its share of the images and writes their maps and heat maps. The main process
-    writes everything else, and only it has the metrics.
+    A fusion gets a report, with the thresholds of its operating point or, without one, those of the highest F1. With
+    several processes, each tests its share of the images and writes their maps and heat maps; the main process
+    writes everything else, and only it returns the metrics.
     """
     start = time.perf_counter()
     samples, shard = loader.dataset.samples, loader.shard
     thumbnails = Thumbnails(folder, len(samples)) if images else None
-    report = images and isinstance(model, USAD)
-    results, watch = Results(samples, model.parts(), shard.start, report, thumbnails, model.roi), Stopwatch()
+    fusion = isinstance(model, USAD)
+    point = model.operating_point if fusion else None
+    results, watch = Results(samples, model.parts(), shard.start, images and fusion, thumbnails, model.roi), Stopwatch()
     for batch, parts in predicted(model, loader, watch):
         with watch("collect"):
             maps = results.add(parts, batch)
@@ -81,56 +81,28 @@ def evaluate(
         by_part = results.metrics()
     main, *others = by_part
     metrics = dict(by_part[main])
-    if operating_point:
+    if point:
         labels = np.array([item.label for item in samples])
-        metrics["operating_point"] = operating_point.on_test(results.scores[main], labels)
-    if isinstance(model, USAD):
+        metrics["operating_point"] = point.on_test(results.scores[main], labels)
+    if fusion:
         metrics["branches"] = {name: by_part[name] for name in others}
     else:
         scaled = by_part[AS_PUBLISHED]
         metrics[AS_PUBLISHED] = {key: scaled[key] for key in scaled if not key.startswith(("image_", "n_"))}
     timings = {**watch.seconds, **stage_seconds(model), "total": time.perf_counter() - start}
-    write_scores(folder / "scores.csv", results, others if isinstance(model, USAD) else [])
+    write_scores(folder / "scores.csv", results, others if fusion else [])
     write_json(folder / "metrics.json", metrics)
     config = {"program": PROGRAM, **config, **environment(model.device), "seconds": _rounded(timings)}
     write_json(folder / "config.json", config)
     if results.gallery is not None:
-        point = operating_point
         threshold = point and Threshold(point.threshold, point.pixel_threshold, point.source)
-        write_test_report(folder, results, metrics, threshold, config)
+        write_test_report(folder, results, metrics, threshold or results.best_threshold(), config)
     else:
         for name in (REPORT, SHEET):
             (folder / name).unlink(missing_ok=True)  # it would show the figures of an earlier run
+    print_metrics(model.name, metrics)
+    print(f"{folder.parent.name}: results in {folder}", flush=True)
     return metrics
-
-
-def print_metrics(title: str, metrics: dict[str, Any]) -> None:
-    """Print one line for each figure, with the protocol that it follows.
-
-    Columns beside the first: the branches of a fusion, or the figures of a branch with maps scaled as in the paper.
-    """
-    others = {"scaled maps": metrics[AS_PUBLISHED]} if AS_PUBLISHED in metrics else metrics.get("branches", {})
-    columns = {title: metrics, **others}
-    print("".join(f"{name:>12}" for name in columns))
-    for key, protocol in protocols().items():
-        figures = [part.get(key) for part in columns.values()]
-        cells = "".join(f"{'-' if figure is None else format(figure, '.4f'):>12}" for figure in figures)
-        print(f"{cells}  {protocol}")
-    print(f"{metrics['n_images']} images, {metrics['n_anomalous']} anomalous", flush=True)
-    if point := metrics.get("operating_point"):
-        recall = "-" if point["recall"] is None else f"{point['recall']:.4f}"
-        print(
-            f"at the threshold for {point['false_alarm_rate']:g} false alarms: recall {recall}, "
-            f"{point['false_alarms']} false alarms among {metrics['n_images'] - metrics['n_anomalous']} normal images",
-            flush=True,
-        )
-
-
-def print_average(title: str, path: Path, metrics: dict[str, dict[str, Any]]) -> None:
-    """Write and print the mean over the categories, if there are several."""
-    if len(metrics) > 1 and is_main_process():
-        print(f"average of {len(metrics)} categories")
-        print_metrics(title, write_average(path, metrics))
 
 
 def predicted(
@@ -179,3 +151,97 @@ def stage_seconds(model: Any) -> dict[str, Any]:
 
 def _rounded(value: Any) -> Any:
     return {key: _rounded(entry) for key, entry in value.items()} if isinstance(value, dict) else round(value, 4)
+
+
+def write_scores(path: Path, results: Results, branches: Sequence[str]) -> None:
+    """scores.csv: path, label and score of each test image, followed by the scores of the `branches` of a fusion."""
+    main = next(iter(results.scores))
+    columns = [results.scores[part] for part in (main, *branches)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "label", "score", *branches])
+    for row, sample in enumerate(results.samples):
+        writer.writerow([safe_cell(sample.name), sample.label, *(repr(float(values[row])) for values in columns)])
+    write_text(path, text.getvalue())
+
+
+def write_map(folder: Path, sample: Sample, anomaly_map: np.ndarray) -> None:
+    """The raw float32 map [S, S] as <folder>/<defect>/<stem>.tiff, in the same sub-folders as the image."""
+    content = io.BytesIO()  # on a full disk Pillow would write half a TIFF without an error
+    Image.fromarray(anomaly_map).save(content, "TIFF")
+    with atomic_write(_result_path(folder, sample, ".tiff")) as temporary:
+        temporary.write_bytes(content.getvalue())
+
+
+def write_heatmaps(folder: Path, samples: Sequence[Sample], thumbnails: Thumbnails, scale: tuple[float, float]) -> None:
+    """One strip for each test image, <folder>/<defect>/<stem>.png, all on one colour scale."""
+    pairs = zip(samples, thumbnails, strict=True)
+    bar = tqdm(pairs, desc="heat maps", total=len(samples), unit="image", leave=False, disable=None)
+    for sample, image in stoppable(bar):
+        write_picture(_result_path(folder, sample, ".png"), strip(sample, image, scale))
+
+
+def write_test_report(
+    folder: Path, results: Results, metrics: dict[str, Any], threshold: Threshold | None, config: dict[str, Any]
+) -> None:
+    """report.html and, if there is a threshold, sheet.jpg of a fusion's test."""
+    weights = sorted({branch["backbone"]["weights"] for branch in config["branches"].values()})
+    facts = {
+        "images": str(metrics["n_images"]),
+        "anomalous": str(metrics["n_anomalous"]),
+        "fusion": config["settings"]["fusion"],
+        **({"region of interest": f"{config['roi_share']:.0%} of the frame"} if config["roi_share"] else {}),
+        "networks": ", ".join(weights).replace("random", "untrained"),
+        "device": config["device"],
+    }
+    title = config["settings"]["category"]
+    write_report(folder / REPORT, title, results.gallery, metrics, results.curves(), threshold, config, facts)
+    if threshold:
+        write_sheet(folder / SHEET, title, results.gallery, threshold)
+    else:
+        (folder / SHEET).unlink(missing_ok=True)
+
+
+def _result_path(folder: Path, sample: Sample, suffix: str) -> Path:
+    return (folder / Path(sample.name).relative_to("test")).with_suffix(suffix)
+
+
+def print_metrics(title: str, metrics: dict[str, Any]) -> None:
+    """Print a line for each figure, with columns for the branches of a fusion, or for the scaled maps of a branch."""
+    others = {"scaled maps": metrics[AS_PUBLISHED]} if AS_PUBLISHED in metrics else metrics.get("branches", {})
+    columns = {title: metrics, **others}
+    print("".join(f"{name:>12}" for name in columns))
+    for key, protocol in protocols().items():
+        figures = [part.get(key) for part in columns.values()]
+        cells = "".join(f"{'-' if figure is None else format(figure, '.4f'):>12}" for figure in figures)
+        print(f"{cells}  {protocol}")
+    print(f"{metrics['n_images']} images, {metrics['n_anomalous']} anomalous", flush=True)
+    if point := metrics.get("operating_point"):
+        recall = "-" if point["recall"] is None else f"{point['recall']:.4f}"
+        print(
+            f"at the threshold for {point['false_alarm_rate']:g} false alarms: recall {recall}, "
+            f"{point['false_alarms']} false alarms among {metrics['n_images'] - metrics['n_anomalous']} normal images",
+            flush=True,
+        )
+
+
+def average_path(results_dir: Path, name: str) -> Path:
+    """Where the average over categories goes; raises InputError if another program's file is there."""
+    path = results_dir / f"average_{name}.json"
+    if path.exists() and not is_ours(path):
+        raise InputError(f"{path} was not written by USAD; move it or choose another --results-dir")
+    return path
+
+
+def average(title: str, path: Path, metrics: dict[str, dict[str, Any]]) -> None:
+    """Write and print each figure's mean over the categories where it is defined, if there are several categories."""
+    if len(metrics) < 2 or not is_main_process():
+        return
+    means = {}
+    for key in protocols():
+        values = [part[key] for part in metrics.values() if part[key] is not None]
+        means[key] = float(np.mean(values)) if values else None
+    means |= {key: sum(part[key] for part in metrics.values()) for key in ("n_images", "n_anomalous")}
+    write_json(path, {"program": PROGRAM, **means, "categories": metrics})
+    print(f"average of {len(metrics)} categories")
+    print_metrics(title, means)

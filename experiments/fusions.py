@@ -44,7 +44,7 @@ class Fusion:
 
     def usad(self, statistics: dict[str, dict[str, float] | None]) -> USAD:
         """The fusion of the parts without networks, with the held-out `statistics` of the branches."""
-        branches = [self.variants[name].mapper() for name in self.parts]
+        branches = [self.variants[name].built() for name in self.parts]
         for branch in branches:
             branch.calibration = statistics.get(branch.name)
         return USAD(branches, **self.settings)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -31,8 +29,11 @@ def reproduce(args: argparse.Namespace) -> None:
     """Write the tables of each category; `args` are the flags of reproduce_tables.py."""
     run, data = run_settings(args), data_settings(args)
     folders = {name: args.models_dir / name for name in data.categories}
-    options = fusion_options(args, folders.values())
-    fusions = {name: fusions_by_seed(folder, options, args.seeds) for name, folder in folders.items()}
+    options, fusions = fusion_options(args, folders.values()), {}
+    for name, folder in folders.items():
+        variants = {branch: Variant.of_checkpoint(branch, path) for branch, path in checkpoint_paths(folder).items()}
+        fusion = Fusion(variants, options, tuple(variants)).settled()
+        fusions[name] = [fusion.changed("seed", seed) for seed in args.seeds or []] or [fusion]
     rule = fusion_record(fusions[data.categories[0]][0].settings)
     for sweep in args.sweeps or []:
         if rule.get(sweep, 0) is None:
@@ -46,13 +47,6 @@ def reproduce(args: argparse.Namespace) -> None:
     with opened_categories(data, samples_of, run.workers, results="tables") as categories:
         for category in categories:
             make_tables(args, category, run, fusions[category.name], baselines)
-
-
-def fusions_by_seed(folder: Path, options: dict[str, Any], seeds: list[int] | None) -> list[Fusion]:
-    """The fusion of the checkpoints in `folder`, once for each seed; raises InputError if it cannot be built."""
-    variants = {name: Variant.of_checkpoint(name, path) for name, path in checkpoint_paths(folder).items()}
-    fusion = Fusion(variants, options, tuple(variants)).settled()
-    return [fusion.changed("seed", seed) for seed in seeds] if seeds else [fusion]
 
 
 def make_tables(
@@ -80,18 +74,13 @@ def make_tables(
     with tqdm(total=len(rows), desc=category.name, unit="row", disable=None) as progress:
         for table in tables:
             progress.set_postfix_str(table.name)
-            found = []
+            sections = []
             for section in table.sections:
-                found.append([computed(folder / "cells", row) for row in section.rows])
+                sections.append((section, [computed(folder / "cells", row) for row in section.rows]))
                 progress.update(len(section.rows))
-            write_table(folder, table, found, facts)
+            write_table(folder, table, sections, facts)
             tqdm.write(f"{category.name}: {folder / table.name}.md")
     measurements.tidy()
     settings = {**dataclasses.asdict(run), **fusion_record(fusions[0].settings), "category": category.name}
-    config = {
-        "program": PROGRAM,
-        "settings": record(args, **settings),
-        "left_out": category.left_out,
-        **environment(run.device),
-    }
-    write_json(folder / "config.json", config)
+    config = {"program": PROGRAM, "settings": record(args, **settings), "left_out": category.left_out}
+    write_json(folder / "config.json", {**config, **environment(run.device)})

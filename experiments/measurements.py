@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,13 @@ from datasets.region import RegionOfInterest
 from evaluation.results import Results
 from experiments.table import Unavailable, digest
 from experiments.variants import Variant
+from models.branches import weights_flag
 from models.branches.branch import Branch
 from models.branches.part import Part
 from models.branches.postprocess import resize_images
+from models.networks.backbones import build_backbone
 from training.settings import RunSettings
-from training.training import make_loader
+from training.training import fit_branch, make_loader
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError, UnreadableError
 from utils.files import digest_of_lines, sha256_of_file
@@ -39,8 +42,7 @@ class Measured(NamedTuple):
 class Measurements:
     """Measures variants on a category's test images, or finds earlier measurements in `folder`.
 
-    A measurement takes 4 bytes a patch and 8 bytes an image: about 10 KB an image for the three branches at the
-    paper's sizes. Branches fitted for it lie in `folder`/fitted until `tidy`.
+    Three branches take about 10 KB an image. Branches fitted for it lie in `folder`/fitted until `tidy`.
     """
 
     def __init__(self, folder: Path, category: Category, run: RunSettings, weights: dict[str, str | None]) -> None:
@@ -63,10 +65,7 @@ class Measurements:
         }
 
     def of(self, variant: Variant, input_size: int) -> Measured:
-        """The variant's measurement on the test images, loaded at `input_size` and resized to the branch's own size.
-
-        Raises Unavailable if the variant cannot be fitted.
-        """
+        """The variant's measurement on images loaded at `input_size`; raises Unavailable if it cannot be fitted."""
         path = self.folder / f"{digest(self.needs(variant, input_size))}.safetensors"
         try:
             tensors, metadata = load_checkpoint(path)
@@ -87,12 +86,15 @@ class Measurements:
 
     def _fitted(self, variant: Variant) -> Branch:
         """The branch, from its checkpoint, or fitted once in this grid."""
-        weights = self.weights.get(variant.branch.name)
+        run, weights, flag = self.run, self.weights.get(variant.branch.name), weights_flag(variant.branch.name)
         path = variant.checkpoint or self.folder / "fitted" / f"{self._fit_key(variant)}.safetensors"
         if path.is_file():
-            return variant.branch.load(path, weights, self.run.device, self.run.precision)
+            return variant.branch.load(path, weights, run.device, run.precision)
         try:
-            branch = variant.fit(self.category, self.run, weights)
+            backbone = build_backbone(variant.network, run.device, weights, run.precision, flag)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # too few images for the covariance: the first training has warned
+                branch = fit_branch(run, self.category, variant.split, variant.built(backbone))
         except UnreadableError:
             raise
         except InputError as error:
@@ -108,18 +110,17 @@ class Measurements:
         results, start = Results(self.samples, ["all"], roi=roi), 0
         labels = torch.tensor([sample.label for sample in self.samples])
         for part in found:
-            rows, size = slice(start, start + len(part.scores)), part.maps.shape[-1]
-            masks = np.unpackbits(self._masks(size)[rows], axis=1, count=size * size).reshape(-1, size, size)
-            batch = {"mask": torch.from_numpy(masks.astype(bool)), "label": labels[rows]}
+            rows = slice(start, start + len(part.scores))
+            batch = {"mask": self._masks(part.maps.shape[-1])[rows], "label": labels[rows]}
             results.add({"all": part}, {**batch, "index": torch.arange(rows.start, rows.stop)})
             start = rows.stop
         return results.metrics()["all"]
 
     @functools.lru_cache(maxsize=1)  # noqa: B019  there is one of these for each category
-    def _masks(self, size: int) -> np.ndarray:
-        """The masks of all test images at `size` x `size`, in one bit a pixel."""
+    def _masks(self, size: int) -> Tensor:
+        """The masks [N, size, size] of all test images; the pixel metrics hold four times as much."""
         masks = [sample.read_mask()[0] if sample.masks else np.zeros((1, 1), bool) for sample in self.samples]
-        return np.stack([np.packbits(mask_to_tensor(mask, size)) for mask in masks])
+        return torch.stack([mask_to_tensor(mask, size) for mask in masks])
 
     def tidy(self) -> None:
         """Remove the fitted branches, once everything has been measured, and what a killed run left."""

@@ -18,7 +18,6 @@ from utils.processes import ProcessFailed
 VERSION = 3  # goes up when a figure is computed in another way, so that older cells are not used again
 PLOTTED = ("image_auroc", "pixel_auroc", "aupro")
 IN_FORCE = "the value in force"
-Rows = list[dict[str, Any]]  # as `computed` gives them
 
 
 class Unavailable(Exception):
@@ -57,6 +56,10 @@ class Table(NamedTuple):
     sections: list[Section]
     remarks: list[str]
     seeded: bool = True  # whether rows are means over the seeds
+
+
+Rows = list[dict[str, Any]]  # as `computed` gives them
+Sections = list[tuple[Section, Rows]]
 
 
 def figures_of(folder: Path, cell: Cell) -> dict[str, Any]:
@@ -101,10 +104,9 @@ def digest(needs: Any) -> str:
     return digest_of_lines([json.dumps([VERSION, needs], sort_keys=True)])[:32]
 
 
-def write_table(folder: Path, table: Table, found: list[Rows], facts: dict[str, Any]) -> None:
-    """Write <name>.md, .csv, .json and the plots of the sections; `found` has each section's rows."""
+def write_table(folder: Path, table: Table, sections: Sections, facts: dict[str, Any]) -> None:
+    """Write <name>.md, .csv, .json and the plots of the sections."""
     facts = facts if table.seeded else {**facts, "seeds": None}
-    sections = list(zip(table.sections, found, strict=True))
     for section, rows in sections:
         if section.plot:
             plot(folder / section.plot, section.title, rows, table.columns)
@@ -114,10 +116,10 @@ def write_table(folder: Path, table: Table, found: list[Rows], facts: dict[str, 
     write_json(folder / f"{table.name}.json", {"table": table.name, **facts, "sections": content})
 
 
-def markdown(table: Table, sections: list[tuple[Section, Rows]], facts: dict[str, Any]) -> str:
+def markdown(table: Table, sections: Sections, facts: dict[str, Any]) -> str:
     """The table for people: means, with ± standard deviation if there are several seeds."""
-    source, seeds = "the checkpoints as they are", facts["seeds"]
-    if seeds:
+    source = "the checkpoints as they are"
+    if seeds := facts["seeds"]:
         source = f"mean{' ± standard deviation' * (len(seeds) > 1)} over the seeds {', '.join(map(str, seeds))}"
     lines = [f"# {table.name.capitalize()}: {facts['category']}", ""]
     lines += [f"{facts['images']} test images, {facts['anomalous']} anomalous; {source}.", ""]
@@ -133,7 +135,7 @@ def markdown(table: Table, sections: list[tuple[Section, Rows]], facts: dict[str
     return "\n".join([*lines, *(f"{remark}\n" for remark in table.remarks)]).rstrip() + "\n"
 
 
-def comma_separated(table: Table, sections: list[tuple[Section, Rows]]) -> str:
+def comma_separated(table: Table, sections: Sections) -> str:
     """One line for each row, with all digits; `<figure>_sd` is empty with a single seed."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -148,14 +150,13 @@ def comma_separated(table: Table, sections: list[tuple[Section, Rows]]) -> str:
 
 def plot(path: Path, title: str, rows: Rows, columns: dict[str, str]) -> None:
     """The rows' figures over their labels, evenly spaced; bars are standard deviations."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), dpi=120, layout="constrained")
-    axes = FigureCanvasAgg(figure).figure.add_subplot()
+    axes = figure.add_subplot(xlabel=title, xlim=(-0.4, len(rows) - 0.6))
     for name, marker in zip(PLOTTED, "os^", strict=True):
-        points = [(x, row["figures"].get(name, {})) for x, row in enumerate(rows)]
-        points = [(x, point["mean"], point["sd"] or 0.0) for x, point in points if point.get("mean") is not None]
+        points = [(x, row["figures"][name]) for x, row in enumerate(rows) if name in row["figures"]]
+        points = [(x, point["mean"], point["sd"] or 0.0) for x, point in points if point["mean"] is not None]
         if points:
             places, means, deviations = zip(*points, strict=True)
             axes.errorbar(places, means, deviations, marker=marker, capsize=3, label=columns[name])
@@ -163,7 +164,6 @@ def plot(path: Path, title: str, rows: Rows, columns: dict[str, str]) -> None:
         if row["note"] == IN_FORCE:
             axes.axvline(x, color="0.6", linestyle=":", zorder=0, label=IN_FORCE)
     axes.set_xticks(range(len(rows)), [row["label"] for row in rows])
-    axes.set(xlabel=title, xlim=(-0.4, len(rows) - 0.6))
     axes.grid(axis="y", color="0.9")
     if axes.get_legend_handles_labels()[1]:
         figure.legend(loc="outside upper center", ncols=4, fontsize="small", frameon=False)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from pathlib import Path
 from typing import Any
 
-from datasets.mvtec import Category
 from datasets.region import RegionOfInterest
-from models.branches import BRANCHES, weights_flag
+from models.branches import BRANCHES
 from models.branches.branch import Branch, bit_depth_in, region_in, tiles_in
-from models.networks.backbones import Backbone, BackboneSpec, build_backbone, empty_backbone
-from training.settings import RunSettings, SplitSettings
-from training.training import fit_branch
+from models.networks.backbones import Backbone, BackboneSpec, empty_backbone
+from training.settings import SplitSettings
 from utils.checkpoint import read_metadata
 from utils.errors import InputError
 from utils.files import sha256_of_file
@@ -50,7 +47,7 @@ class Variant:
             network, split = BackboneSpec.from_dict(metadata["backbone"]), SplitSettings(**training)
             learned = BRANCHES[name], network, metadata["settings"], split, region_in(metadata), bit_depth_in(metadata)
             variant = cls(*learned, path, sha256_of_file(path))
-            variant.mapper()
+            variant.built()
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -65,10 +62,7 @@ class Variant:
         return {"image_size": self.network.image_size, **dataclasses.asdict(self.split), **self.settings}
 
     def changed(self, name: str, value: Any) -> Variant:
-        """The same with another value of a setting, of the split, or of the image size.
-
-        It keeps its checkpoint if the change has no part in the fit.
-        """
+        """The same with another value; it keeps its checkpoint if the change has no part in the fit."""
         settings, split, network = self.settings, self.split, self.network
         if name in settings:
             settings = {**settings, name: value}
@@ -100,20 +94,9 @@ class Variant:
             "bit_depth": self.bit_depth,
         }
 
-    def fit(self, category: Category, run: RunSettings, weights: str | None) -> Branch:
-        """Fit it, as the training scripts do."""
-        flag = weights_flag(self.branch.name)
-        backbone = build_backbone(self.network, run.device, weights=weights, precision=run.precision, flag=flag)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # too few images for the covariance: the first training has warned
-            return fit_branch(run, category, self.split, self._built(backbone))
-
-    def mapper(self) -> Branch:
-        """A branch without weights that makes maps of measured patch scores."""
-        return self._built(_outline(self.network))
-
-    def _built(self, backbone: Backbone) -> Branch:
-        branch = self.branch(backbone, **self.settings)
+    def built(self, backbone: Backbone | None = None) -> Branch:
+        """The branch before its fit; without a backbone it can only make maps of measured patch scores."""
+        branch = self.branch(backbone or _outline(self.network), **self.settings)
         branch.roi, branch.bit_depth = self.roi, self.bit_depth
         return branch
 

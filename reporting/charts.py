@@ -6,7 +6,6 @@ it is imported only when something is drawn.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import itertools
 import math
@@ -28,11 +27,6 @@ STYLE = {
     "svg.hashsalt": "usad",  # the same numbers give the same file
     "text.parse_math": False,  # a branch's name may hold a $
 }
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed; requirements-edge.txt leaves it out for its size."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(plot: Callable[..., None], x_title: str, y_title: str, **options: Any) -> bytes:

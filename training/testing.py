@@ -10,15 +10,14 @@ from typing import Any
 import torch
 
 from datasets.mvtec import Category, Sample
-from evaluation.evaluate import evaluate, print_average, print_metrics
-from evaluation.result_files import average_path
+from evaluation.evaluate import average, average_path
 from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths
 from models.fusion.operating_point import FILE_NAME, OperatingPoint, find_operating_point
 from models.fusion.usad import USAD
 from training.categories import opened_categories
-from training.options import data_settings, fusion_options, fusion_record, record, run_settings, weights_by_branch
+from training.options import data_settings, fusion_options, fusion_record, run_settings, weights_by_branch
 from training.settings import RunSettings
-from training.training import held_out_samples, test_loader
+from training.training import held_out_samples, test_loader, tested
 from utils.command_line import warn
 from utils.distributed import is_main_process
 from utils.gather import all_rows, one_per_machine_first, require_same
@@ -31,7 +30,7 @@ def test(args: argparse.Namespace) -> None:
     for folder in folders:
         checkpoint_paths(folder)  # raises if one is missing
     options = fusion_options(args, folders)
-    average = average_path(data.results_dir, USAD.name)
+    average_file = average_path(data.results_dir, USAD.name)
 
     def samples_of(category: Category) -> list[Sample]:
         return category.test_samples() + (category.train_samples() if args.false_alarm_rate else [])
@@ -40,13 +39,13 @@ def test(args: argparse.Namespace) -> None:
     with opened_categories(data, samples_of, run.workers, results=USAD.name) as categories:
         for category in categories:
             metrics[category.name] = test_category(args, category, run, options)
-    print_average(USAD.name, average, metrics)
+    average(USAD.name, average_file, metrics)
 
 
 def test_category(
     args: argparse.Namespace, category: Category, run: RunSettings, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Load the checkpoints of the category, test their fusion and write the results; returns the figures."""
+    """Load the checkpoints of the category and test their fusion; returns the figures."""
     checkpoints = args.models_dir / category.name
     require_same("checkpoints in --models-dir", lambda: checkpoint_digests(checkpoints).values())
     with one_per_machine_first():
@@ -56,7 +55,7 @@ def test_category(
         warn(f"the branches of {category.name} were trained on different lists of files")
     if args.false_alarm_rate:
         usad.set_operating_point(find_thresholds(usad, category, run, checkpoints, args.false_alarm_rate))
-    settings = record(args, **dataclasses.asdict(run), **fusion_record(usad.settings()), category=category.name)
+    settled = {**fusion_record(usad.settings()), "category": category.name}
     branches = {
         branch.name: {
             "backbone": branch.backbone.spec.to_dict(),
@@ -66,25 +65,7 @@ def test_category(
         }
         for branch in usad.branches
     }
-    folder = args.results_dir / category.name / usad.name
-    metrics = evaluate(
-        usad,
-        test_loader(run, category.test_samples(), usad, "test"),
-        folder,
-        {
-            "settings": settings,
-            "left_out": category.left_out,
-            "branches": branches,
-            "roi_share": usad.roi and usad.roi.share,
-        },
-        images=not args.no_images,
-        save_maps=args.save_maps,
-        operating_point=usad.operating_point,
-    )
-    if is_main_process():
-        print_metrics(usad.name, metrics)
-        print(f"{category.name}: results in {folder}", flush=True)
-    return metrics
+    return tested(args, run, category, usad, settled, {"branches": branches})
 
 
 def find_thresholds(

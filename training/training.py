@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,7 @@ import torch
 from datasets.loading import ImageDataset, ImageLoader
 from datasets.mvtec import Category, Sample, default_holdout, split_training
 from datasets.region import RegionOfInterest
-from evaluation.evaluate import evaluate, print_average, print_metrics
-from evaluation.result_files import average_path
+from evaluation.evaluate import average, average_path, evaluate
 from models.branches import BRANCHES
 from models.branches.branch import Branch
 from models.branches.calibration import BORDER_IMAGES, calibrate
@@ -34,13 +34,12 @@ from utils.errors import InputError
 from utils.gather import from_first, one_per_machine_first, require_same
 
 
-def train(args: argparse.Namespace, name: str, **settings: Any) -> None:
-    """Fit or update the branch of that name on each category, write its checkpoint and, unless --no-eval, its results.
+def train(args: argparse.Namespace, name: str) -> None:
+    """Fit, update or roll back the branch of that name on each category, and unless --no-eval test it.
 
-    With --rollback only put the former checkpoints back. `args` are the flags of `training_parser`, `settings` the
-    branch's own.
+    `args` are the flags of `training_parser`, and one for each setting of the branch.
     """
-    run, data = None if args.rollback else run_settings(args), data_settings(args)
+    data, branch_class = data_settings(args), BRANCHES[name]
 
     def checkpoint_of(category: str) -> Path:
         return checkpoint_path(args.models_dir / category, name)
@@ -49,19 +48,20 @@ def train(args: argparse.Namespace, name: str, **settings: Any) -> None:
         if is_main_process():
             roll_back(map(checkpoint_of, data.categories))
         return
-    average = average_path(data.results_dir, name)
+    run = run_settings(args)
+    average_file = average_path(data.results_dir, name)
     results = None if args.no_eval else name
     roi = args.roi and RegionOfInterest.read(args.roi, data.decoding)
-    if args.tiles not in (None, 1) and BRANCHES[name].predict is not Branch.predict:
+    if args.tiles not in (None, 1) and branch_class.predict is not Branch.predict:
         raise InputError(f"--tiles: branch '{name}' looks at whole frames; leave it out")
+    present = {}
     if args.update:
-        if BRANCHES[name].update is Branch.update:
+        if branch_class.update is Branch.update:
             raise InputError(f"--update: branch '{name}' cannot take in new frames; train it again on all")
         present = {category: present_checkpoint(checkpoint_of(category), args, roi) for category in data.categories}
-        learned = partial(updated_branches, args, BRANCHES[name], run, present, checkpoint_of)
+        learned = partial(updated_branches, args, branch_class, run, present, checkpoint_of)
     else:
-        present = {}
-        learned = partial(fitted_branches, args, BRANCHES[name], run, network_spec(args, name), settings, roi)
+        learned = partial(fitted_branches, args, branch_class, run, network_spec(args, branch_class), roi)
 
     def samples_of(category: Category) -> list[Sample]:
         samples = category.train_samples()
@@ -76,28 +76,17 @@ def train(args: argparse.Namespace, name: str, **settings: Any) -> None:
             if is_main_process():
                 (replace if args.update else Branch.save)(branch, path)
             print(f"{category.name}: wrote {path}", flush=True)
-            if args.no_eval:
-                continue
-            loader = test_loader(run, category.test_samples(), branch, "test")
-            folder = data.results_dir / category.name / name
-            in_force = {key: value for key, value in settings_in(branch.metadata()).items() if key in vars(args)}
-            config = {
-                "settings": record(args, **in_force | dataclasses.asdict(run)),
-                "left_out": category.left_out,
-                "backbone": branch.backbone.spec.to_dict(),
-                "roi_share": branch.roi and branch.roi.share,
-            }
-            metrics[category.name] = evaluate(branch, loader, folder, config, not args.no_images, args.save_maps)
-            if is_main_process():
-                print_metrics(name, metrics[category.name])
-                print(f"{category.name}: results in {folder}", flush=True)
-    print_average(name, average, metrics)
+            if not args.no_eval:
+                in_force = {key: value for key, value in settings_in(branch.metadata()).items() if key in vars(args)}
+                network = {"backbone": branch.backbone.spec.to_dict()}
+                metrics[category.name] = tested(args, run, category, branch, in_force, network)
+    average(name, average_file, metrics)
 
 
-def network_spec(args: argparse.Namespace, name: str) -> BackboneSpec:
+def network_spec(args: argparse.Namespace, branch_class: type[Branch]) -> BackboneSpec:
     """The network from the flags. Raises InputError, before anything is downloaded, if it cannot be had."""
     spec = BackboneSpec(
-        BRANCHES[name].backbone_kind,
+        branch_class.backbone_kind,
         args.backbone,
         args.image_size,
         position_size=getattr(args, "position_size", None),
@@ -116,13 +105,14 @@ def fitted_branches(
     branch_class: type[Branch],
     run: RunSettings,
     spec: BackboneSpec,
-    settings: dict[str, Any],
     roi: RegionOfInterest | None,
     categories: Sequence[Category],
 ) -> Iterator[tuple[Category, Branch]]:
     """A new branch for each category, all with one network."""
+    split = SplitSettings(args.train_ratio, args.holdout_ratio, args.seed)
     by_default = isinstance(args.holdout_ratio, Default)
-    splits = [suited_split(split_settings(args), category, by_default) for category in categories]
+    splits = [suited_split(split, category, by_default) for category in categories]
+    settings = {name: getattr(args, name) for name in list(inspect.signature(branch_class).parameters)[1:]}
     with one_per_machine_first():
         backbone = build_backbone(spec, run.device, precision=run.precision)
     for category, split in zip(categories, splits, strict=True):
@@ -163,16 +153,8 @@ def updated_branches(
         yield category, branch
 
 
-def split_settings(args: argparse.Namespace) -> SplitSettings:
-    """Which images are fitted on, from the flags."""
-    return SplitSettings(args.train_ratio, args.holdout_ratio, args.seed)
-
-
 def suited_split(split: SplitSettings, category: Category, by_default: bool) -> SplitSettings:
-    """The split for a category; with few images a holdout ratio that is only a default is changed, with a message.
-
-    Raises InputError if no image is left to fit on, or too few are held out.
-    """
+    """The split for a category, checked; with few images a holdout ratio that is only a default gives way."""
     samples = category.train_samples()
     ratio = default_holdout(split.holdout_ratio, len(samples)) if by_default else split.holdout_ratio
     suited = dataclasses.replace(split, holdout_ratio=ratio)
@@ -189,14 +171,8 @@ def fit_branch(run: RunSettings, category: Category, split: SplitSettings, branc
     fitted, held = split_training(samples, split.train_ratio, split.holdout_ratio, split.seed)
     learn(run, branch, branch.fit, fitted, held)
     branch.frames = TrainingFrames.named((sample.name for sample in samples), (sample.name for sample in held))
-    branch.training = {
-        "category": category.name,
-        "images": len(fitted),
-        "left_out": left_out_of(category),
-        "train_ratio": split.train_ratio,
-        "holdout_ratio": split.holdout_ratio,
-        "seed": split.seed,
-    }
+    branch.training = {"category": category.name, "images": len(fitted), "left_out": left_out_of(category)}
+    branch.training |= dataclasses.asdict(split)
     return branch
 
 
@@ -226,16 +202,33 @@ def learn(
         branch.calibration = calibrate(branch, test_loader(run, held, branch, "held out"), more)
 
 
+def tested(
+    args: argparse.Namespace,
+    run: RunSettings,
+    category: Category,
+    model: Branch | USAD,
+    settled: dict[str, Any],
+    config: dict[str, Any],
+) -> dict[str, Any]:
+    """Test the model; returns its figures. `settled` values replace flags in config.json, which also gets `config`."""
+    folder = args.results_dir / category.name / model.name
+    config = {
+        "settings": record(args, **settled | dataclasses.asdict(run)),
+        "left_out": category.left_out,
+        "roi_share": model.roi and model.roi.share,
+        **config,
+    }
+    loader = test_loader(run, category.test_samples(), model, "test")
+    return evaluate(model, loader, folder, config, not args.no_images, args.save_maps)
+
+
 def left_out_of(category: Category) -> list[str]:
     """The training images that could not be read."""
     return sorted(name for name in category.left_out if name.startswith("train/"))
 
 
 def held_out_samples(category: Category, branches: Sequence[Branch]) -> list[Sample]:
-    """The normal training images that no branch was fitted on.
-
-    Raises InputError if no images were held out, or one of them is gone.
-    """
+    """The normal training images that no branch was fitted on; raises InputError if there are none, or one is gone."""
     held = {branch.frames.held_out for branch in branches}
     if not all(held):
         raise InputError(

@@ -17,8 +17,8 @@ from models.branches.branch import Branch, bit_depth_in, region_in, tiles_in
 from models.branches.frames import TrainingFrames, mark
 from models.fusion.operating_point import FILE_NAME
 from models.networks.spec import SOURCES
+from training.options import RUN_FLAGS
 from training.settings import SplitSettings
-from training.update_flags import RUN_FLAGS
 from utils.checkpoint import load_checkpoint, read_metadata
 from utils.command_line import warn
 from utils.errors import InputError
