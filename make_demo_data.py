@@ -7,8 +7,6 @@ Writes <data-root>/<category> in MVTec layout: train/good, test/{good,stick,rope
 The same settings give the same files, however many threads draw them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -3,8 +3,6 @@
 What happened instead of a picture is a frame, too, with a status.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import time

@@ -1,7 +1,5 @@
 """Download of CoalAD, the data set of the paper, from ModelScope (two tar files, MVTec layout)."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -1,7 +1,5 @@
 """Reads image and mask files of every kind: images as 8-bit RGB, masks as a bool for each pixel."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import enum

@@ -4,8 +4,6 @@ Files are looked at in the order of their modification times, of those that are 
 and that time, so one that is replaced is looked at again.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone

@@ -1,7 +1,5 @@
 """Samples as tensors, and tensors as batches: what the networks see."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -7,8 +7,6 @@
 Images may lie in sub-folders of these, and their masks in sub-folders of the same names.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

@@ -1,7 +1,5 @@
 """What may surprise about files that can be read: counted image by image, said once a run."""
 
-from __future__ import annotations
-
 from datasets.images import Note
 from utils import distributed
 from utils.command_line import warn_once

@@ -4,8 +4,6 @@ Files give every frame, in order. A camera gives its newest frame: frames that a
 dropped and counted, so that the result is never late.
 """
 
-from __future__ import annotations
-
 import glob
 import itertools
 import re

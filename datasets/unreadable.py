@@ -1,7 +1,5 @@
 """Broken images in a data set: list all of them, or leave them out of the run."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 

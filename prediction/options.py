@@ -1,7 +1,5 @@
 """The flags of predict.py that do not depend on the model, and the settings made from them."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From frames to rows and alarms, with any model that gives scores and maps."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

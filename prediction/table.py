@@ -1,7 +1,5 @@
 """predictions.csv: a row for each frame, and for what happened instead of one."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Alarms to a server: one POST for each, from a thread of its own, so that no server delays a frame."""
 
-from __future__ import annotations
-
 import base64
 import http.client
 import json

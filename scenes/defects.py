@@ -3,8 +3,6 @@
 All take the random generator, the canvas, the centre, the tone (reflectance) and the dust on them, 0..1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import cv2

@@ -4,8 +4,6 @@ A `Piece` is neither lit nor blurred. `scenes.scenes` lights the finished relief
 defect has the same light, edges and noise as the coal around it. Lengths are pixels, colours are BGR.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import cv2

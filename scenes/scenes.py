@@ -4,8 +4,6 @@ A frame is a relief (height, reflectance, gloss) onto which pieces are laid one 
 the camera's blur and noise come last and are the same for all pieces: only its looks give a defect away.
 """
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import dataclass
 

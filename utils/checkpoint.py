@@ -1,7 +1,5 @@
 """Checkpoints: safetensors with JSON metadata. Reading one cannot run code."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Command lines: shared flags with their ranges, one-line errors, exit codes."""
 
-from __future__ import annotations
-
 import argparse
 import atexit
 import contextlib

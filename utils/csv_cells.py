@@ -1,7 +1,5 @@
 """Cells of CSV files that stay plain text, whatever bytes a file name has and whatever program opens them."""
 
-from __future__ import annotations
-
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 

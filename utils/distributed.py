@@ -3,8 +3,6 @@
 This file tells which process is which, and needs no PyTorch for a single one; utils/gather.py moves tensors.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import os

@@ -1,7 +1,5 @@
 """The exceptions that mean "the user can fix this"."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

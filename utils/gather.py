@@ -4,8 +4,6 @@ What a pass over images gathers is held by accumulators: objects with `state()`,
 `merge(state)`. `collect` merges them on the main process; `from_first` sends what that made of them to all processes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping

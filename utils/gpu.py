@@ -1,7 +1,5 @@
 """Work on a GPU that does not wait for Python: passes replayed as CUDA graphs, works on streams of their own."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple

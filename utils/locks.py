@@ -1,7 +1,5 @@
 """One run at a time writes to a folder or a file."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path

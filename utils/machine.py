@@ -1,7 +1,5 @@
 """The machine of a run: processor, memory, versions of the packages that decide the numbers."""
 
-from __future__ import annotations
-
 import contextlib
 import platform
 import sys

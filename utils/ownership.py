@@ -1,7 +1,5 @@
 """Whose files a folder holds: only what this program wrote is ever replaced."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

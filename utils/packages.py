@@ -1,7 +1,5 @@
 """Packages: which releases are installed, whether requirements.txt allows them, and how to import large ones fast."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A Python module or script in a process of its own: what it gave, how long it took, how much memory."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Camera addresses may hold passwords: what is printed or written goes through `redact` first."""
 
-from __future__ import annotations
-
 import re
 
 _USER = re.compile(r"://.*@", re.DOTALL)  # to the last @: passwords may hold spaces, slashes, and @ itself

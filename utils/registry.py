@@ -1,7 +1,5 @@
 """Tables of what can be chosen by name; the module behind a name is imported when it is first used."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """SIGINT and SIGTERM: a run ends after the current batch, or after a few seconds wherever it is."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Stopwatch for the stages of a run, on the host or on a GPU, which it never waits for while they run."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections import defaultdict
