@@ -19,7 +19,6 @@ from datasets import MAX_MEGAPIXELS
 from utils.errors import UnreadableError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 DEPTHS = range(8, 17)  # bits of the cameras whose images are stored in 16
 DISK_ERRORS = {errno.EIO, getattr(errno, "ESTALE", errno.EIO)}
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what decoders raise
@@ -74,20 +73,13 @@ def find_files(
 
 def stretched(image: Image.Image, size: int, resampling: str) -> np.ndarray:
     """An RGB image stretched to a square (antialiased), uint8 [size, size, 3]."""
-    return np.array(image.resize((size, size), RESAMPLING[resampling]))
-
-
-def read_image(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Image.Image:
-    """The image alone, see `read_picture`."""
-    return read_picture(path, decoding).image
+    return np.array(image.resize((size, size), Image.Resampling[resampling.upper()]))
 
 
 def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture:
-    """The file's first frame.
+    """The file's first frame as RGB without alpha; 16 bits become 8 by `bit_depth`.
 
-    Grey and palette images are expanded, CMYK is converted, alpha is dropped, 16 bits become 8 by `bit_depth`. A JPEG
-    above the limit is decoded at a half, a quarter or an eighth of its scale. Raises UnreadableError if the file
-    cannot be read, is too large, or holds floats, whose range is unknown.
+    Raises UnreadableError if the file cannot be read, is too large, or holds floats, whose range is unknown.
     """
     with _opened(path) as image:
         size, notes = image.size, _limit(image, path, decoding) | _pages(image)
@@ -103,10 +95,7 @@ def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture
 
 
 def _limit(image: Image.Image, path: str | os.PathLike, decoding: Decoding, reducible: bool = True) -> Note:
-    """Have an image above the limit decoded at a reduced scale; raises UnreadableError if that is impossible.
-
-    A progressive JPEG takes the memory of its full size at any scale.
-    """
+    """Have a large image decoded at a reduced scale; raises UnreadableError where that saves no memory."""
     (width, height), limit = image.size, decoding.max_megapixels
     if width * height <= limit * 1e6:
         return Note(0)
@@ -164,9 +153,8 @@ def read_mask(
     """What the masks of an image mark together, bool [H, W].
 
     A pixel is marked from half of full scale on. If no pixel of a mask reaches that, or its colours come from a
-    palette, the mask holds labels, and everything but the background is marked. A JPEG never does: its zeros are not
-    exact.
-    Raises UnreadableError for a file that cannot be read, or whose size (width, height) is not the image's `size`.
+    palette, the mask holds labels, and everything but the background is marked; not so a JPEG, for its zeros are not
+    exact. Raises UnreadableError for a file that cannot be read, or not of the image's `size` (width, height).
     """
     marked, notes = None, Note(0)
     for path in paths:
@@ -220,10 +208,7 @@ def _marked_by_palette(mask: Image.Image) -> tuple[np.ndarray, bool]:
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """The image, not yet loaded; whatever is broken about the file becomes an UnreadableError that names it.
-
-    A missing file, a missing permission and a failing disk stay OSErrors of the system.
-    """
+    """The image, not yet loaded; a broken file becomes an UnreadableError, the system's errors stay OSErrors."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # `Decoding` has a limit whose error names the flag
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:

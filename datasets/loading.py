@@ -1,5 +1,6 @@
 """Samples as tensors, and tensors as batches: what the networks see."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,11 +13,12 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from datasets.images import stretched
-from datasets.mvtec import Sample
+from datasets.mvtec import Category, Sample
 from datasets.notes import Notes
 from datasets.region import RegionOfInterest
 from utils import distributed
-from utils.errors import InputError
+from utils.command_line import warn
+from utils.errors import InputError, UnreadableError
 from utils.signals import leave_signals_to_parent, stoppable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -38,10 +40,7 @@ def mask_to_tensor(mask: np.ndarray, size: int) -> Tensor:
 class ImageDataset(Dataset):
     """Samples as tensors: {"image" [3, S, S], "mask" bool [S, S], "label", "index", "notes"}.
 
-    With a region of interest, only what lies in it reaches the tensor.
-
-    A file that cannot be read becomes {"error": exception}. If it were raised here, the user would see the traceback
-    of a worker process.
+    A file that cannot be read becomes {"error": exception}: raised here, it would have a worker's traceback.
     """
 
     def __init__(
@@ -77,10 +76,9 @@ class ImageDataset(Dataset):
 
 
 class ImageLoader:
-    """Batches of this process's share of an ImageDataset, in order, with a progress bar.
+    """Batches of this process's share of an ImageDataset, in order, with a progress bar and notes at the end.
 
-    At the end of a pass it prints the notes on the files. Raises UnreadableError for a broken file, OSError for one
-    that cannot be reached.
+    Raises UnreadableError for a broken file, OSError for one that cannot be reached.
     """
 
     def __init__(
@@ -128,6 +126,32 @@ def find_unreadable(samples: Sequence[Sample], workers: int) -> dict[str, str]:
     return {name: str(error) for name, error in errors if error is not None}
 
 
+def leave_out_unreadable(category: Category, samples: Sequence[Sample], workers: int) -> None:
+    """Remove samples that cannot be read from the category, and warn how many there are."""
+    own = distributed.shard(len(samples), 1)
+    for part in distributed.gathered(find_unreadable(samples[own.start : own.stop], workers)):
+        category.left_out |= part
+    if category.left_out:
+        warn(f"{category.name}: {len(category.left_out)} of {len(samples)} images cannot be read and are left out")
+
+
+@contextlib.contextmanager
+def list_all_unreadable(
+    categories: Sequence[Category], samples_of: Callable[[Category], Sequence[Sample]], workers: int, skipped: bool
+) -> Iterator[None]:
+    """If a broken image ends the run, read all others, too, and raise an InputError that lists every broken one."""
+    try:
+        yield
+    except UnreadableError as error:
+        found = [find_unreadable(samples_of(category), workers) for category in categories]
+        broken = [reason for part in found for reason in part.values()]
+        remedy = "" if skipped else ", or leave out what cannot be read with --skip-unreadable"
+        if len(broken) < 2:
+            raise InputError(f"{error}{remedy}") from None
+        message = f"{len(broken)} images, listed above, cannot be read; do what is said of each{remedy}"
+        raise InputError(message, broken) from None
+
+
 def _end_silently(worker: int) -> None:
     """A worker leaves signals to the script, and its thread that sends tensors stays silent if the script ends."""
     leave_signals_to_parent()
@@ -140,7 +164,4 @@ def _unless_connection_lost(kind: type[BaseException], error: BaseException, tra
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    for sample in samples:
-        if "error" in sample:
-            return sample
-    return default_collate(samples)
+    return next((sample for sample in samples if "error" in sample), None) or default_collate(samples)

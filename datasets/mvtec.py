@@ -52,10 +52,7 @@ class Sample:
 
 
 class Category:
-    """The files of one category; nothing is opened yet.
-
-    `left_out` (name -> reason) are not among its samples; `decoding` says how the samples are decoded.
-    """
+    """The files of one category, none opened yet; `left_out` (name -> reason) are not among its samples."""
 
     def __init__(self, root: Path, name: str, decoding: Decoding = PLAIN) -> None:
         self.name = name
@@ -73,8 +70,7 @@ class Category:
     def test_samples(self) -> list[Sample]:
         """Test images in sorted path order; every folder except `good` is a defect.
 
-        Raises InputError if there are none, if two images of a folder share a stem (and so their masks and results), or
-        if some images of a defect have masks and others have none.
+        Raises InputError if there are none, if two differ in their suffix alone, or if some of a defect have no masks.
         """
         test, truth = self.folder / "test", self.folder / "ground_truth"
         if not test.is_dir():
@@ -165,10 +161,7 @@ def _check_masks(samples: Sequence[Sample], truth: Path) -> None:
 
 
 def find_categories(root: Path, names: Sequence[str]) -> list[str]:
-    """The categories asked for, each once; `all` means every folder of `root` with train/good in it.
-
-    Raises InputError for a folder that does not exist, unless it can be downloaded.
-    """
+    """The categories asked for, each once, all of which are there or can be downloaded; `all`: what has train/good."""
     if os.path.lexists(root) and not Path(root).is_dir():
         raise InputError(f"--data-root {root} is no folder; give the one that holds <category>/train")
     if list(names) == ["all"]:
@@ -190,10 +183,7 @@ def open_category(root: Path, name: str, decoding: Decoding = PLAIN) -> Category
 
 
 def default_holdout(ratio: float, count: int) -> float:
-    """The share of `count` images to hold out if `ratio` is only a default.
-
-    It never raises: statistics need two held-out images; if those would be a large part of all, none is held out.
-    """
+    """The share of `count` images to hold out if `ratio` is only a default: at least two, or none of few images."""
     if round(ratio * count) >= MIN_HELD:
         return ratio
     return MIN_HELD / count if ratio and count >= FEW else 0.0
@@ -204,9 +194,7 @@ def split_training(
 ) -> tuple[list[Sample], list[Sample]]:
     """Training images to fit on, and held-out images, which depend only on the list, the ratio and the seed.
 
-    A train ratio below 1 takes the first int(ratio n) of the list shuffled by `random.Random(seed)`, in that order, as
-    the authors' program does; ratio 1 keeps the sorted order. Raises InputError if no image is left to fit on, or
-    fewer than two are held out.
+    A train ratio below 1 takes the first int(ratio n) of the shuffled list, in its order, as the authors' program does.
     """
     count = len(samples)
     held = set(random.Random(f"holdout {seed}").sample(range(count), round(holdout_ratio * count)))

@@ -1,8 +1,4 @@
-"""Where frames come from: image files, folders, patterns, video files, and cameras.
-
-Files give every frame, in order. A camera gives its newest frame: frames that arrive while one is being processed are
-dropped and counted, so that the result is never late.
-"""
+"""Where frames come from: image files, folders, patterns, video files, and cameras."""
 
 import glob
 import itertools
@@ -19,7 +15,7 @@ from datasets.images import EXTENSIONS, PLAIN, Decoding, find_files, read_pictur
 from datasets.notes import Notes
 from utils.command_line import warn
 from utils.errors import InputError
-from utils.redact import redact
+from utils.safe_text import redact
 
 VIDEO_EXTENSIONS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts"}
 KNOWN = EXTENSIONS | VIDEO_EXTENSIONS
@@ -30,7 +26,6 @@ MOST_BROKEN = 10_000  # frames of a video in a row; then it is taken to have end
 class Images:
     """Images of one folder."""
 
-    fps = None
     dropped = 0
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -92,8 +87,6 @@ Source = Images | Video | Camera
 
 def find_sources(arguments: Sequence[str], freeze: float | None = None, give_up: float | None = None) -> list[Source]:
     """The sources that the arguments of a command line name, in order; images of one folder form one source.
-
-    `freeze` and `give_up` are a camera's, see `Camera`.
 
     Raises InputError for a path that does not exist, an unknown kind of file, and a camera beside other sources.
     """

@@ -30,11 +30,10 @@ from models.fusion.usad import USAD
 from reporting.heatmaps import Thumbnails
 from reporting.report import Threshold
 from utils.distributed import is_main_process
-from utils.files import write_json
+from utils.files import PROGRAM, mark_folder, write_json
 from utils.gather import barrier, from_first
 from utils.gpu import ReadBack
 from utils.machine import environment
-from utils.ownership import PROGRAM, mark_folder
 from utils.timing import Stopwatch
 
 

@@ -19,10 +19,9 @@ from reporting.heatmaps import Thumbnails, strip
 from reporting.pictures import write_picture
 from reporting.report import Threshold, write_report
 from reporting.sheet import write_sheet
-from utils.csv_cells import safe_cell
 from utils.errors import InputError
-from utils.files import atomic_write, write_json, write_text
-from utils.ownership import PROGRAM, is_ours
+from utils.files import PROGRAM, atomic_write, read_json, write_json, write_text
+from utils.safe_text import safe_cell
 from utils.signals import stoppable
 
 REPORT, SHEET = "report.html", "sheet.jpg"
@@ -31,7 +30,7 @@ REPORT, SHEET = "report.html", "sheet.jpg"
 def average_path(results_dir: Path, name: str) -> Path:
     """Where the average over categories goes; raises InputError if another program's file is there."""
     path = results_dir / f"average_{name}.json"
-    if path.exists() and not is_ours(path):
+    if path.exists() and read_json(path).get("program") != PROGRAM:
         raise InputError(f"{path} was not written by USAD; move it or choose another --results-dir")
     return path
 

@@ -23,11 +23,10 @@ from prediction.table import read_former
 from prediction.webhook import Webhook
 from utils.command_line import warn
 from utils.errors import InputError
-from utils.files import write_json
+from utils.files import PROGRAM, write_json
 from utils.locks import folder_lock
 from utils.machine import environment
-from utils.ownership import PROGRAM
-from utils.redact import redact
+from utils.safe_text import redact
 from utils.signals import Terminated, stoppable
 
 ENDLESS = (Camera, Incoming)  # sources that a signal ends
@@ -40,15 +39,17 @@ def predict(
     flags: dict[str, Any],
     script: str = SCRIPTS[0],
 ) -> None:
-    """Look at all sources and write the results to `settings.out`.
+    """Look at all sources, which are known to exist when `load` gives the model, and write the results.
 
-    `load` gives the model; it is called once the sources are known to exist. `batch_size` None leaves the number of
-    frames at a time to the model; `flags` go into config.json.
+    `batch_size` None leaves the number of frames at a time to the model; `flags` go into config.json.
     """
     webhook = None if settings.webhook is None else Webhook(settings.webhook)
     limits = settings.freeze, settings.give_up
-    sources = [watched(settings)] if settings.watch else find_sources(settings.sources, *limits)
-    check_output(settings.out, settings.sources, sources)
+    if settings.watch and (len(settings.sources) > 1 or not os.path.isdir(settings.sources[0])):
+        raise InputError("--watch takes one SOURCE, a folder that exists")
+    incoming = [Incoming(Path(settings.sources[0]))] if settings.watch else None
+    sources = incoming or find_sources(settings.sources, *limits)
+    check_output(settings, sources)
     if isinstance(sources[0], ENDLESS):
         if batch_size:
             raise InputError("--batch-size has no effect here: frames go one by one, as they come; leave it out")
@@ -62,14 +63,6 @@ def predict(
         look(settings, load(), sources, batch_size, flags, webhook, script)
 
 
-def watched(settings: PredictionSettings) -> Incoming:
-    """The folder to be watched."""
-    folder = Path(settings.sources[0])
-    if len(settings.sources) > 1 or not folder.is_dir():
-        raise InputError("--watch takes one SOURCE, a folder that exists")
-    return Incoming(folder)
-
-
 def look(
     settings: PredictionSettings,
     model: Model,
@@ -79,10 +72,7 @@ def look(
     webhook: Webhook | None,
     script: str,
 ) -> None:
-    """Run the model over the sources and write the results.
-
-    A signal is the normal end of a camera and of a watched folder, whose earlier results are kept.
-    """
+    """Run the model over the sources and write the results; a watched folder keeps those of earlier runs."""
     take_thresholds(model, settings)
     flags = {**flags, "sources": [redact(source) for source in settings.sources], "webhook": webhook and webhook.name}
     former = read_former(settings.out / TABLE) if settings.watch and goes_on(settings.out) else None
@@ -93,13 +83,11 @@ def look(
     else:
         clear_output(settings.out)
     start = time.perf_counter()
-    json_lines = sys.stdout if settings.json_lines else None
-    end: BaseException | None = None
-    rows = former.rows if former else 0
-    with Recorder(settings.out, model, settings.smooth, settings.overlays, json_lines, webhook, rows) as recorder:
+    end: BaseException | None = None  # of a camera or a watched folder, for which a signal is the normal one
+    with contextlib.closing(Recorder(settings, model, webhook, former.rows if former else 0)) as recorder:
         try:
             for source in sources:
-                recorder.start(source, settings.every)
+                recorder.start(source)
                 look_at(source, settings, model, batch_size or model.batch_size, recorder)
         except (KeyboardInterrupt, Terminated, CameraLost) as error:
             if not isinstance(sources[0], ENDLESS):

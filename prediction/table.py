@@ -4,13 +4,13 @@ import csv
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from datasets.frames import STATUSES, Frame
 from models.fusion.prediction import Prediction
-from utils.csv_cells import safe_cell
 from utils.errors import InputError
 from utils.files import atomic_write
+from utils.safe_text import safe_cell
 
 csv.field_size_limit(1 << 30)  # characters of a cell: a noisy frame, or one of many tiles, has boxes by the thousand
 COLUMNS = ("source", "frame", "time", "score", "anomalous", "area", "boxes", "status")
@@ -33,9 +33,8 @@ def values_of(frame: Frame, prediction: Prediction | None, alarm: bool | None) -
 class Table:
     """The file, and the same rows as JSON lines if asked for; each row is on the disk when `add` returns."""
 
-    def __init__(self, path: Path, json_lines: TextIO | None = None, former_rows: int = 0) -> None:
-        """`former_rows` are in the file, and stay there."""
-        self.rows = former_rows
+    def __init__(self, path: Path, json_lines: bool, former_rows: int) -> None:
+        self.rows = former_rows  # that are in the file, and stay there
         self.alarms = 0
         self.statuses: Counter[str] = Counter()
         self._file = open(path, "a" if former_rows else "w", encoding="utf-8", newline="")  # noqa: SIM115 (closed by close)
@@ -61,18 +60,15 @@ class Table:
         self.rows += 1
         self.statuses[values["status"]] += 1
         self.alarms += bool(alarm)
-        if self._json_lines is not None:
-            print(json.dumps(values), file=self._json_lines, flush=True)
+        if self._json_lines:
+            print(json.dumps(values), flush=True)
 
     def close(self) -> None:
         self._file.close()
 
 
 def read_former(path: Path) -> Former:
-    """The rows that an earlier run left at `path`; what a kill or a full disk left of a last row is cut off.
-
-    Raises InputError if the file has other columns or another encoding.
-    """
+    """The rows that an earlier run left at `path`, but for a last one that a kill or a full disk has cut off."""
     last, rows = {}, 0
     with (
         atomic_write(path) as temporary,

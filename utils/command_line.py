@@ -17,7 +17,7 @@ from typing import NoReturn
 from utils import distributed
 from utils.errors import InputError
 from utils.packages import check_packages
-from utils.redact import redact
+from utils.safe_text import redact
 from utils.signals import Terminated, leave_signals, stopped_by, watch_signals
 
 OUT_OF_MEMORY = "out of memory|can't allocate memory"  # what torch says of a GPU's, and of a CPU's
@@ -77,10 +77,7 @@ def _say(message: str) -> None:
 
 
 def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
-    """Run a script; exit with 0 (done), 2 (bad input), 130 (interrupted), 143 (terminated) or 1 (else).
-
-    `torchrun`: the script can share its work with the other processes that torchrun started.
-    """
+    """Run a script, which may be one for `torchrun`; exit with 0, 2 (bad input), 130 or 143 (a signal), or 1 (else)."""
     _open_closed_streams()
     watch_signals()
     atexit.register(gc.freeze)  # to look for garbage among PyTorch's million objects at the end takes most of a second
@@ -127,10 +124,7 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
 
 
 def _open_closed_streams() -> None:
-    """Have a closed stdout or stderr (`2>&-`, some services) lead nowhere.
-
-    Else Python prints errors among the results, and the next file that is opened gets the messages of C libraries.
-    """
+    """Have closed streams (`2>&-`) lead nowhere: else the next file that is opened gets the messages of C libraries."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             mode = "r" if name == "stdin" else "w"

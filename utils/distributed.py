@@ -1,7 +1,4 @@
-"""The processes of torchrun that share a run, on one machine or several.
-
-This file tells which process is which, and needs no PyTorch for a single one; utils/gather.py moves tensors.
-"""
+"""The processes of torchrun that share a run: which is which. Needs no PyTorch for a single one."""
 
 import contextlib
 import datetime
@@ -16,10 +13,6 @@ Value = TypeVar("Value")
 _store: Any = None  # torchrun's own key-value store, where there are several processes
 
 
-class Abandoned(Exception):
-    """Another process of the run has failed and has printed why."""
-
-
 def is_launched() -> bool:
     """Whether torchrun started this process as one of several."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
@@ -27,10 +20,7 @@ def is_launched() -> bool:
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Connects the processes that torchrun started for as long as the block runs; only the main one prints.
-
-    Tensors on GPUs travel by NCCL, all others by gloo.
-    """
+    """Connects the processes that torchrun started for as long as the block runs; only the main one prints."""
     global _store
     if not is_launched():
         yield
@@ -78,10 +68,7 @@ def local_rank() -> int:
 
 
 def shard(count: int, batch_size: int) -> range:
-    """This process's share of `count` images: contiguous, in the batches that a single process would form.
-
-    So each image is computed in the same batch, and its numbers do not depend on how many processes there are.
-    """
+    """This process's share of `count` images, in the batches of a single process: so numbers stay the same."""
     batches = -(-count // batch_size)
     start, stop = (-(-batches * part // size()) * batch_size for part in (rank(), rank() + 1))
     return range(min(start, count), min(stop, count))
@@ -98,9 +85,9 @@ def gathered(value: Value) -> list[Value]:
 
 
 def check() -> None:
-    """Raise Abandoned where another process has failed."""
+    """Raise an error where another process has failed; that one prints why."""
     if _store is not None and _store.check([FAILURES]):
-        raise Abandoned
+        raise RuntimeError("another process has failed")
 
 
 def first_to_fail() -> bool:

@@ -25,10 +25,8 @@ class Graph(NamedTuple):
 class CapturedPasses:
     """A function of a batch on a GPU, replayed as a CUDA graph: one launch, and no kernel waits for Python.
 
-    A batch size is captured when it occurs for the second time. The first pass runs as usual, which also lets cuDNN
-    choose its algorithms. A smaller batch of more than half that size is filled up, so that the last batch of a loader
-    needs no graph of its own. A function that cannot be captured runs as usual. Nothing is compiled:
-    torch.compile gained 6 % on ViT-S and nothing on ViT-B or WideResNet, and cost 6 to 18 seconds a network (H100).
+    A batch size is captured when it occurs for the second time; the first lets cuDNN choose its algorithms. A smaller
+    batch of more than half that size is filled up. A function that cannot be captured runs as usual.
 
     `compute` may keep its times with `stopwatches`. All it reads beside its argument stays where and what it is.
     """
@@ -90,10 +88,7 @@ def _capturing() -> bool:
 
 
 def side_by_side(works: Sequence[Callable[[], Any]], device: torch.device) -> list[Any]:
-    """The results of `works`, in their order. In a capture each runs on a stream of its own.
-
-    Elsewhere they run in turn: works may replay graphs, which share cuBLAS's workspace.
-    """
+    """The results of `works`: in a capture on a stream each, elsewhere in turn, for graphs share cuBLAS's workspace."""
     if not _capturing():
         return [work() for work in works]
     here, results = torch.cuda.current_stream(device), []

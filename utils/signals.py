@@ -49,10 +49,7 @@ def _handle(handler) -> None:
 
 
 def leave_signals_to_parent() -> None:
-    """For a worker process: Ctrl-C and a service manager's SIGTERM reach workers, too, but the script decides.
-
-    If need be, the script ends its workers with a second SIGTERM.
-    """
+    """For a worker process, which signals reach, too: the script decides, and ends it by a second SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 

@@ -20,10 +20,7 @@ class Lap(NamedTuple):
 
 
 class Stopwatch:
-    """Adds up seconds by stage: the host's or, on a `device` that is a GPU, those of the device itself.
-
-    Stages that run beside each other on a GPU slow each other down, and each counts its whole time.
-    """
+    """Adds up seconds by stage: the host's or, on a `device` that is a GPU, those of the device itself."""
 
     def __init__(self, device: Any = "cpu") -> None:
         self.on_gpu = str(device).startswith("cuda")
