@@ -28,8 +28,6 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 
 class Shot(NamedTuple):
-    """What a connection has read."""
-
     number: int
     time: str  # UTC
     read: float  # time.perf_counter()
@@ -56,10 +54,8 @@ class Connection(threading.Thread):
 
     def answers(self) -> bool:
         """Wait for the first picture, ANSWER_SECONDS at most; returns whether there is one."""
-        end = time.monotonic() + ANSWER_SECONDS
-        while not (self.has_pictures or self.ended) and time.monotonic() < end:
-            time.sleep(0.01)
-        return self.has_pictures
+        with self._news:
+            return self._news.wait_for(lambda: self.has_pictures or self.ended, ANSWER_SECONDS) and self.has_pictures
 
     def take(self) -> Shot | None:
         """The newest picture, or None if none comes within a TICK."""
@@ -141,7 +137,6 @@ class MotionJpeg:
         self.grab, self.release = capture.grab, capture.release
 
     def retrieve(self) -> tuple[bool, np.ndarray | None]:
-        """As OpenCV's: whether there is a picture, and BGR uint8 [H, W, 3]."""
         ok, data = self.capture.retrieve()
         image = cv2.imdecode(data, cv2.IMREAD_COLOR) if ok else None
         return image is not None, image

@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from datasets import MAX_MEGAPIXELS
+from utils import distributed
+from utils.command_line import warn_once
 from utils.errors import UnreadableError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
@@ -27,8 +29,6 @@ ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # an EXIF tag, and its values
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How image files become 8-bit RGB."""
-
     max_megapixels: float = MAX_MEGAPIXELS  # larger files are refused: a few bytes could unpack to more than the memory
     bit_depth: int = DEPTHS[-1]  # of the camera behind 16-bit files: 12 means values from 0 to 4095
 
@@ -44,6 +44,40 @@ class Note(enum.IntFlag):
     DIM = 4  # 16 bits, of which under an eighth of the range is used
     REDUCED = 8  # decoded at a reduced scale
     PAGES = 16  # a TIFF of several pages
+
+
+TEXTS = {
+    Note.LABELS: "the masks hold labels, not black and white: every pixel that is not background counts as defect",
+    Note.EMPTY: "the masks mark nothing, although they lie in a defect's folder: all their pixels count as normal",
+    Note.DIM: "16 bits, of which under an eighth of the range is used: train with the --bit-depth of the camera, for "
+    "instance 10 or 12",
+    Note.REDUCED: "larger than --max-megapixels allows: the JPEG decoder gives them at a reduced scale",
+    Note.PAGES: "of several pages only the first is looked at; save the others that count as files of their own",
+}
+
+
+class Notes:
+    """Counts the notes on many files, with an example of each kind."""
+
+    def __init__(self) -> None:
+        self._found: dict[Note, tuple[int, str]] = {}
+
+    def add(self, notes: int, image: object, mask: object = None) -> None:
+        """Take in the notes on an image and its masks."""
+        for note in Note:
+            if note & notes:
+                count, example = self._found.get(note, (0, str(mask if note in Note.LABELS | Note.EMPTY else image)))
+                self._found[note] = count + 1, example
+
+    def say(self) -> None:
+        """Warn of what all processes have found: once a run, and of empty masks once for each data set."""
+        parts = distributed.gathered(self._found)
+        for note, text in TEXTS.items():
+            found = [part[note] for part in parts if note in part]
+            if found:
+                count, example = sum(count for count, _ in found), found[0][1]
+                key = example if note is Note.EMPTY else note
+                warn_once(key, f"{count} files, for instance {example}: {text}")
 
 
 class Picture(NamedTuple):
@@ -82,7 +116,7 @@ def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture
     Raises UnreadableError if the file cannot be read, is too large, or holds floats, whose range is unknown.
     """
     with _opened(path) as image:
-        size, notes = image.size, _limit(image, path, decoding) | _pages(image)
+        size, notes = image.size, _check_size(image, path, decoding)
         if image.mode == "F":
             raise UnreadableError(f"{path} holds floating-point values; convert it to 8 or 16 bits")
         image, dim = _to_8_bits(image, path, decoding.bit_depth)
@@ -94,21 +128,16 @@ def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture
         return Picture(image, size[::-1] if turned else size, notes | Note.DIM if dim else notes)
 
 
-def _limit(image: Image.Image, path: str | os.PathLike, decoding: Decoding, reducible: bool = True) -> Note:
+def _check_size(image: Image.Image, path: str | os.PathLike, decoding: Decoding, reducible: bool = True) -> Note:
     """Have a large image decoded at a reduced scale; raises UnreadableError where that saves no memory."""
     (width, height), limit = image.size, decoding.max_megapixels
-    if width * height <= limit * 1e6:
-        return Note(0)
+    if width * height <= limit * 1e6:  # a JPEG or PNG of several pages has previews or movements of one picture
+        return Note.PAGES if image.format == "TIFF" and image.is_animated else Note(0)
     for scale in (2, 4, 8) if reducible and not image.info.get("progressive") else ():
         if width * height <= limit * 1e6 * scale**2 and image.draft(None, (width // scale, height // scale)):
             return Note.REDUCED
     size = f"{width}x{height}, which is {width * height / 1e6:.1f} megapixels"
     raise UnreadableError(f"{path} is {size}, and the limit is {limit:g}; raise it with --max-megapixels")
-
-
-def _pages(image: Image.Image) -> Note:
-    several = image.format == "TIFF" and image.is_animated  # a JPEG or PNG has previews or movements of one picture
-    return Note.PAGES if several else Note(0)
 
 
 def _to_8_bits(image: Image.Image, path: str | os.PathLike, bit_depth: int) -> tuple[Image.Image, bool]:
@@ -159,8 +188,7 @@ def read_mask(
     marked, notes = None, Note(0)
     for path in paths:
         with _opened(path) as mask:
-            _limit(mask, path, decoding, reducible=False)
-            notes |= _pages(mask)
+            notes |= _check_size(mask, path, decoding, reducible=False)
             mask.load()
             ImageOps.exif_transpose(mask, in_place=True)
             size = size or mask.size

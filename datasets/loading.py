@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from datasets.images import stretched
+from datasets.images import Notes, stretched
 from datasets.mvtec import Category, Sample
-from datasets.notes import Notes
 from datasets.region import RegionOfInterest
 from utils import distributed
 from utils.command_line import warn
@@ -65,9 +64,8 @@ class ImageDataset(Dataset):
         except (InputError, OSError) as error:
             return {"error": error}
         image = self.roi.apply(picture.image) if self.roi else picture.image
-        tensor = to_tensor(image, self.image_size, self.resampling)
         return {
-            "image": tensor,
+            "image": to_tensor(image, self.image_size, self.resampling),
             "mask": mask,
             "label": sample.label,
             "index": index,

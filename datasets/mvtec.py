@@ -13,7 +13,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,6 @@ class Sample:
         return self.name.split("/")[1]
 
     def read(self) -> Picture:
-        """The image; raises UnreadableError or OSError."""
         return read_picture(self.path, self.decoding)
 
     def read_mask(self, size: tuple[int, int] | None = None) -> tuple[np.ndarray, Note]:
@@ -64,8 +63,7 @@ class Category:
 
     def train_samples(self) -> list[Sample]:
         """Normal training images in sorted path order; raises InputError if there are none."""
-        samples = [self._sample("train", place) for place in self._places("train", ["good"])]
-        return self._kept(samples, f"{self.folder / 'train' / 'good'} has no")
+        return self._samples("train", self._places("train", ["good"]), f"{self.folder / 'train' / 'good'} has no")
 
     def test_samples(self) -> list[Sample]:
         """Test images in sorted path order; every folder except `good` is a defect.
@@ -76,9 +74,7 @@ class Category:
         if not test.is_dir():
             raise InputError(f"no folder {test}; add test images, or pass --no-eval when training")
         places = self._places("test")
-        masks = _Masks(truth, places)
-        samples = [self._sample("test", place, place.parts[0] != "good", masks.of(place)) for place in places]
-        samples = self._kept(samples, f"the folders in {test} have no")
+        samples = self._samples("test", places, f"the folders in {test} have no", _Masks(truth, places).of)
         seen: dict[str, Sample] = {}
         for sample in samples:
             other = seen.setdefault(os.path.splitext(sample.name)[0], sample)
@@ -98,17 +94,20 @@ class Category:
             warn_once(folder, f"{example}, lie outside of {where} and are passed over")
         return taken
 
-    def _sample(self, part: str, place: Path, anomalous: bool = False, masks: tuple[Path, ...] = ()) -> Sample:
-        path = self.folder / part / place
-        return Sample(path, f"{part}/{place.as_posix()}", int(anomalous), masks if anomalous else (), self.decoding)
-
-    def _kept(self, samples: Sequence[Sample], none: str) -> list[Sample]:
+    def _samples(
+        self, part: str, places: Sequence[Path], none: str, masks_of: Callable[[Path], tuple[Path, ...]] | None = None
+    ) -> list[Sample]:
         """Those not left out, sorted by name; raises an InputError that begins with `none` if there are none."""
-        kept = sorted((sample for sample in samples if sample.name not in self.left_out), key=lambda s: s.name)
-        if not kept:
+        samples = []
+        for name, place in sorted((f"{part}/{place.as_posix()}", place) for place in places):
+            if name not in self.left_out:
+                anomalous = masks_of is not None and place.parts[0] != "good"
+                masks = masks_of(place) if anomalous else ()
+                samples.append(Sample(self.folder / name, name, int(anomalous), masks, self.decoding))
+        if not samples:
             kind = f"{'readable ' if self.left_out else ''}images ({' '.join(sorted(EXTENSIONS))})"
             raise InputError(f"{none} {kind}; add some")
-        return kept
+        return samples
 
 
 class _Masks:
@@ -116,13 +115,12 @@ class _Masks:
 
     def __init__(self, folder: Path, images: Iterable[Path]) -> None:
         self._namesakes = Counter((image.parts[0], image.stem) for image in images)
-        self._single: dict[str, Path] = {}  # <defect>/<stem>_mask, or <defect>/<stem>
-        self._several: dict[str, list[Path]] = {}  # <defect>/<stem>, a folder
+        self._found: dict[str, list[Path]] = {}  # by <defect>/<stem>_mask, <defect>/<stem>, <defect>/<stem>/ (a folder)
         for path in sorted(find_files(folder)) if folder.is_dir() else ():
             place = path.relative_to(folder)
             stem = re.sub("_mask$", "_mask", place.stem, flags=re.IGNORECASE)
-            self._single.setdefault((place.parent / stem).as_posix(), path)
-            self._several.setdefault(place.parent.as_posix(), []).append(path)
+            self._found.setdefault((place.parent / stem).as_posix(), [path])
+            self._found.setdefault(f"{place.parent.as_posix()}/", []).append(path)
 
     def of(self, image: Path) -> tuple[Path, ...]:
         """The masks of the image at this path: in its sub-folder or, if its name is unique, in the defect's folder."""
@@ -130,21 +128,16 @@ class _Masks:
         if self._namesakes[image.parts[0], image.stem] == 1:
             places.append(f"{image.parts[0]}/{image.stem}")
         for place in places:
-            for name in (f"{place}_mask", place):
-                if name in self._single:
-                    return (self._single[name],)
-            if place in self._several:
-                return tuple(self._several[place])
+            for name in (f"{place}_mask", place, f"{place}/"):
+                if name in self._found:
+                    return tuple(self._found[name])
         return ()
 
 
 def defects_without_masks(samples: Iterable[Sample]) -> list[str]:
     """The defects whose images have no masks at all; their pixels would make the pixel figures wrong."""
-    masked: dict[str, bool] = {}
-    for sample in samples:
-        if sample.label:
-            masked[sample.kind] = masked.get(sample.kind, False) or bool(sample.masks)
-    return sorted(kind for kind, found in masked.items() if not found)
+    anomalous = [sample for sample in samples if sample.label]
+    return sorted({sample.kind for sample in anomalous} - {sample.kind for sample in anomalous if sample.masks})
 
 
 def _check_masks(samples: Sequence[Sample], truth: Path) -> None:

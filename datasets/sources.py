@@ -11,8 +11,7 @@ import cv2
 from datasets.camera import Camera
 from datasets.connection import CAMERA_SCHEMES
 from datasets.frames import Frame
-from datasets.images import EXTENSIONS, PLAIN, Decoding, find_files, read_picture
-from datasets.notes import Notes
+from datasets.images import EXTENSIONS, PLAIN, Decoding, Notes, find_files, read_picture
 from utils.command_line import warn
 from utils.errors import InputError
 from utils.safe_text import redact
@@ -24,11 +23,9 @@ MOST_BROKEN = 10_000  # frames of a video in a row; then it is taken to have end
 
 
 class Images:
-    """Images of one folder."""
-
     dropped = 0
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path]) -> None:  # of one folder
         self.paths = list(paths)
         self.name = self.paths[0].parent.as_posix()
         self.problems: list[str] = []
@@ -48,8 +45,6 @@ class Images:
 
 
 class Video:
-    """A video file."""
-
     dropped = 0
 
     def __init__(self, path: Path) -> None:
@@ -113,7 +108,6 @@ def _is_camera(text: str) -> bool:
 
 
 def is_video(path: Path) -> bool:
-    """By its name."""
     return path.suffix.lower() in VIDEO_EXTENSIONS
 
 

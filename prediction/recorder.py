@@ -18,7 +18,7 @@ from datasets.incoming import Incoming
 from datasets.sources import Source, Video
 from models.fusion.prediction import Model, Prediction
 from prediction.options import PredictionSettings
-from prediction.table import Table, values_of
+from prediction.table import Table
 from prediction.webhook import Webhook
 from reporting.gallery import Entry, Gallery, Pictures
 from reporting.pictures import write_picture
@@ -143,14 +143,13 @@ class Recorder:
     def add(self, frame: Frame, prediction: Prediction | None) -> None:
         """Write the row of one frame and, if asked for, its pictures; None for a frame without a picture."""
         if prediction is None:
-            self.table.add(values_of(frame, None, None))
+            self.table.add(frame, None, None)
             return
         was_on = self._alarm.on
         alarm = None if prediction.anomalous is None else self._alarm.update(prediction.anomalous)
         if self.settings.overlays:
             self._add_pictures(frame, prediction, alarm)
-        values = values_of(frame, prediction, alarm)
-        self.table.add(values)
+        values = self.table.add(frame, prediction, alarm)
         if self.webhook and alarm and not was_on:
             self.webhook.send(values)
         self.frames += 1
@@ -216,7 +215,6 @@ class Recorder:
 
 
 def latency_words(latency: dict[str, float]) -> str:
-    """`Recorder.latency` for people."""
     return ", ".join(f"{name} {value:.3g} ms" for name, value in latency.items())
 
 

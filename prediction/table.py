@@ -17,17 +17,8 @@ COLUMNS = ("source", "frame", "time", "score", "anomalous", "area", "boxes", "st
 
 
 class Former(NamedTuple):
-    """The rows of an earlier run that goes on."""
-
     rows: int
     last: dict[str, tuple[str, str]]  # by source: frame number and time of its last row
-
-
-def values_of(frame: Frame, prediction: Prediction | None, alarm: bool | None) -> dict[str, Any]:
-    """The row of a frame as JSON values; None for what needs a prediction or a threshold that is not there."""
-    score, area, boxes = (prediction.score, prediction.area, prediction.boxes) if prediction else (None,) * 3
-    values = (frame.source, frame.number, frame.time, score, alarm, area, boxes, frame.status)
-    return dict(zip(COLUMNS, values, strict=True))
 
 
 class Table:
@@ -43,11 +34,13 @@ class Table:
             self._writer.writerow(COLUMNS)
         self._json_lines = json_lines
 
-    def add(self, values: dict[str, Any]) -> None:
-        """Write one row."""
-        alarm, boxes = values["anomalous"], values["boxes"]
+    def add(self, frame: Frame, prediction: Prediction | None, alarm: bool | None) -> dict[str, Any]:
+        """Write a row, and return it for JSON; None for what needs a prediction or a threshold that is not there."""
+        score, area, boxes = (prediction.score, prediction.area, prediction.boxes) if prediction else (None,) * 3
+        row = (frame.source, frame.number, frame.time, score, alarm, area, boxes, frame.status)
+        values = dict(zip(COLUMNS, row, strict=True))
         cells = {
-            "source": safe_cell(values["source"]),
+            "source": safe_cell(frame.source),
             "anomalous": None if alarm is None else int(alarm),
             "boxes": None if boxes is None else json.dumps(boxes),
         }
@@ -58,10 +51,11 @@ class Table:
             error.filename = self._file.name
             raise
         self.rows += 1
-        self.statuses[values["status"]] += 1
+        self.statuses[frame.status] += 1
         self.alarms += bool(alarm)
         if self._json_lines:
             print(json.dumps(values), flush=True)
+        return values
 
     def close(self) -> None:
         self._file.close()

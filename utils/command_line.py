@@ -44,7 +44,6 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def flags(self) -> list[str]:
-        """Every flag it knows."""
         return [option for action in self._actions for option in action.option_strings]
 
     def error(self, message: str) -> NoReturn:
@@ -60,7 +59,6 @@ def fail(message: str, details: Sequence[str] = ()) -> None:
 
 
 def warn(message: str) -> None:
-    """Print a warning on stderr."""
     _say(f"warning: {message}")
 
 

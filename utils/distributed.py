@@ -4,11 +4,10 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 PATIENCE = datetime.timedelta(days=7)  # the others wait while the main process selects, which may take hours
 FAILURES = "usad/failures"
-Value = TypeVar("Value")
 
 _store: Any = None  # torchrun's own key-value store, where there are several processes
 
@@ -43,7 +42,6 @@ def processes() -> Iterator[None]:
 
 
 def size() -> int:
-    """The number of processes."""
     return int(os.environ["WORLD_SIZE"]) if _store is not None else 1
 
 
@@ -58,12 +56,10 @@ def is_main_process() -> bool:
 
 
 def local_size() -> int:
-    """The number of processes on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if _store is not None else 1
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, from 0."""
     return int(os.environ["LOCAL_RANK"]) if _store is not None else 0
 
 
@@ -74,7 +70,7 @@ def shard(count: int, batch_size: int) -> range:
     return range(min(start, count), min(stop, count))
 
 
-def gathered(value: Value) -> list[Value]:
+def gathered(value: Any) -> list[Any]:
     """The values of all processes, in rank order, on every process; for small data on the CPU."""
     values = [value] * size()
     if size() > 1:

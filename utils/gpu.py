@@ -14,9 +14,7 @@ MOST_GRAPHS = 4  # batch sizes for which a pass is captured; each holds the memo
 
 
 class Graph(NamedTuple):
-    """A captured pass: replaying it reads `inputs` and overwrites `outputs`."""
-
-    graph: torch.cuda.CUDAGraph
+    graph: torch.cuda.CUDAGraph  # replaying it reads `inputs` and overwrites `outputs`
     inputs: Tensor
     outputs: Any
     laps: list[list[Lap]]  # by stopwatch
@@ -120,7 +118,6 @@ class ReadBack:
             self.done.record()
 
     def wait(self) -> Any:
-        """The tensors on the host."""
         self.done.synchronize()
         self.source = None
         return self.copies

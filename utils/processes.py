@@ -21,10 +21,8 @@ class ProcessFailed(RuntimeError):
 
 
 class Finished(NamedTuple):
-    """What a module gave, and its peak memory in MB: "host" and "gpu"."""
-
     result: Any
-    memory: dict[str, float]
+    memory: dict[str, float]  # peak in MB: "host" and "gpu"
 
 
 def run_python(words: Sequence[Any], python: Path | str = sys.executable) -> float:

@@ -5,11 +5,10 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn
 
 GRACE = 4.0  # seconds that the current batch gets to finish
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-Batch = TypeVar("Batch")
 
 
 class Terminated(BaseException):
@@ -54,7 +53,7 @@ def leave_signals_to_parent() -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def stoppable(batches: Iterable[Batch]) -> Iterator[Batch]:
+def stoppable(batches: Iterable) -> Iterator[Any]:
     """Yield `batches`; a signal takes effect between two of them, or after GRACE seconds."""
     _Script.loops += 1
     try:

@@ -12,10 +12,8 @@ MOST_LAPS = 256  # before they are added up
 
 
 class Lap(NamedTuple):
-    """One run of a stage on a GPU, between two of the device's own time stamps."""
-
     stage: str
-    start: Any
+    start: Any  # the device's own time stamps, when it comes to them
     end: Any
 
 
