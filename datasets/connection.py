@@ -82,9 +82,12 @@ class Connection(threading.Thread):
         try:
             self._wait()
             self._heard = self._changed = time.monotonic()
-            if not self.leaving:
-                capture = _open_capture(self.address)
-                self._read(capture)
+            capture = None if self.leaving else _open_capture(self.address)
+            while not self.leaving and capture.grab() and not self.leaving:
+                read, number = time.perf_counter(), next(self.numbers)
+                if number % self.every == 0:
+                    ok, image = capture.retrieve()
+                    self._publish(number, read, image if ok else None)
         except cv2.error:
             pass  # the connection ends here
         finally:
@@ -102,13 +105,6 @@ class Connection(threading.Thread):
             if was_gone and not self._gone:
                 return
             time.sleep(min(left, TICK))
-
-    def _read(self, capture: cv2.VideoCapture) -> None:
-        while not self.leaving and capture.grab() and not self.leaving:
-            read, number = time.perf_counter(), next(self.numbers)
-            if number % self.every == 0:
-                ok, image = capture.retrieve()
-                self._publish(number, read, image if ok else None)
 
     def _publish(self, number: int, read: float, image: np.ndarray | None) -> None:
         still = image is None or self._is_last(image)

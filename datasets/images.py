@@ -73,8 +73,7 @@ class Notes:
         """Warn of what all processes have found: once a run, and of empty masks once for each data set."""
         parts = distributed.gathered(self._found)
         for note, text in TEXTS.items():
-            found = [part[note] for part in parts if note in part]
-            if found:
+            if found := [part[note] for part in parts if note in part]:
                 count, example = sum(count for count, _ in found), found[0][1]
                 key = example if note is Note.EMPTY else note
                 warn_once(key, f"{count} files, for instance {example}: {text}")
@@ -111,10 +110,7 @@ def stretched(image: Image.Image, size: int, resampling: str) -> np.ndarray:
 
 
 def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture:
-    """The file's first frame as RGB without alpha; 16 bits become 8 by `bit_depth`.
-
-    Raises UnreadableError if the file cannot be read, is too large, or holds floats, whose range is unknown.
-    """
+    """The file's first frame as RGB without alpha; raises UnreadableError if it is broken, too large, or of floats."""
     with _opened(path) as image:
         size, notes = image.size, _check_size(image, path, decoding)
         if image.mode == "F":

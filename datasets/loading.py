@@ -74,10 +74,7 @@ class ImageDataset(Dataset):
 
 
 class ImageLoader:
-    """Batches of this process's share of an ImageDataset, in order, with a progress bar and notes at the end.
-
-    Raises UnreadableError for a broken file, OSError for one that cannot be reached.
-    """
+    """Batches of this process's share of an ImageDataset, in order; raises UnreadableError or OSError for a file."""
 
     def __init__(
         self, dataset: ImageDataset, batch_size: int, workers: int, description: str, pin_memory: bool = False
@@ -120,8 +117,7 @@ def find_unreadable(samples: Sequence[Sample], workers: int) -> dict[str, str]:
     """Read every image and mask; returns the names of the samples that cannot be read, with the reason."""
     loader = DataLoader(ImageDataset(samples, 1, "bilinear"), None, num_workers=workers, worker_init_fn=_end_silently)
     loaded = tqdm(stoppable(loader), total=len(samples), desc="checking files", unit="image", leave=False, disable=None)
-    errors = ((sample.name, found.get("error")) for sample, found in zip(samples, loaded, strict=True))
-    return {name: str(error) for name, error in errors if error is not None}
+    return {sample.name: str(found["error"]) for sample, found in zip(samples, loaded, strict=True) if "error" in found}
 
 
 def leave_out_unreadable(category: Category, samples: Sequence[Sample], workers: int) -> None:
@@ -153,12 +149,8 @@ def list_all_unreadable(
 def _end_silently(worker: int) -> None:
     """A worker leaves signals to the script, and its thread that sends tensors stays silent if the script ends."""
     leave_signals_to_parent()
-    sys.excepthook = _unless_connection_lost
-
-
-def _unless_connection_lost(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    if not issubclass(kind, ConnectionError | EOFError):
-        sys.__excepthook__(kind, error, trace)
+    lost = ConnectionError | EOFError
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, lost) else sys.__excepthook__(kind, *rest)
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -80,7 +80,14 @@ class Category:
             other = seen.setdefault(os.path.splitext(sample.name)[0], sample)
             if other is not sample:
                 raise InputError(f"{other.path} and {sample.path} differ only in their extension; rename one")
-        _check_masks(samples, truth)
+        unmasked = defects_without_masks(samples)
+        if bare := [item for item in samples if item.label and not item.masks and item.kind not in unmasked]:
+            mask = truth / Path(bare[0].name).relative_to("test").with_name(f"{bare[0].path.stem}_mask.png")
+            others = f", nor for {len(bare) - 1} other images" if len(bare) > 1 else ""
+            raise InputError(
+                f"no mask {mask} for {bare[0].path}{others}; add it (all black where nothing is to be marked), or move "
+                f"{truth / bare[0].kind} away: without any masks the figures of images alone are computed"
+            )
         return samples
 
     def _places(self, part: str, kinds: Sequence[str] | None = None) -> list[Path]:
@@ -138,19 +145,6 @@ def defects_without_masks(samples: Iterable[Sample]) -> list[str]:
     """The defects whose images have no masks at all; their pixels would make the pixel figures wrong."""
     anomalous = [sample for sample in samples if sample.label]
     return sorted({sample.kind for sample in anomalous} - {sample.kind for sample in anomalous if sample.masks})
-
-
-def _check_masks(samples: Sequence[Sample], truth: Path) -> None:
-    """Raise InputError if an image has no mask although others of its defect have one."""
-    unmasked = defects_without_masks(samples)
-    bare = [sample for sample in samples if sample.label and not sample.masks and sample.kind not in unmasked]
-    if bare:
-        mask = truth / Path(bare[0].name).relative_to("test").with_name(f"{bare[0].path.stem}_mask.png")
-        others = f", nor for {len(bare) - 1} other images" if len(bare) > 1 else ""
-        raise InputError(
-            f"no mask {mask} for {bare[0].path}{others}; add it (all black where nothing is to be marked), or move "
-            f"{truth / bare[0].kind} away: without any masks the figures of images alone are computed"
-        )
 
 
 def find_categories(root: Path, names: Sequence[str]) -> list[str]:

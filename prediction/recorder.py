@@ -174,22 +174,21 @@ class Recorder:
             self._video = self._video or self._new_video(frame, picture)
             if self._video.add(picture):
                 self._close_video()
-        scores = {name: score for name, (score, _) in prediction.branches.items()}
-        maps = {name: branch_map for name, (_, branch_map) in prediction.branches.items()}
+        parts = {self.model.name: (prediction.score, prediction.map), **prediction.branches}
         self.gallery.add(
             Entry(
                 name=frame.source if isinstance(frame.image, Picture) else f"{frame.source} #{frame.number}",
-                scores={self.model.name: prediction.score, **scores},
+                scores={name: score for name, (score, _) in parts.items()},
                 group=self._source.name,
                 alarm=alarm,
                 note=frame.time if isinstance(frame.time, str) else f"{frame.time:.2f} s",
             ),
-            lambda: Pictures(image, {self.model.name: prediction.map, **maps}),
+            lambda: Pictures(image, {name: part_map for name, (_, part_map) in parts.items()}),
         )
 
     def _new_video(self, frame: Frame, picture: np.ndarray) -> VideoFile:
         stem = safe_name(frame.source)
-        names = itertools.chain([stem], (f"{stem}_{index}" for index in itertools.count(2)))
+        names = (f"{stem}_{index}" if index > 1 else stem for index in itertools.count(1))
         name = next(name for name in names if name.casefold() not in self._names)  # some disks ignore case
         self._names.add(name.casefold())
         fps = max(self._source.fps / self.settings.every, 1.0)

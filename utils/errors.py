@@ -4,10 +4,7 @@ from collections.abc import Sequence
 
 
 class InputError(Exception):
-    """The command line, a file or a folder is wrong.
-
-    The message says in one line what is wrong, and the remedy; the `details` are lines that are printed before it.
-    """
+    """The message says in one line what is wrong, and the remedy; the `details` are lines to be printed before it."""
 
     def __init__(self, message: str, details: Sequence[str] = ()) -> None:
         super().__init__(message)

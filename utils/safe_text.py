@@ -10,10 +10,8 @@ _VALUE = re.compile(r"=[^/&;,]*")
 
 
 def safe_cell(text: str) -> str:
-    """A text cell of a CSV file; what a spreadsheet would run as a formula gets an apostrophe in front.
-
-    Bytes that are not UTF-8 become escapes, and so do carriage returns, which Python's writer does not quote.
-    """
+    """A text cell of a CSV file; what a spreadsheet would run as a formula gets an apostrophe in front."""
+    # Escapes for bytes that are not UTF-8, and for carriage returns, which Python's writer does not quote.
     text = text.encode("utf-8", "backslashreplace").decode().replace("\r", "\\r")
     return "'" + text if text.lstrip(" \ufeff").startswith(_FORMULA) else text
 
