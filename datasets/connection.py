@@ -54,8 +54,10 @@ class Connection(threading.Thread):
 
     def answers(self) -> bool:
         """Wait for the first picture, ANSWER_SECONDS at most; returns whether there is one."""
-        with self._news:
-            return self._news.wait_for(lambda: self.has_pictures or self.ended, ANSWER_SECONDS) and self.has_pictures
+        end = time.monotonic() + ANSWER_SECONDS
+        while not (self.has_pictures or self.ended) and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.has_pictures
 
     def take(self) -> Shot | None:
         """The newest picture, or None if none comes within a TICK."""

@@ -23,7 +23,6 @@ class Incoming:
     problems = ()  # each is told at once, and has a row
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self.paths = [folder]
         self.name = folder.as_posix()
         self._done: set[int] = set()  # hashes, for there may be millions
@@ -72,7 +71,7 @@ class Incoming:
     def _files_there(self) -> list[Path]:
         """All files of the folder; none while it cannot be read, as a share that is not connected."""
         try:
-            found = list(find_files(self.folder, KNOWN))
+            found = list(find_files(self.paths[0], KNOWN))
         except OSError as error:
             if self._is_there:
                 warn(f"{self.name} cannot be read ({error.strerror}); it is tried again")

@@ -221,8 +221,7 @@ class Scene:
 
     def photograph(self, relief: Relief) -> Array:
         """The picture [H, W, 3] BGR uint8 of a relief."""
-        radiance = light(self._random["light"], self._canvas, relief)
-        return photograph(self._random["camera"], self._canvas, radiance)
+        return photograph(self._random["camera"], self._canvas, light(self._random["light"], self._canvas, relief))
 
 
 def draw_scene(seed: tuple[int, ...], size: int, kind: str | None = None) -> tuple[Array, Array]:

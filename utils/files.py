@@ -21,7 +21,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`, of the same suffix; it replaces `path` in one step unless writing fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_temporary_stem(path)}{secrets.token_hex(8)}.tmp{path.suffix}")
+    stem = path.stem[:30]  # file systems limit the length of names
+    temporary = path.with_name(f".{stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -36,14 +37,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _temporary_stem(path: Path) -> str:
-    return f".{path.stem[:30]}."  # shortened: file systems limit the length of names
-
-
 def leftovers(paths: Iterable[Path], of: Path | None = None) -> list[Path]:
     """Those of `paths` that a killed run's `atomic_write` left behind, for the target `of` or for any."""
-    start = r"\..{1,30}\." if of is None else re.escape(_temporary_stem(of))
-    pattern = re.compile(start + r"[0-9a-f]{16}\.tmp(\..*)?", re.DOTALL)
+    stem = ".{1,30}" if of is None else re.escape(of.stem[:30])
+    pattern = re.compile(rf"\.{stem}\.[0-9a-f]{{16}}\.tmp(\..*)?", re.DOTALL)
     return [path for path in paths if pattern.fullmatch(path.name)]
 
 
