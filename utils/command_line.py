@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,14 +50,6 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{self.prog}: {message}")
 
 
-def fail(message: str, details: Sequence[str] = ()) -> None:
-    """Print the details, then why the run ends; of several processes only the first to fail prints."""
-    if distributed.first_to_fail():
-        for detail in details:
-            _say(detail)
-        _say(f"error: {message}")
-
-
 def warn(message: str) -> None:
     _say(f"warning: {message}")
 
@@ -82,7 +74,7 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
     _warned.clear()
     with contextlib.suppress(AttributeError):  # not a file
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
-    code = 0
+    code, reason, details = 0, None, ()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: warn(str(message))
@@ -93,30 +85,30 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
                 main()
         leave_signals()
     except InputError as error:
-        fail(str(error), error.details)
-        code = 2
+        code, reason, details = 2, str(error), error.details
     except KeyboardInterrupt:
-        fail("interrupted")
-        code = 130
+        code, reason = 130, "interrupted"
     except Terminated:
-        fail("terminated")
-        code = 143
+        code, reason = 143, "terminated"
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
-        code = 1
+        code, reason = 1, f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
     except Exception as error:
         code = 1
         if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
-            fail("out of memory; lower --batch-size or --image-size")
+            reason = "out of memory; lower --batch-size or --image-size"
         elif re.search(LOST_WORKER, str(error)) and (number := stopped_by()):  # the signal reached a worker, too
-            fail("interrupted" if number == signal.SIGINT else "terminated")
-            code = 128 + number
+            code, reason = 128 + number, "interrupted" if number == signal.SIGINT else "terminated"
         elif re.search(LOST_WORKER, str(error)):
-            fail("a process that reads images was killed, perhaps for lack of memory or of /dev/shm; lower --workers")
+            reason = (
+                "a process that reads images was killed, perhaps for lack of memory or of /dev/shm; lower --workers"
+            )
         elif distributed.is_launched() and re.search(CONNECTION_LOST, str(error)):
-            fail("another process of this run is gone, killed or out of memory")
+            reason = "another process of this run is gone, killed or out of memory"
         elif distributed.first_to_fail():
             raise
+    if reason is not None and distributed.first_to_fail():  # of several processes one says why
+        for line in (*details, f"error: {reason}"):
+            _say(line)
     leave_signals()
     sys.exit(code)
 
