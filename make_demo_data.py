@@ -7,9 +7,6 @@ Writes <data-root>/<category> in MVTec layout: train/good, test/{good,stick,rope
 The same settings give the same files, however many threads draw them.
 """
 
-from __future__ import annotations
-
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,7 +22,7 @@ from scenes.defects import DEFECTS
 from scenes.scenes import draw_scene
 from utils.command_line import Parser, category_name, number, run
 from utils.errors import InputError
-from utils.files import write_json
+from utils.files import read_json, write_json
 from utils.locks import file_lock
 
 MARKER = ".usad_demo.json"
@@ -84,8 +81,8 @@ def is_drawn(folder: Path, settings: Settings) -> bool:
     if not folder.exists():
         return False
     try:
-        former = Settings(**json.loads((folder / MARKER).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        former = Settings(**read_json(folder / MARKER))
+    except TypeError:
         raise InputError(f"{folder} exists and was not drawn by this program; choose another --category") from None
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {MARKER}
     if foreign := sorted(present - file_names(former)):

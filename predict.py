@@ -5,19 +5,14 @@ python predict.py belt.mp4 --category coal_demo --every 5 --smooth 3
 python predict.py rtsp://user:password@camera/stream --json-lines | my_alarm    # until Ctrl-C
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from prediction.options import add_prediction_flags, prediction_settings
 from training.options import add_run_flags, add_weights_flags, record, run_settings, weights_by_branch
 from utils.command_line import Parser, category_name, run
 from utils.packages import importing
-
-if TYPE_CHECKING:
-    from models import USAD
 
 
 def main() -> None:
@@ -36,8 +31,8 @@ def main() -> None:
     predict(settings, lambda: load(args), args.batch_size, record(args))
 
 
-def load(args: argparse.Namespace) -> USAD:
-    """The model of the category's checkpoints."""
+def load(args: argparse.Namespace) -> Any:
+    """USAD of the category's checkpoints."""
     with importing():
         from models.fusion.usad import USAD
 

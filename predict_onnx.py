@@ -4,8 +4,6 @@ python predict_onnx.py my_belt.onnx belt/*.jpg                  # export_onnx.py
 python predict_onnx.py my_belt.onnx rtsp://user:password@camera/stream --json-lines | my_alarm
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from prediction.options import add_prediction_flags, prediction_settings

@@ -1,7 +1,4 @@
-"""Frames and data sets.
-
-DOWNLOADS has the data sets that can be downloaded, by category. A new one is a file with a function, and a line here.
-"""
+"""Frames and data sets. A data set that can be downloaded is a file with a function, and a line in DOWNLOADS."""
 
 from utils.registry import Registry
 

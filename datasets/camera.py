@@ -1,24 +1,18 @@
-"""A camera that needs no watching: it gives its newest frame, and connects again when a connection fails.
-
-What happened instead of a picture is a frame, too, with a status.
-"""
-
-from __future__ import annotations
+"""A camera that needs no watching: it gives its newest frame, and connects again when a connection fails."""
 
 import itertools
-import os
 import time
 from collections.abc import Iterator
 
 import cv2
 import numpy as np
 
-from datasets.connection import Connection, Shot, leave, utc_now
+from datasets.connection import ANSWER_SECONDS, Connection, Shot, utc_now
 from datasets.frames import FROZEN, GREY, LOST, OK, RESIZED, SILENT, UNREADABLE, Frame
 from datasets.images import PLAIN, Decoding, levels
 from utils.command_line import warn
 from utils.errors import InputError
-from utils.redact import redact
+from utils.safe_text import redact
 
 FREEZE_SECONDS = 10.0
 SHORTEST_PAUSE, LONGEST_PAUSE, GROWTH = 0.5, 30.0, 1.5  # seconds between attempts to connect
@@ -31,24 +25,22 @@ class CameraLost(OSError):
 
 
 class Camera:
-    """A camera's number, or the address of a stream."""
+    """A camera's number, or the address of a stream.
 
-    fps = None
+    `freeze`: seconds with nothing new after which it connects again. `give_up`: without a picture, until CameraLost.
+    """
+
+    paths = problems = ()
 
     def __init__(self, address: str, freeze: float | None = None, give_up: float | None = None) -> None:
-        """`freeze`: seconds with nothing new after which a connection counts as broken. `give_up`: seconds without
-        a picture after which `frames` raises CameraLost; None: never."""
-        self.paths: list[os.PathLike] = []
         self.address = address
         self.name = f"camera {address}" if address.isdigit() else redact(address)
-        self.problems: list[str] = []
-        self.freeze = FREEZE_SECONDS if freeze is None else freeze
+        self.freeze = freeze or FREEZE_SECONDS
         self.give_up = give_up
         self._every = 1
         self._numbers = itertools.count()
         self._connection: Connection | None = None
         self._left: list[Connection] = []  # left behind, perhaps hung
-        self._dropped = 0
         self._pause = SHORTEST_PAUSE
         self._down: str | None = None  # the status of the outage, if there is one
         self._up_since = self._good = 0.0  # time.monotonic() of the end of the last outage, and of the last frame
@@ -58,7 +50,7 @@ class Camera:
     @property
     def dropped(self) -> int:
         """Frames that came faster than they were taken."""
-        return self._dropped + (self._connection.dropped if self._connection else 0)
+        return self._connection.dropped if self._connection else 0
 
     def open(self, every: int) -> None:
         """Connect; raises InputError unless a picture comes."""
@@ -72,10 +64,7 @@ class Camera:
             )
 
     def frames(self, every: int, decoding: Decoding = PLAIN) -> Iterator[Frame | None]:
-        """Always the newest frame, for ever; None when there is nothing new, so that a signal can take effect.
-
-        A frame without a picture tells of an outage. Raises CameraLost, see `give_up`.
-        """
+        """Always the newest frame, or one that tells of an outage; None when there is nothing new, for signals."""
         if self._connection is None:
             self.open(every)
         self._connection.taking = True
@@ -95,7 +84,12 @@ class Camera:
 
     def close(self) -> None:
         """Release the camera. If Python ended while a thread is inside OpenCV, the process would abort."""
-        leave([*self._left, *([self._connection] if self._connection else [])])
+        connections = [*self._left, *([self._connection] if self._connection else [])]
+        for connection in connections:
+            connection.leaving = True
+        end = time.monotonic() + ANSWER_SECONDS
+        for connection in connections:
+            connection.join(max(0.0, end - time.monotonic()))
 
     def _connect(self, pause: float) -> None:
         """Leave the present connection behind and start another."""
@@ -105,7 +99,6 @@ class Camera:
             self._left = [connection for connection in [*self._left, before] if connection.is_alive()]
             if len(self._left) > MOST_HUNG:
                 return
-            self._dropped += before.dropped
         self._connection = Connection(self.address, self._every, self._numbers, pause, before)
         self._connection.start()
 
@@ -163,10 +156,7 @@ def is_grey(image: np.ndarray) -> bool:
 
 
 def as_rgb(image: np.ndarray, bit_depth: int) -> np.ndarray | None:
-    """A picture as OpenCV gives it (BGR, BGRA or grey, of 8 or 16 bits) as RGB uint8 [H, W, 3].
-
-    The largest value of 16 bits is that of a camera with `bit_depth`. None for any other kind of array.
-    """
+    """A picture as OpenCV gives it (BGR, BGRA, grey; 8 or `bit_depth` bits) as RGB uint8 [H, W, 3], None for others."""
     if image.dtype == np.uint16:
         image = levels(bit_depth)[image.clip(max=2**bit_depth - 1)]
     channels = 1 if image.ndim == 2 else image.shape[2]

@@ -1,7 +1,5 @@
 """Download of CoalAD, the data set of the paper, from ModelScope (two tar files, MVTec layout)."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os
@@ -32,13 +30,10 @@ STORAGE_ERRORS = {
 
 
 def ensure_coalad(data_root: str | os.PathLike) -> Path:
-    """Return `data_root`/coal_ad; if there is no such folder, download and unpack CoalAD first.
+    """Return `data_root`/coal_ad; if there is no such folder, download CoalAD beside it and unpack it in one step.
 
-    Received data stays in `data_root`/.coal_ad.download, and the next call continues there. The folder coal_ad
-    appears in one step, once both archives have been unpacked beside it.
-
-    Raises InputError if ModelScope cannot be reached or delivers something other than CoalAD,
-    ConnectionError if the transfer breaks off, and other OSErrors as the disk reports them.
+    Raises InputError if ModelScope does not deliver CoalAD, and ConnectionError if the transfer breaks off; the next
+    call continues it.
     """
     target = Path(data_root) / CATEGORY
     if os.path.lexists(target):
@@ -68,11 +63,7 @@ def _by_hand(target: Path) -> str:
 
 
 def _download(folder: Path, target: Path) -> None:
-    """Fetch both archives into `folder`.
-
-    ModelScope's own client resumes broken transfers, verifies TLS, and checks each file's size and SHA-256
-    against the repository's listing.
-    """
+    """Fetch both archives into `folder`; ModelScope's client resumes transfers, verifies TLS, and checks SHA-256."""
     try:
         from modelscope.hub.snapshot_download import dataset_snapshot_download
     except ImportError as error:
@@ -148,11 +139,9 @@ class _SmallReads(io.FileIO):
 
 
 def extract(archive: Path, folder: Path) -> None:
-    """Unpack the files of an uncompressed tar archive, all under coal_ad/, into the empty `folder`.
+    """Unpack the plain files of an uncompressed tar archive, all under coal_ad/, into the empty `folder`.
 
-    Each member is checked and written as a new plain file: nothing is linked, overwritten, or placed outside of
-    `folder`. Without compression and sparse files nothing unpacks to more than the size of the archive. Raises
-    InputError for an archive that breaks these rules or is damaged.
+    Nothing is linked, overwritten or placed elsewhere, or unpacks to more than the archive's size: else an InputError.
     """
     try:
         with (

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -28,8 +28,6 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 
 class Shot(NamedTuple):
-    """What a connection has read."""
-
     number: int
     time: str  # UTC
     read: float  # time.perf_counter()
@@ -46,7 +44,7 @@ class Connection(threading.Thread):
         super().__init__(daemon=True)
         self.address, self.every, self.numbers, self.pause = address, every, numbers, pause
         self.taking = before is not None  # frames before the first `take` are not counted as dropped
-        self.dropped = 0
+        self.dropped = before.dropped if before else 0
         self.leaving = self.ended = self.has_pictures = False
         self._news = threading.Condition()
         self._newest: Shot | None = None
@@ -86,9 +84,12 @@ class Connection(threading.Thread):
         try:
             self._wait()
             self._heard = self._changed = time.monotonic()
-            if not self.leaving:
-                capture = _open_capture(self.address)
-                self._read(capture)
+            capture = None if self.leaving else _open_capture(self.address)
+            while not self.leaving and capture.grab() and not self.leaving:
+                read, number = time.perf_counter(), next(self.numbers)
+                if number % self.every == 0:
+                    ok, image = capture.retrieve()
+                    self._publish(number, read, image if ok else None)
         except cv2.error:
             pass  # the connection ends here
         finally:
@@ -107,15 +108,8 @@ class Connection(threading.Thread):
                 return
             time.sleep(min(left, TICK))
 
-    def _read(self, capture: cv2.VideoCapture) -> None:
-        while not self.leaving and capture.grab() and not self.leaving:
-            read, number = time.perf_counter(), next(self.numbers)
-            if number % self.every == 0:
-                ok, image = capture.retrieve()
-                self._publish(number, read, image if ok else None)
-
     def _publish(self, number: int, read: float, image: np.ndarray | None) -> None:
-        still = image is None or is_same(image, self._last)
+        still = image is None or self._is_last(image)
         if image is not None:
             self._heard, self._last = time.monotonic(), image
             self._changed = self._changed if still and self.has_pictures else self._heard
@@ -127,14 +121,10 @@ class Connection(threading.Thread):
             self._newest = Shot(number, utc_now(), read, image, still)
             self._news.notify_all()
 
-
-def leave(connections: Sequence[Connection]) -> None:
-    """End the connections, and wait for their threads, ANSWER_SECONDS at most."""
-    for connection in connections:
-        connection.leaving = True
-    end = time.monotonic() + ANSWER_SECONDS
-    for connection in connections:
-        connection.join(max(0.0, end - time.monotonic()))
+    def _is_last(self, image: np.ndarray) -> bool:
+        """Whether a picture is the one before; mostly a few rows tell that it is not."""
+        last = self._last
+        return last is not None and all(np.array_equal(image[::step], last[::step]) for step in (32, 1))
 
 
 class MotionJpeg:
@@ -145,7 +135,6 @@ class MotionJpeg:
         self.grab, self.release = capture.grab, capture.release
 
     def retrieve(self) -> tuple[bool, np.ndarray | None]:
-        """As OpenCV's: whether there is a picture, and BGR uint8 [H, W, 3]."""
         ok, data = self.capture.retrieve()
         image = cv2.imdecode(data, cv2.IMREAD_COLOR) if ok else None
         return image is not None, image
@@ -173,13 +162,6 @@ def _is_reachable(address: str) -> bool:
         return True
     except OSError:
         return False
-
-
-def is_same(image: np.ndarray, other: np.ndarray | None) -> bool:
-    """Whether two pictures are equal; mostly a few rows tell that they are not."""
-    if other is None or image.shape != other.shape:
-        return False
-    return np.array_equal(image[::32], other[::32]) and np.array_equal(image, other)
 
 
 def utc_now() -> str:

@@ -1,7 +1,5 @@
 """One frame of whatever source, and what became of it."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 

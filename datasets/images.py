@@ -1,7 +1,5 @@
 """Reads image and mask files of every kind: images as 8-bit RGB, masks as a bool for each pixel."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import enum
@@ -18,10 +16,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from datasets import MAX_MEGAPIXELS
+from utils import distributed
+from utils.command_line import warn_once
 from utils.errors import UnreadableError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 DEPTHS = range(8, 17)  # bits of the cameras whose images are stored in 16
 DISK_ERRORS = {errno.EIO, getattr(errno, "ESTALE", errno.EIO)}
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what decoders raise
@@ -30,8 +29,6 @@ ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # an EXIF tag, and its values
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How image files become 8-bit RGB."""
-
     max_megapixels: float = MAX_MEGAPIXELS  # larger files are refused: a few bytes could unpack to more than the memory
     bit_depth: int = DEPTHS[-1]  # of the camera behind 16-bit files: 12 means values from 0 to 4095
 
@@ -47,6 +44,39 @@ class Note(enum.IntFlag):
     DIM = 4  # 16 bits, of which under an eighth of the range is used
     REDUCED = 8  # decoded at a reduced scale
     PAGES = 16  # a TIFF of several pages
+
+
+TEXTS = {
+    Note.LABELS: "the masks hold labels, not black and white: every pixel that is not background counts as defect",
+    Note.EMPTY: "the masks mark nothing, although they lie in a defect's folder: all their pixels count as normal",
+    Note.DIM: "16 bits, of which under an eighth of the range is used: train with the --bit-depth of the camera, for "
+    "instance 10 or 12",
+    Note.REDUCED: "larger than --max-megapixels allows: the JPEG decoder gives them at a reduced scale",
+    Note.PAGES: "of several pages only the first is looked at; save the others that count as files of their own",
+}
+
+
+class Notes:
+    """Counts the notes on many files, with an example of each kind."""
+
+    def __init__(self) -> None:
+        self._found: dict[Note, tuple[int, str]] = {}
+
+    def add(self, notes: int, image: object, mask: object = None) -> None:
+        """Take in the notes on an image and its masks."""
+        for note in Note:
+            if note & notes:
+                count, example = self._found.get(note, (0, str(mask if note in Note.LABELS | Note.EMPTY else image)))
+                self._found[note] = count + 1, example
+
+    def say(self) -> None:
+        """Warn of what all processes have found: once a run, and of empty masks once for each data set."""
+        parts = distributed.gathered(self._found)
+        for note, text in TEXTS.items():
+            if found := [part[note] for part in parts if note in part]:
+                count, example = sum(count for count, _ in found), found[0][1]
+                key = example if note is Note.EMPTY else note
+                warn_once(key, f"{count} files, for instance {example}: {text}")
 
 
 class Picture(NamedTuple):
@@ -76,23 +106,13 @@ def find_files(
 
 def stretched(image: Image.Image, size: int, resampling: str) -> np.ndarray:
     """An RGB image stretched to a square (antialiased), uint8 [size, size, 3]."""
-    return np.array(image.resize((size, size), RESAMPLING[resampling]))
-
-
-def read_image(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Image.Image:
-    """The image alone, see `read_picture`."""
-    return read_picture(path, decoding).image
+    return np.array(image.resize((size, size), Image.Resampling[resampling.upper()]))
 
 
 def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture:
-    """The file's first frame.
-
-    Grey and palette images are expanded, CMYK is converted, alpha is dropped, 16 bits become 8 by `bit_depth`. A JPEG
-    above the limit is decoded at a half, a quarter or an eighth of its scale. Raises UnreadableError if the file
-    cannot be read, is too large, or holds floats, whose range is unknown.
-    """
+    """The file's first frame as RGB without alpha; raises UnreadableError if it is broken, too large, or of floats."""
     with _opened(path) as image:
-        size, notes = image.size, _limit(image, path, decoding) | _pages(image)
+        size, notes = image.size, _check_size(image, path, decoding)
         if image.mode == "F":
             raise UnreadableError(f"{path} holds floating-point values; convert it to 8 or 16 bits")
         image, dim = _to_8_bits(image, path, decoding.bit_depth)
@@ -104,24 +124,16 @@ def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture
         return Picture(image, size[::-1] if turned else size, notes | Note.DIM if dim else notes)
 
 
-def _limit(image: Image.Image, path: str | os.PathLike, decoding: Decoding, reducible: bool = True) -> Note:
-    """Have an image above the limit decoded at a reduced scale; raises UnreadableError if that is impossible.
-
-    A progressive JPEG takes the memory of its full size at any scale.
-    """
+def _check_size(image: Image.Image, path: str | os.PathLike, decoding: Decoding, reducible: bool = True) -> Note:
+    """Have a large image decoded at a reduced scale; raises UnreadableError where that saves no memory."""
     (width, height), limit = image.size, decoding.max_megapixels
-    if width * height <= limit * 1e6:
-        return Note(0)
+    if width * height <= limit * 1e6:  # a JPEG or PNG of several pages has previews or movements of one picture
+        return Note.PAGES if image.format == "TIFF" and image.is_animated else Note(0)
     for scale in (2, 4, 8) if reducible and not image.info.get("progressive") else ():
         if width * height <= limit * 1e6 * scale**2 and image.draft(None, (width // scale, height // scale)):
             return Note.REDUCED
     size = f"{width}x{height}, which is {width * height / 1e6:.1f} megapixels"
     raise UnreadableError(f"{path} is {size}, and the limit is {limit:g}; raise it with --max-megapixels")
-
-
-def _pages(image: Image.Image) -> Note:
-    several = image.format == "TIFF" and image.is_animated  # a JPEG or PNG has previews or movements of one picture
-    return Note.PAGES if several else Note(0)
 
 
 def _to_8_bits(image: Image.Image, path: str | os.PathLike, bit_depth: int) -> tuple[Image.Image, bool]:
@@ -166,15 +178,13 @@ def read_mask(
     """What the masks of an image mark together, bool [H, W].
 
     A pixel is marked from half of full scale on. If no pixel of a mask reaches that, or its colours come from a
-    palette, the mask holds labels, and everything but the background is marked. A JPEG never does: its zeros are not
-    exact.
-    Raises UnreadableError for a file that cannot be read, or whose size (width, height) is not the image's `size`.
+    palette, the mask holds labels, and everything but the background is marked; not so a JPEG, for its zeros are not
+    exact. Raises UnreadableError for a file that cannot be read, or not of the image's `size` (width, height).
     """
     marked, notes = None, Note(0)
     for path in paths:
         with _opened(path) as mask:
-            _limit(mask, path, decoding, reducible=False)
-            notes |= _pages(mask)
+            notes |= _check_size(mask, path, decoding, reducible=False)
             mask.load()
             ImageOps.exif_transpose(mask, in_place=True)
             size = size or mask.size
@@ -222,10 +232,7 @@ def _marked_by_palette(mask: Image.Image) -> tuple[np.ndarray, bool]:
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """The image, not yet loaded; whatever is broken about the file becomes an UnreadableError that names it.
-
-    A missing file, a missing permission and a failing disk stay OSErrors of the system.
-    """
+    """The image, not yet loaded; a broken file becomes an UnreadableError, the system's errors stay OSErrors."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # `Decoding` has a limit whose error names the flag
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:

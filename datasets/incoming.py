@@ -1,10 +1,4 @@
-"""A folder that fills: each file once, when it is complete, for as long as the folder is watched.
-
-Files are looked at in the order of their modification times, of those that are complete. A file is known by its name
-and that time, so one that is replaced is looked at again.
-"""
-
-from __future__ import annotations
+"""A folder that fills: each file once, when it is complete. One is known by its name and modification time."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -15,7 +9,7 @@ from datasets.frames import DONE, OK, UNREADABLE, Frame
 from datasets.images import PLAIN, Decoding, find_files
 from datasets.sources import KNOWN, Images, Video, is_video
 from utils.command_line import warn
-from utils.csv_cells import safe_cell
+from utils.safe_text import safe_cell
 
 POLL = 0.5  # seconds between two looks into the folder
 SETTLED, VIDEO_SETTLED = 1.0, 10.0  # seconds without a change after which a file is complete
@@ -25,14 +19,12 @@ PATIENCE = 10.0  # seconds without a change after which a file that cannot be re
 class Incoming:
     """A folder that is watched; its images and videos form one source."""
 
-    fps = None
     dropped = 0
+    problems = ()  # each is told at once, and has a row
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self.paths = [folder]
         self.name = folder.as_posix()
-        self.problems: list[str] = []  # stays empty: each is told at once, and has a row
         self._done: set[int] = set()  # hashes, for there may be millions
         self._begun: dict[str, int] = {}  # by name of a video: the last frame that was looked at
         self._files = 0
@@ -49,18 +41,15 @@ class Incoming:
         self._files = len(last)
 
     def frames(self, every: int, decoding: Decoding = PLAIN) -> Iterator[Frame | None]:
-        """The frames of all files, for ever; None when there is nothing new, so that a signal can take effect.
-
-        What cannot be read, and the end of a video, are frames without a picture.
-        """
+        """The frames of all files, some without a picture, for ever; None when there is nothing new, for signals."""
         while True:
-            for path, moment in self._complete():
-                yield from self._look(path, moment, decoding)
+            for path, moment, key in self._complete():
+                yield from self._look(path, moment, key, decoding)
             yield None
             time.sleep(POLL)
 
-    def _complete(self) -> list[tuple[Path, str]]:
-        """The complete files that were not looked at, with their modification times, in the order of these."""
+    def _complete(self) -> list[tuple[Path, str, int]]:
+        """The complete files that were not looked at, with modification time and hash, in the order of that time."""
         now, changed, complete = time.monotonic(), {}, []
         for path in self._files_there():
             try:
@@ -68,20 +57,21 @@ class Incoming:
             except OSError:
                 continue  # it has just been taken away
             moment = datetime.fromtimestamp(stat.st_mtime, timezone.utc).isoformat(timespec="microseconds")
-            if self._key(path, moment) in self._done:
+            key = hash((safe_cell(path.as_posix()), moment))
+            if key in self._done:
                 continue
             state = stat.st_size, stat.st_mtime_ns
             before, since = self._changed.get(path, (None, now))
             changed[path] = state, since if state == before else now
             if now - changed[path][1] >= (VIDEO_SETTLED if is_video(path) else SETTLED):
-                complete.append((stat.st_mtime_ns, path, moment))
+                complete.append((stat.st_mtime_ns, path, moment, key))
         self._changed = changed
-        return [(path, moment) for _, path, moment in sorted(complete)]
+        return [found for _, *found in sorted(complete)]
 
     def _files_there(self) -> list[Path]:
         """All files of the folder; none while it cannot be read, as a share that is not connected."""
         try:
-            found = list(find_files(self.folder, KNOWN))
+            found = list(find_files(self.paths[0], KNOWN))
         except OSError as error:
             if self._is_there:
                 warn(f"{self.name} cannot be read ({error.strerror}); it is tried again")
@@ -92,7 +82,7 @@ class Incoming:
         self._is_there = True
         return found
 
-    def _look(self, path: Path, moment: str, decoding: Decoding) -> Iterator[Frame]:
+    def _look(self, path: Path, moment: str, key: int, decoding: Decoding) -> Iterator[Frame]:
         """The frames of one file; none if it was taken away, or cannot be read yet."""
         source, number, picture = path.as_posix(), self._files, None
         reader = Video(path) if is_video(path) else Images([path])
@@ -111,8 +101,4 @@ class Incoming:
         status = UNREADABLE if reader.problems else DONE if picture is None else OK
         yield Frame(source, number, moment, picture, status)
         self._files += 1
-        self._done.add(self._key(path, moment))
-
-    @staticmethod
-    def _key(path: Path, moment: str) -> int:
-        return hash((safe_cell(path.as_posix()), moment))
+        self._done.add(key)

@@ -1,7 +1,6 @@
 """Samples as tensors, and tensors as batches: what the networks see."""
 
-from __future__ import annotations
-
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,12 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from datasets.images import stretched
-from datasets.mvtec import Sample
-from datasets.notes import Notes
+from datasets.images import Notes, stretched
+from datasets.mvtec import Category, Sample
 from datasets.region import RegionOfInterest
 from utils import distributed
-from utils.errors import InputError
+from utils.command_line import warn
+from utils.errors import InputError, UnreadableError
 from utils.signals import leave_signals_to_parent, stoppable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -40,10 +39,7 @@ def mask_to_tensor(mask: np.ndarray, size: int) -> Tensor:
 class ImageDataset(Dataset):
     """Samples as tensors: {"image" [3, S, S], "mask" bool [S, S], "label", "index", "notes"}.
 
-    With a region of interest, only what lies in it reaches the tensor.
-
-    A file that cannot be read becomes {"error": exception}. If it were raised here, the user would see the traceback
-    of a worker process.
+    A file that cannot be read becomes {"error": exception}: raised here, it would have a worker's traceback.
     """
 
     def __init__(
@@ -68,9 +64,8 @@ class ImageDataset(Dataset):
         except (InputError, OSError) as error:
             return {"error": error}
         image = self.roi.apply(picture.image) if self.roi else picture.image
-        tensor = to_tensor(image, self.image_size, self.resampling)
         return {
-            "image": tensor,
+            "image": to_tensor(image, self.image_size, self.resampling),
             "mask": mask,
             "label": sample.label,
             "index": index,
@@ -79,11 +74,7 @@ class ImageDataset(Dataset):
 
 
 class ImageLoader:
-    """Batches of this process's share of an ImageDataset, in order, with a progress bar.
-
-    At the end of a pass it prints the notes on the files. Raises UnreadableError for a broken file, OSError for one
-    that cannot be reached.
-    """
+    """Batches of this process's share of an ImageDataset, in order; raises UnreadableError or OSError for a file."""
 
     def __init__(
         self, dataset: ImageDataset, batch_size: int, workers: int, description: str, pin_memory: bool = False
@@ -126,23 +117,41 @@ def find_unreadable(samples: Sequence[Sample], workers: int) -> dict[str, str]:
     """Read every image and mask; returns the names of the samples that cannot be read, with the reason."""
     loader = DataLoader(ImageDataset(samples, 1, "bilinear"), None, num_workers=workers, worker_init_fn=_end_silently)
     loaded = tqdm(stoppable(loader), total=len(samples), desc="checking files", unit="image", leave=False, disable=None)
-    errors = ((sample.name, found.get("error")) for sample, found in zip(samples, loaded, strict=True))
-    return {name: str(error) for name, error in errors if error is not None}
+    return {sample.name: str(found["error"]) for sample, found in zip(samples, loaded, strict=True) if "error" in found}
+
+
+def leave_out_unreadable(category: Category, samples: Sequence[Sample], workers: int) -> None:
+    """Remove samples that cannot be read from the category, and warn how many there are."""
+    own = distributed.shard(len(samples), 1)
+    for part in distributed.gathered(find_unreadable(samples[own.start : own.stop], workers)):
+        category.left_out |= part
+    if category.left_out:
+        warn(f"{category.name}: {len(category.left_out)} of {len(samples)} images cannot be read and are left out")
+
+
+@contextlib.contextmanager
+def list_all_unreadable(
+    categories: Sequence[Category], samples_of: Callable[[Category], Sequence[Sample]], workers: int, skipped: bool
+) -> Iterator[None]:
+    """If a broken image ends the run, read all others, too, and raise an InputError that lists every broken one."""
+    try:
+        yield
+    except UnreadableError as error:
+        found = [find_unreadable(samples_of(category), workers) for category in categories]
+        broken = [reason for part in found for reason in part.values()]
+        remedy = "" if skipped else ", or leave out what cannot be read with --skip-unreadable"
+        if len(broken) < 2:
+            raise InputError(f"{error}{remedy}") from None
+        message = f"{len(broken)} images, listed above, cannot be read; do what is said of each{remedy}"
+        raise InputError(message, broken) from None
 
 
 def _end_silently(worker: int) -> None:
     """A worker leaves signals to the script, and its thread that sends tensors stays silent if the script ends."""
     leave_signals_to_parent()
-    sys.excepthook = _unless_connection_lost
-
-
-def _unless_connection_lost(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    if not issubclass(kind, ConnectionError | EOFError):
-        sys.__excepthook__(kind, error, trace)
+    lost = ConnectionError | EOFError
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, lost) else sys.__excepthook__(kind, *rest)
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    for sample in samples:
-        if "error" in sample:
-            return sample
-    return default_collate(samples)
+    return next((sample for sample in samples if "error" in sample), None) or default_collate(samples)

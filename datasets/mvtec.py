@@ -7,15 +7,13 @@
 Images may lie in sub-folders of these, and their masks in sub-folders of the same names.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +43,6 @@ class Sample:
         return self.name.split("/")[1]
 
     def read(self) -> Picture:
-        """The image; raises UnreadableError or OSError."""
         return read_picture(self.path, self.decoding)
 
     def read_mask(self, size: tuple[int, int] | None = None) -> tuple[np.ndarray, Note]:
@@ -54,10 +51,7 @@ class Sample:
 
 
 class Category:
-    """The files of one category; nothing is opened yet.
-
-    `left_out` (name -> reason) are not among its samples; `decoding` says how the samples are decoded.
-    """
+    """The files of one category, none opened yet; `left_out` (name -> reason) are not among its samples."""
 
     def __init__(self, root: Path, name: str, decoding: Decoding = PLAIN) -> None:
         self.name = name
@@ -69,28 +63,31 @@ class Category:
 
     def train_samples(self) -> list[Sample]:
         """Normal training images in sorted path order; raises InputError if there are none."""
-        samples = [self._sample("train", place) for place in self._places("train", ["good"])]
-        return self._kept(samples, f"{self.folder / 'train' / 'good'} has no")
+        return self._samples("train", self._places("train", ["good"]), f"{self.folder / 'train' / 'good'} has no")
 
     def test_samples(self) -> list[Sample]:
         """Test images in sorted path order; every folder except `good` is a defect.
 
-        Raises InputError if there are none, if two images of a folder share a stem (and so their masks and results), or
-        if some images of a defect have masks and others have none.
+        Raises InputError if there are none, if two differ in their suffix alone, or if some of a defect have no masks.
         """
         test, truth = self.folder / "test", self.folder / "ground_truth"
         if not test.is_dir():
             raise InputError(f"no folder {test}; add test images, or pass --no-eval when training")
         places = self._places("test")
-        masks = _Masks(truth, places)
-        samples = [self._sample("test", place, place.parts[0] != "good", masks.of(place)) for place in places]
-        samples = self._kept(samples, f"the folders in {test} have no")
+        samples = self._samples("test", places, f"the folders in {test} have no", _Masks(truth, places).of)
         seen: dict[str, Sample] = {}
         for sample in samples:
             other = seen.setdefault(os.path.splitext(sample.name)[0], sample)
             if other is not sample:
                 raise InputError(f"{other.path} and {sample.path} differ only in their extension; rename one")
-        _check_masks(samples, truth)
+        unmasked = defects_without_masks(samples)
+        if bare := [item for item in samples if item.label and not item.masks and item.kind not in unmasked]:
+            mask = truth / Path(bare[0].name).relative_to("test").with_name(f"{bare[0].path.stem}_mask.png")
+            others = f", nor for {len(bare) - 1} other images" if len(bare) > 1 else ""
+            raise InputError(
+                f"no mask {mask} for {bare[0].path}{others}; add it (all black where nothing is to be marked), or move "
+                f"{truth / bare[0].kind} away: without any masks the figures of images alone are computed"
+            )
         return samples
 
     def _places(self, part: str, kinds: Sequence[str] | None = None) -> list[Path]:
@@ -104,17 +101,20 @@ class Category:
             warn_once(folder, f"{example}, lie outside of {where} and are passed over")
         return taken
 
-    def _sample(self, part: str, place: Path, anomalous: bool = False, masks: tuple[Path, ...] = ()) -> Sample:
-        path = self.folder / part / place
-        return Sample(path, f"{part}/{place.as_posix()}", int(anomalous), masks if anomalous else (), self.decoding)
-
-    def _kept(self, samples: Sequence[Sample], none: str) -> list[Sample]:
+    def _samples(
+        self, part: str, places: Sequence[Path], none: str, masks_of: Callable[[Path], tuple[Path, ...]] | None = None
+    ) -> list[Sample]:
         """Those not left out, sorted by name; raises an InputError that begins with `none` if there are none."""
-        kept = sorted((sample for sample in samples if sample.name not in self.left_out), key=lambda s: s.name)
-        if not kept:
+        samples = []
+        for name, place in sorted((f"{part}/{place.as_posix()}", place) for place in places):
+            if name not in self.left_out:
+                anomalous = masks_of is not None and place.parts[0] != "good"
+                masks = masks_of(place) if anomalous else ()
+                samples.append(Sample(self.folder / name, name, int(anomalous), masks, self.decoding))
+        if not samples:
             kind = f"{'readable ' if self.left_out else ''}images ({' '.join(sorted(EXTENSIONS))})"
             raise InputError(f"{none} {kind}; add some")
-        return kept
+        return samples
 
 
 class _Masks:
@@ -122,13 +122,12 @@ class _Masks:
 
     def __init__(self, folder: Path, images: Iterable[Path]) -> None:
         self._namesakes = Counter((image.parts[0], image.stem) for image in images)
-        self._single: dict[str, Path] = {}  # <defect>/<stem>_mask, or <defect>/<stem>
-        self._several: dict[str, list[Path]] = {}  # <defect>/<stem>, a folder
+        self._found: dict[str, list[Path]] = {}  # by <defect>/<stem>_mask, <defect>/<stem>, <defect>/<stem>/ (a folder)
         for path in sorted(find_files(folder)) if folder.is_dir() else ():
             place = path.relative_to(folder)
             stem = re.sub("_mask$", "_mask", place.stem, flags=re.IGNORECASE)
-            self._single.setdefault((place.parent / stem).as_posix(), path)
-            self._several.setdefault(place.parent.as_posix(), []).append(path)
+            self._found.setdefault((place.parent / stem).as_posix(), [path])
+            self._found.setdefault(f"{place.parent.as_posix()}/", []).append(path)
 
     def of(self, image: Path) -> tuple[Path, ...]:
         """The masks of the image at this path: in its sub-folder or, if its name is unique, in the defect's folder."""
@@ -136,41 +135,20 @@ class _Masks:
         if self._namesakes[image.parts[0], image.stem] == 1:
             places.append(f"{image.parts[0]}/{image.stem}")
         for place in places:
-            for name in (f"{place}_mask", place):
-                if name in self._single:
-                    return (self._single[name],)
-            if place in self._several:
-                return tuple(self._several[place])
+            for name in (f"{place}_mask", place, f"{place}/"):
+                if name in self._found:
+                    return tuple(self._found[name])
         return ()
 
 
 def defects_without_masks(samples: Iterable[Sample]) -> list[str]:
     """The defects whose images have no masks at all; their pixels would make the pixel figures wrong."""
-    masked: dict[str, bool] = {}
-    for sample in samples:
-        if sample.label:
-            masked[sample.kind] = masked.get(sample.kind, False) or bool(sample.masks)
-    return sorted(kind for kind, found in masked.items() if not found)
-
-
-def _check_masks(samples: Sequence[Sample], truth: Path) -> None:
-    """Raise InputError if an image has no mask although others of its defect have one."""
-    unmasked = defects_without_masks(samples)
-    bare = [sample for sample in samples if sample.label and not sample.masks and sample.kind not in unmasked]
-    if bare:
-        mask = truth / Path(bare[0].name).relative_to("test").with_name(f"{bare[0].path.stem}_mask.png")
-        others = f", nor for {len(bare) - 1} other images" if len(bare) > 1 else ""
-        raise InputError(
-            f"no mask {mask} for {bare[0].path}{others}; add it (all black where nothing is to be marked), or move "
-            f"{truth / bare[0].kind} away: without any masks the figures of images alone are computed"
-        )
+    anomalous = [sample for sample in samples if sample.label]
+    return sorted({sample.kind for sample in anomalous} - {sample.kind for sample in anomalous if sample.masks})
 
 
 def find_categories(root: Path, names: Sequence[str]) -> list[str]:
-    """The categories asked for, each once; `all` means every folder of `root` with train/good in it.
-
-    Raises InputError for a folder that does not exist, unless it can be downloaded.
-    """
+    """The categories asked for, each once, all of which are there or can be downloaded; `all`: what has train/good."""
     if os.path.lexists(root) and not Path(root).is_dir():
         raise InputError(f"--data-root {root} is no folder; give the one that holds <category>/train")
     if list(names) == ["all"]:
@@ -192,10 +170,7 @@ def open_category(root: Path, name: str, decoding: Decoding = PLAIN) -> Category
 
 
 def default_holdout(ratio: float, count: int) -> float:
-    """The share of `count` images to hold out if `ratio` is only a default.
-
-    It never raises: statistics need two held-out images; if those would be a large part of all, none is held out.
-    """
+    """The share of `count` images to hold out if `ratio` is only a default: at least two, or none of few images."""
     if round(ratio * count) >= MIN_HELD:
         return ratio
     return MIN_HELD / count if ratio and count >= FEW else 0.0
@@ -206,9 +181,7 @@ def split_training(
 ) -> tuple[list[Sample], list[Sample]]:
     """Training images to fit on, and held-out images, which depend only on the list, the ratio and the seed.
 
-    A train ratio below 1 takes the first int(ratio n) of the list shuffled by `random.Random(seed)`, in that order, as
-    the authors' program does; ratio 1 keeps the sorted order. Raises InputError if no image is left to fit on, or
-    fewer than two are held out.
+    A train ratio below 1 takes the first int(ratio n) of the shuffled list, in its order, as the authors' program does.
     """
     count = len(samples)
     held = set(random.Random(f"holdout {seed}").sample(range(count), round(holdout_ratio * count)))

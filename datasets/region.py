@@ -17,10 +17,7 @@ MAX_SIDE = 2048  # of the stored region; it is scaled to each frame anyway
 
 
 class RegionOfInterest:
-    """White where frames are looked at; scaled to each frame. Nothing outside reaches a network.
-
-    `inside` is bool [H, W]. Raises InputError if it is False everywhere.
-    """
+    """`inside`, bool [H, W], is True where frames are looked at; nothing else reaches a network."""
 
     def __init__(self, inside: np.ndarray) -> None:
         self.inside = np.array(inside, bool)
@@ -30,10 +27,7 @@ class RegionOfInterest:
 
     @classmethod
     def read(cls, path: str | os.PathLike, decoding: Decoding = PLAIN) -> RegionOfInterest:
-        """From an image file, read like a mask: what it marks is inside.
-
-        Raises InputError if that is nothing; warns if it is everything, as what editors leave under transparency.
-        """
+        """From an image file, read like a mask; warns if that marks everything, as what lies under transparency may."""
         if not os.path.isfile(path):
             raise InputError(f"--roi {path}: no such file")
         image = Image.fromarray(read_mask([path], decoding=decoding)[0])
@@ -75,10 +69,7 @@ class RegionOfInterest:
         return float(self.inside.mean())
 
     def at(self, width: int, height: int) -> np.ndarray:
-        """The region for frames of that size, bool [height, width], by the nearest pixel.
-
-        If it is too small for that, the pixels with the largest share inside.
-        """
+        """The region at that size, bool [height, width], by the nearest pixel; never empty, however small."""
         scaled = np.asarray(Image.fromarray(self.inside).resize((width, height), Image.Resampling.NEAREST), bool)
         if scaled.any():
             return scaled
@@ -86,10 +77,7 @@ class RegionOfInterest:
         return np.asarray(share) == np.max(share)
 
     def on_grid(self, rows: int, columns: int) -> np.ndarray:
-        """The cells of a grid of patches of which at least half lies inside, bool [rows, columns].
-
-        If there are none, the cells with the largest share inside.
-        """
+        """The cells of a grid that lie inside by half or, if there are none, by most: bool [rows, columns]."""
         size = columns * 16, rows * 16
         share = self.at(*size).reshape(rows, 16, columns, 16).mean((1, 3))
         return share >= min(0.5, share.max())

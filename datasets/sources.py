@@ -1,10 +1,4 @@
-"""Where frames come from: image files, folders, patterns, video files, and cameras.
-
-Files give every frame, in order. A camera gives its newest frame: frames that arrive while one is being processed are
-dropped and counted, so that the result is never late.
-"""
-
-from __future__ import annotations
+"""Where frames come from: image files, folders, patterns, video files, and cameras."""
 
 import glob
 import itertools
@@ -17,11 +11,10 @@ import cv2
 from datasets.camera import Camera
 from datasets.connection import CAMERA_SCHEMES
 from datasets.frames import Frame
-from datasets.images import EXTENSIONS, PLAIN, Decoding, find_files, read_picture
-from datasets.notes import Notes
+from datasets.images import EXTENSIONS, PLAIN, Decoding, Notes, find_files, read_picture
 from utils.command_line import warn
 from utils.errors import InputError
-from utils.redact import redact
+from utils.safe_text import redact
 
 VIDEO_EXTENSIONS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts"}
 KNOWN = EXTENSIONS | VIDEO_EXTENSIONS
@@ -30,12 +23,9 @@ MOST_BROKEN = 10_000  # frames of a video in a row; then it is taken to have end
 
 
 class Images:
-    """Images of one folder."""
-
-    fps = None
     dropped = 0
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path]) -> None:  # of one folder
         self.paths = list(paths)
         self.name = self.paths[0].parent.as_posix()
         self.problems: list[str] = []
@@ -55,8 +45,6 @@ class Images:
 
 
 class Video:
-    """A video file."""
-
     dropped = 0
 
     def __init__(self, path: Path) -> None:
@@ -93,12 +81,7 @@ Source = Images | Video | Camera
 
 
 def find_sources(arguments: Sequence[str], freeze: float | None = None, give_up: float | None = None) -> list[Source]:
-    """The sources that the arguments of a command line name, in order; images of one folder form one source.
-
-    `freeze` and `give_up` are a camera's, see `Camera`.
-
-    Raises InputError for a path that does not exist, an unknown kind of file, and a camera beside other sources.
-    """
+    """The sources that the arguments of a command line name, in order; images of one folder form one source."""
     cameras = [text for text in arguments if _is_camera(text)]
     if cameras and len(arguments) > 1:
         raise InputError(
@@ -122,7 +105,6 @@ def _is_camera(text: str) -> bool:
 
 
 def is_video(path: Path) -> bool:
-    """By its name."""
     return path.suffix.lower() in VIDEO_EXTENSIONS
 
 

@@ -26,14 +26,13 @@ from reporting.heatmaps import Thumbnails, strip
 from reporting.pictures import write_picture
 from reporting.report import Threshold, write_report
 from reporting.sheet import write_sheet
-from utils.csv_cells import safe_cell
 from utils.distributed import is_main_process
 from utils.errors import InputError
-from utils.files import atomic_write, write_json, write_text
+from utils.files import PROGRAM, atomic_write, mark_folder, read_json, write_json, write_text
 from utils.gather import barrier, from_first
 from utils.gpu import ReadBack
 from utils.machine import environment
-from utils.ownership import PROGRAM, is_ours, mark_folder
+from utils.safe_text import safe_cell
 from utils.signals import stoppable
 from utils.timing import Stopwatch
 
@@ -228,7 +227,7 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
 def average_path(results_dir: Path, name: str) -> Path:
     """Where the average over categories goes; raises InputError if another program's file is there."""
     path = results_dir / f"average_{name}.json"
-    if path.exists() and not is_ours(path):
+    if path.exists() and read_json(path).get("program") != PROGRAM:
         raise InputError(f"{path} was not written by USAD; move it or choose another --results-dir")
     return path
 

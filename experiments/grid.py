@@ -20,9 +20,8 @@ from training.categories import opened_categories
 from training.options import data_settings, fusion_options, fusion_record, record, run_settings, weights_by_branch
 from training.settings import RunSettings
 from utils.errors import InputError
-from utils.files import write_json
+from utils.files import PROGRAM, mark_folder, write_json
 from utils.machine import environment
-from utils.ownership import PROGRAM, mark_folder
 
 
 def reproduce(args: argparse.Namespace) -> None:

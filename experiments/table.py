@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.csv_cells import safe_cell
 from utils.files import atomic_write, digest_of_lines, write_json, write_text
 from utils.processes import ProcessFailed
+from utils.safe_text import safe_cell
 
 VERSION = 3  # goes up when a figure is computed in another way, so that older cells are not used again
 PLOTTED = ("image_auroc", "pixel_auroc", "aupro")

@@ -1,7 +1,5 @@
 """The flags of predict.py that do not depend on the model, and the settings made from them."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from pathlib import Path
@@ -12,8 +10,6 @@ from utils.command_line import Parser, add_size_flag, number
 
 @dataclasses.dataclass(frozen=True)
 class PredictionSettings:
-    """Which frames are looked at, when there is an alarm, and what is written."""
-
     sources: tuple[str, ...]
     out: Path
     max_megapixels: float = MAX_MEGAPIXELS  # of an image file
@@ -31,7 +27,6 @@ class PredictionSettings:
 
 
 def add_prediction_flags(parser: Parser) -> None:
-    """Frames, alarms and output."""
     parser.add_argument(
         "sources",
         metavar="SOURCE",
@@ -43,10 +38,7 @@ def add_prediction_flags(parser: Parser) -> None:
     add_size_flag(group, MAX_MEGAPIXELS)
     group.add_argument("--every", type=number(int, 1), default=1, help="look at every N-th frame (default: 1)")
     group.add_argument(
-        "--smooth",
-        type=number(int, 1),
-        default=1,
-        help="frames in a row that turn the alarm on, or off again (default: 1)",
+        "--smooth", type=number(int, 1), default=1, help="frames in a row that turn the alarm on, or off (default: 1)"
     )
     group.add_argument("--threshold", type=number(float, float("-inf")), help="of the score (default: usad.json's)")
     group.add_argument("--pixel-threshold", type=number(float, float("-inf")), help="of the map (default: usad.json's)")
@@ -79,7 +71,6 @@ def add_prediction_flags(parser: Parser) -> None:
 
 
 def prediction_settings(parser: Parser, args: argparse.Namespace) -> PredictionSettings:
-    """The settings made from those flags."""
     if args.no_images and args.overlays:
         parser.error("--overlays has no effect with --no-images; drop one of them")
     if args.watch and args.every > 1:

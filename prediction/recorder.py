@@ -1,17 +1,13 @@
 """What predict.py writes: a row for each frame, pictures of alarms, annotated videos."""
 
-from __future__ import annotations
-
 import itertools
-import json
 import os
 import re
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,13 +17,14 @@ from datasets.images import Picture
 from datasets.incoming import Incoming
 from datasets.sources import Source, Video
 from models.fusion.prediction import Model, Prediction
-from prediction.table import Table, values_of
+from prediction.options import PredictionSettings
+from prediction.table import Table
 from prediction.webhook import Webhook
 from reporting.gallery import Entry, Gallery, Pictures
 from reporting.pictures import write_picture
 from reporting.report import Threshold, write_report
 from utils.errors import InputError
-from utils.files import check_writable
+from utils.files import check_writable, is_foreign, read_json
 
 SCRIPTS = ("predict.py", "predict_onnx.py")  # the marks by which a later run knows its own folder
 TABLE, REPORT, OVERLAYS, VIDEOS = "predictions.csv", "report.html", "overlays", "videos"
@@ -40,7 +37,7 @@ TIMED = 100_000  # frames, the latest, whose latency counts
 class Alarm:
     """Turns on after `frames` anomalous frames in a row, and off after as many normal ones."""
 
-    def __init__(self, frames: int = 1) -> None:
+    def __init__(self, frames: int) -> None:
         self.frames = frames
         self.on = False
         self._contrary = 0
@@ -82,34 +79,26 @@ def safe_name(source: str) -> str:
 
 
 class VideoFile:
-    """An annotated video. It gets its name when it is closed, so that a file with that name is complete.
+    """An annotated video, all of one size (width, height). It gets its name when it is closed, and so is complete."""
 
-    FFmpeg's encoders, behind OpenCV, cut an odd width or height; OpenCV's own, for AVI, does not.
-    """
-
-    def __init__(self, stem: Path, fps: float, first: np.ndarray) -> None:
-        """All frames get the size of the `first`, which is not written yet."""
-        self.frames, self.size = 0, first.shape[1::-1]
-        odd = any(side % 2 for side in self.size)
+    def __init__(self, stem: Path, fps: float, size: tuple[int, int]) -> None:
+        self.frames, self.size = 0, size
+        odd = any(side % 2 for side in size)  # FFmpeg's encoders, behind OpenCV, would cut it
         backend, codec, suffix = (cv2.CAP_OPENCV_MJPEG, "MJPG", ".avi") if odd else (cv2.CAP_ANY, "mp4v", ".mp4")
         self.path = stem.with_name(stem.name + suffix)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = self.path.with_name(f".video.partial{suffix}")  # ASCII, which encoders take everywhere
         code = cv2.VideoWriter_fourcc(*codec)
-        self._writer = cv2.VideoWriter(str(self._partial), backend, code, fps, self.size)
+        self._writer = cv2.VideoWriter(str(self._partial), backend, code, fps, size)
         if not self._writer.isOpened():
             raise InputError(f"this OpenCV writes no {suffix}; pass --no-images for the table alone")
 
-    @property
-    def is_full(self) -> bool:
-        """Whether it is an AVI of the largest size."""
-        return self.path.suffix == ".avi" and self._partial.stat().st_size > AVI_BYTES
-
-    def add(self, picture: np.ndarray) -> None:
-        """Append a frame [H, W, 3]."""
+    def add(self, picture: np.ndarray) -> bool:
+        """Append a frame [H, W, 3]; returns whether the file is full, an AVI of the largest size."""
         picture = picture if picture.shape[1::-1] == self.size else cv2.resize(picture, self.size)
         self._writer.write(picture[..., ::-1])
         self.frames += 1
+        return self.path.suffix == ".avi" and self._partial.stat().st_size > AVI_BYTES
 
     def close(self) -> None:
         """Finish the file; raises OSError if it could not be written completely."""
@@ -126,33 +115,19 @@ class VideoFile:
 class Recorder:
     """Takes frames and their predictions, and writes all files; only the report's gallery stays in memory."""
 
-    def __init__(
-        self,
-        folder: Path,
-        model: Model,
-        smooth: int,
-        overlays: str | None,
-        json_lines: TextIO | None,
-        webhook: Webhook | None = None,
-        former_rows: int = 0,
-    ) -> None:
-        self.folder = folder
+    def __init__(self, settings: PredictionSettings, model: Model, webhook: Webhook | None, former_rows: int) -> None:
+        self.settings = settings
         self.model = model
-        self.smooth = smooth
-        self.overlays = overlays
         self.webhook = webhook
-        self.table = Table(folder / TABLE, json_lines, former_rows)
+        self.table = Table(settings.out / TABLE, settings.json_lines, former_rows)
         self.gallery = Gallery()
         self.frames = 0  # that were looked at
         self._seconds: deque[float] = deque(maxlen=TIMED)  # from reading a frame to its row
-        self._alarm = Alarm(smooth)
         self._video: VideoFile | None = None
         self._names: set[str] = set()
 
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the files, and leave the waiting alarms some time."""
         try:
             self.table.close()
             self._close_video()
@@ -160,23 +135,21 @@ class Recorder:
             if self.webhook:
                 self.webhook.close()
 
-    def start(self, source: Source | Incoming, every: int) -> None:
+    def start(self, source: Source | Incoming) -> None:
         """Begin a source: the next frames are its."""
         self._close_video()
-        self._source, self._every = source, every
-        self._alarm = Alarm(self.smooth)
+        self._source, self._alarm = source, Alarm(self.settings.smooth)
 
     def add(self, frame: Frame, prediction: Prediction | None) -> None:
         """Write the row of one frame and, if asked for, its pictures; None for a frame without a picture."""
         if prediction is None:
-            self.table.add(values_of(frame, None, None))
+            self.table.add(frame, None, None)
             return
         was_on = self._alarm.on
         alarm = None if prediction.anomalous is None else self._alarm.update(prediction.anomalous)
-        if self.overlays:
+        if self.settings.overlays:
             self._add_pictures(frame, prediction, alarm)
-        values = values_of(frame, prediction, alarm)
-        self.table.add(values)
+        values = self.table.add(frame, prediction, alarm)
         if self.webhook and alarm and not was_on:
             self.webhook.send(values)
         self.frames += 1
@@ -190,37 +163,36 @@ class Recorder:
         return {"p50": median, "p99": high}
 
     def _add_pictures(self, frame: Frame, prediction: Prediction, alarm: bool | None) -> None:
-        wanted = self.overlays == "all" or (self.overlays == "anomalous" and bool(alarm))
+        wanted = self.settings.overlays == "all" or (self.settings.overlays == "anomalous" and alarm)
         image, is_video = frame.pixels, isinstance(self._source, Video)
         if wanted or is_video:
             picture = draw(image, prediction, alarm, self.model.pixel_threshold)
         if wanted:
             name = f"{self.table.rows + 1:06d}_{safe_name(frame.source)}.jpg"
-            write_picture(self.folder / OVERLAYS / name, picture)
+            write_picture(self.settings.out / OVERLAYS / name, picture)
         if is_video:
             self._video = self._video or self._new_video(frame, picture)
-            self._video.add(picture)
-            if self._video.is_full:
+            if self._video.add(picture):
                 self._close_video()
-        scores = {name: score for name, (score, _) in prediction.branches.items()}
-        maps = {name: branch_map for name, (_, branch_map) in prediction.branches.items()}
+        parts = {self.model.name: (prediction.score, prediction.map), **prediction.branches}
         self.gallery.add(
             Entry(
                 name=frame.source if isinstance(frame.image, Picture) else f"{frame.source} #{frame.number}",
-                scores={self.model.name: prediction.score, **scores},
+                scores={name: score for name, (score, _) in parts.items()},
                 group=self._source.name,
                 alarm=alarm,
                 note=frame.time if isinstance(frame.time, str) else f"{frame.time:.2f} s",
             ),
-            lambda: Pictures(image, {self.model.name: prediction.map, **maps}),
+            lambda: Pictures(image, {name: part_map for name, (_, part_map) in parts.items()}),
         )
 
     def _new_video(self, frame: Frame, picture: np.ndarray) -> VideoFile:
         stem = safe_name(frame.source)
-        names = itertools.chain([stem], (f"{stem}_{index}" for index in itertools.count(2)))
+        names = (f"{stem}_{index}" if index > 1 else stem for index in itertools.count(1))
         name = next(name for name in names if name.casefold() not in self._names)  # some disks ignore case
         self._names.add(name.casefold())
-        return VideoFile(self.folder / VIDEOS / name, max(self._source.fps / self._every, 1.0), picture)
+        fps = max(self._source.fps / self.settings.every, 1.0)
+        return VideoFile(self.settings.out / VIDEOS / name, fps, picture.shape[1::-1])
 
     def _close_video(self) -> None:
         video, self._video = self._video, None
@@ -234,47 +206,36 @@ class Recorder:
             point = self.model.operating_point
             source = point.source if point else "--threshold or --pixel-threshold"
             threshold = Threshold(self.model.threshold, self.model.pixel_threshold, source, on_test_set=False)
-        facts = {key: str(config[key]) for key in ("frames", "anomalous", "dropped") if config.get(key) is not None}
+        facts = {key: str(config[key]) for key in ("frames", "anomalous", "dropped") if config[key] is not None}
         if config["latency_ms"]:
             facts["latency"] = latency_words(config["latency_ms"])
-        write_report(self.folder / REPORT, "Predictions", self.gallery, threshold=threshold, config=config, facts=facts)
+        path = self.settings.out / REPORT
+        write_report(path, "Predictions", self.gallery, threshold=threshold, config=config, facts=facts)
 
 
-def latency_words(latency: dict[str, float] | None) -> str:
-    """`Recorder.latency` for people; empty without frames."""
-    return ", ".join(f"{name} {value:.3g} ms" for name, value in (latency or {}).items())
+def latency_words(latency: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g} ms" for name, value in latency.items())
 
 
-def check_output(folder: Path, arguments: Sequence[str], sources: list[Source] | list[Incoming]) -> None:
-    """Raise InputError if `folder` holds files that predict.py did not write, or one of the sources, or lies in one.
-
-    `arguments` are the sources as they were given.
-    """
+def check_output(settings: PredictionSettings, sources: list[Source] | list[Incoming]) -> None:
+    """Raise InputError if --out holds files that predict.py did not write, or one of the sources, or lies in one."""
+    folder = settings.out
     check_writable(folder)
     out = folder.resolve()
-    for text in filter(os.path.isdir, arguments):
+    for text in filter(os.path.isdir, settings.sources):
         if Path(text).resolve() in (out, *out.parents):  # the next run would look at our own pictures
             raise InputError(f"--out {folder} lies in SOURCE {text}; choose another folder for the results")
     for path in (path for source in sources for path in source.paths):
         if out in path.resolve().parents:
             raise InputError(f"SOURCE {path} lies in --out {folder}; choose another folder for the results")
-    used = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
-    if used and former_config(folder).get("script") not in SCRIPTS:
+    if is_foreign(folder, "script", SCRIPTS):
         raise InputError(f"--out {folder} holds files that {SCRIPTS[0]} did not make; choose another folder")
-
-
-def former_config(folder: Path) -> dict[str, Any]:
-    """The config.json of an earlier run; empty if there is none."""
-    try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
 
 
 def goes_on(folder: Path) -> bool:
     """Whether `folder` has the rows of an earlier run that watched a folder."""
-    table = folder / TABLE
-    return bool(former_config(folder).get("settings", {}).get("watch")) and table.is_file() and table.stat().st_size > 0
+    table, former = folder / TABLE, read_json(folder / "config.json").get("settings", {})
+    return bool(former.get("watch")) and table.is_file() and table.stat().st_size > 0
 
 
 def clear_output(folder: Path) -> None:

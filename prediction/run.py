@@ -1,7 +1,5 @@
 """From frames to rows and alarms, with any model that gives scores and maps."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os
@@ -25,11 +23,10 @@ from prediction.table import read_former
 from prediction.webhook import Webhook
 from utils.command_line import warn
 from utils.errors import InputError
-from utils.files import write_json
+from utils.files import PROGRAM, write_json
 from utils.locks import folder_lock
 from utils.machine import environment
-from utils.ownership import PROGRAM
-from utils.redact import redact
+from utils.safe_text import redact
 from utils.signals import Terminated, stoppable
 
 ENDLESS = (Camera, Incoming)  # sources that a signal ends
@@ -42,15 +39,17 @@ def predict(
     flags: dict[str, Any],
     script: str = SCRIPTS[0],
 ) -> None:
-    """Look at all sources and write the results to `settings.out`.
+    """Look at all sources, which are known to exist when `load` gives the model, and write the results.
 
-    `load` gives the model; it is called once the sources are known to exist. `batch_size` None leaves the number of
-    frames at a time to the model; `flags` go into config.json.
+    `batch_size` None leaves the number of frames at a time to the model; `flags` go into config.json.
     """
     webhook = None if settings.webhook is None else Webhook(settings.webhook)
     limits = settings.freeze, settings.give_up
-    sources = [watched(settings)] if settings.watch else find_sources(settings.sources, *limits)
-    check_output(settings.out, settings.sources, sources)
+    if settings.watch and (len(settings.sources) > 1 or not os.path.isdir(settings.sources[0])):
+        raise InputError("--watch takes one SOURCE, a folder that exists")
+    incoming = [Incoming(Path(settings.sources[0]))] if settings.watch else None
+    sources = incoming or find_sources(settings.sources, *limits)
+    check_output(settings, sources)
     if isinstance(sources[0], ENDLESS):
         if batch_size:
             raise InputError("--batch-size has no effect here: frames go one by one, as they come; leave it out")
@@ -61,74 +60,62 @@ def predict(
     with folder_lock(settings.out), contextlib.closing(camera) if camera else contextlib.nullcontext():
         if camera:
             camera.open(settings.every)
-        look(settings, load(), sources, batch_size, flags, webhook, script)
-
-
-def watched(settings: PredictionSettings) -> Incoming:
-    """The folder to be watched."""
-    folder = Path(settings.sources[0])
-    if len(settings.sources) > 1 or not folder.is_dir():
-        raise InputError("--watch takes one SOURCE, a folder that exists")
-    return Incoming(folder)
-
-
-def look(
-    settings: PredictionSettings,
-    model: Model,
-    sources: list[Source] | list[Incoming],
-    batch_size: int | None,
-    flags: dict[str, Any],
-    webhook: Webhook | None,
-    script: str,
-) -> None:
-    """Run the model over the sources and write the results.
-
-    A signal is the normal end of a camera and of a watched folder, whose earlier results are kept.
-    """
-    take_thresholds(model, settings)
-    flags = {**flags, "sources": [redact(source) for source in settings.sources], "webhook": webhook and webhook.name}
-    former = read_former(settings.out / TABLE) if settings.watch and goes_on(settings.out) else None
-    config = {"program": PROGRAM, "script": script, "finished": False, "settings": flags}
-    write_json(settings.out / "config.json", config)
-    if former:
-        sources[0].skip(former.last)
-    else:
-        clear_output(settings.out)
-    start = time.perf_counter()
-    json_lines = sys.stdout if settings.json_lines else None
-    end: BaseException | None = None
-    rows = former.rows if former else 0
-    with Recorder(settings.out, model, settings.smooth, settings.overlays, json_lines, webhook, rows) as recorder:
-        try:
-            for source in sources:
-                recorder.start(source, settings.every)
-                look_at(source, settings, model, batch_size or model.batch_size, recorder)
-        except (KeyboardInterrupt, Terminated, CameraLost) as error:
-            if not isinstance(sources[0], ENDLESS):
-                raise
-            end = error
-        except BrokenPipeError:  # the reader of the JSON lines has ended; at its exit Python would complain again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise
-    config |= {
-        "finished": not isinstance(end, CameraLost),
-        "frames": recorder.frames,
-        "anomalous": None if model.threshold is None else recorder.table.alarms,
-        "dropped": sum(source.dropped for source in sources),
-        "statuses": dict(recorder.table.statuses),
-        "latency_ms": recorder.latency(),
-        "webhook": webhook and {"sent": webhook.sent, "given_up": webhook.given_up},
-        "unreadable": [problem for source in sources for problem in source.problems],
-        "operating_point": point_in_force(model),
-        **environment(model.device),
-        "seconds": round(time.perf_counter() - start, 3),
-    }
-    write_json(settings.out / "config.json", config)
-    if settings.overlays:
-        recorder.write_report(config)
-    summarize(settings, config)
+        model = load()
+        take_thresholds(model, settings)
+        shown = {"sources": [redact(source) for source in settings.sources], "webhook": webhook and webhook.name}
+        former = read_former(settings.out / TABLE) if settings.watch and goes_on(settings.out) else None
+        config = {"program": PROGRAM, "script": script, "finished": False, "settings": {**flags, **shown}}
+        write_json(settings.out / "config.json", config)
+        if former:
+            sources[0].skip(former.last)
+        else:
+            clear_output(settings.out)
+        start = time.perf_counter()
+        with contextlib.closing(Recorder(settings, model, webhook, former.rows if former else 0)) as recorder:
+            end = look(sources, batch_size or model.batch_size, recorder)
+        config |= {
+            "finished": not isinstance(end, CameraLost),
+            "frames": recorder.frames,
+            "anomalous": None if model.threshold is None else recorder.table.alarms,
+            "dropped": sum(source.dropped for source in sources),
+            "statuses": dict(recorder.table.statuses),
+            "latency_ms": recorder.latency(),
+            "webhook": webhook and {"sent": webhook.sent, "given_up": webhook.given_up},
+            "unreadable": [problem for source in sources for problem in source.problems],
+            "operating_point": point_in_force(model),
+            **environment(model.device),
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        write_json(settings.out / "config.json", config)
+        if settings.overlays:
+            recorder.write_report(config)
+        summarize(settings, config)
     if isinstance(end, Terminated | CameraLost):
         raise end
+
+
+def look(sources: list[Source] | list[Incoming], batch_size: int, recorder: Recorder) -> BaseException | None:
+    """All frames of the sources, in order; returns what ended a camera or a watched folder."""
+    settings, model = recorder.settings, recorder.model
+    decoding = Decoding(settings.max_megapixels, model.bit_depth)
+    try:
+        for source in sources:
+            recorder.start(source)
+            with tqdm(desc=source.name, unit="frame", leave=False, disable=settings.json_lines or None) as progress:
+                for frames in stoppable(batches(source.frames(settings.every, decoding), batch_size)):
+                    images = [frame.image for frame in frames if frame.image is not None]
+                    predictions = iter(model(images, batch_size) if images else ())
+                    for frame in frames:
+                        recorder.add(frame, None if frame.image is None else next(predictions))
+                    progress.update(len(images))
+    except (KeyboardInterrupt, Terminated, CameraLost) as error:
+        if not isinstance(sources[0], ENDLESS):
+            raise
+        return error
+    except BrokenPipeError:  # the reader of the JSON lines has ended; at its exit Python would complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+    return None
 
 
 def take_thresholds(model: Model, settings: PredictionSettings) -> None:
@@ -158,20 +145,6 @@ def point_in_force(model: Model) -> dict[str, Any] | None:
         return model.operating_point.figures()
     given = {"threshold": model.threshold, "pixel_threshold": model.pixel_threshold}
     return None if model.threshold is model.pixel_threshold is None else given
-
-
-def look_at(
-    source: Source | Incoming, settings: PredictionSettings, model: Model, batch_size: int, recorder: Recorder
-) -> None:
-    """All frames of one source, in order."""
-    with tqdm(desc=source.name, unit="frame", leave=False, disable=settings.json_lines or None) as progress:
-        decoding = Decoding(settings.max_megapixels, model.bit_depth)
-        for frames in stoppable(batches(source.frames(settings.every, decoding), batch_size)):
-            images = [frame.image for frame in frames if frame.image is not None]
-            predictions = iter(model(images, batch_size) if images else ())
-            for frame in frames:
-                recorder.add(frame, None if frame.image is None else next(predictions))
-            progress.update(len(images))
 
 
 def batches(frames: Iterable[Frame | None], size: int) -> Iterator[list[Frame]]:

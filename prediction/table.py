@@ -1,43 +1,31 @@
 """predictions.csv: a row for each frame, and for what happened instead of one."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from datasets.frames import STATUSES, Frame
 from models.fusion.prediction import Prediction
-from utils.csv_cells import safe_cell
 from utils.errors import InputError
 from utils.files import atomic_write
+from utils.safe_text import safe_cell
 
 csv.field_size_limit(1 << 30)  # characters of a cell: a noisy frame, or one of many tiles, has boxes by the thousand
 COLUMNS = ("source", "frame", "time", "score", "anomalous", "area", "boxes", "status")
 
 
 class Former(NamedTuple):
-    """The rows of an earlier run that goes on."""
-
     rows: int
     last: dict[str, tuple[str, str]]  # by source: frame number and time of its last row
-
-
-def values_of(frame: Frame, prediction: Prediction | None, alarm: bool | None) -> dict[str, Any]:
-    """The row of a frame as JSON values; None for what needs a prediction or a threshold that is not there."""
-    score, area, boxes = (prediction.score, prediction.area, prediction.boxes) if prediction else (None,) * 3
-    values = (frame.source, frame.number, frame.time, score, alarm, area, boxes, frame.status)
-    return dict(zip(COLUMNS, values, strict=True))
 
 
 class Table:
     """The file, and the same rows as JSON lines if asked for; each row is on the disk when `add` returns."""
 
-    def __init__(self, path: Path, json_lines: TextIO | None = None, former_rows: int = 0) -> None:
-        """`former_rows` are in the file, and stay there."""
-        self.rows = former_rows
+    def __init__(self, path: Path, json_lines: bool, former_rows: int) -> None:
+        self.rows = former_rows  # that are in the file, and stay there
         self.alarms = 0
         self.statuses: Counter[str] = Counter()
         self._file = open(path, "a" if former_rows else "w", encoding="utf-8", newline="")  # noqa: SIM115 (closed by close)
@@ -46,11 +34,13 @@ class Table:
             self._writer.writerow(COLUMNS)
         self._json_lines = json_lines
 
-    def add(self, values: dict[str, Any]) -> None:
-        """Write one row."""
-        alarm, boxes = values["anomalous"], values["boxes"]
+    def add(self, frame: Frame, prediction: Prediction | None, alarm: bool | None) -> dict[str, Any]:
+        """Write a row, and return it for JSON; None for what needs a prediction or a threshold that is not there."""
+        score, area, boxes = (prediction.score, prediction.area, prediction.boxes) if prediction else (None,) * 3
+        row = (frame.source, frame.number, frame.time, score, alarm, area, boxes, frame.status)
+        values = dict(zip(COLUMNS, row, strict=True))
         cells = {
-            "source": safe_cell(values["source"]),
+            "source": safe_cell(frame.source),
             "anomalous": None if alarm is None else int(alarm),
             "boxes": None if boxes is None else json.dumps(boxes),
         }
@@ -61,20 +51,18 @@ class Table:
             error.filename = self._file.name
             raise
         self.rows += 1
-        self.statuses[values["status"]] += 1
+        self.statuses[frame.status] += 1
         self.alarms += bool(alarm)
-        if self._json_lines is not None:
-            print(json.dumps(values), file=self._json_lines, flush=True)
+        if self._json_lines:
+            print(json.dumps(values), flush=True)
+        return values
 
     def close(self) -> None:
         self._file.close()
 
 
 def read_former(path: Path) -> Former:
-    """The rows that an earlier run left at `path`; what a kill or a full disk left of a last row is cut off.
-
-    Raises InputError if the file has other columns or another encoding.
-    """
+    """The rows that an earlier run left at `path`, but for a last one that a kill or a full disk has cut off."""
     last, rows = {}, 0
     with (
         atomic_write(path) as temporary,

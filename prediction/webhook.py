@@ -1,7 +1,5 @@
 """Alarms to a server: one POST for each, from a thread of its own, so that no server delays a frame."""
 
-from __future__ import annotations
-
 import base64
 import http.client
 import json
@@ -62,16 +60,16 @@ class Webhook:
         while problem := self._post(alarm):
             why, is_final = problem
             if is_final:
-                return self._give_up(alarm, why)
+                self._give_up(alarm, why)
+                return
             if pause == SHORTEST_PAUSE:
                 warn(f"{self.name}: {why}; alarms wait")
             if self._ended.wait(pause):
-                return None
+                return
             pause = min(2 * pause, LONGEST_PAUSE)
         self.sent += 1
         if pause > SHORTEST_PAUSE:
             warn(f"{self.name}: alarms are taken again")
-        return None
 
     def _post(self, alarm: dict[str, Any]) -> tuple[str, bool] | None:
         """One attempt; returns what went wrong, and whether another is of no use."""

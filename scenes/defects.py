@@ -3,8 +3,6 @@
 All take the random generator, the canvas, the centre, the tone (reflectance) and the dust on them, 0..1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import cv2
@@ -45,10 +43,8 @@ def along(points: Array, x: Array, y: Array) -> tuple[Array, Array]:
     nearest = index_of_label[labels]
     tangent = np.gradient(points, axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True) + 1e-6
-    (across, down), (step_x, step_y) = (
-        np.moveaxis(tangent[nearest], 2, 0),
-        (x - points[nearest, 0], y - points[nearest, 1]),
-    )
+    across, down = np.moveaxis(tangent[nearest], 2, 0)
+    step_x, step_y = x - points[nearest, 0], y - points[nearest, 1]
     arc = nearest + step_x * across + step_y * down
     return np.float32(arc), np.float32(step_y * across - step_x * down)
 

@@ -1,10 +1,7 @@
-"""What drawn scenes are made of: noise, pieces with height and colour, and lumps of coal.
+"""What drawn scenes are made of: noise, pieces and lumps of coal. Lengths are pixels, colours are BGR.
 
-A `Piece` is neither lit nor blurred. `scenes.scenes` lights the finished relief in one pass, so that a
-defect has the same light, edges and noise as the coal around it. Lengths are pixels, colours are BGR.
+A `Piece` is neither lit nor blurred: a defect gets the same light, edges and noise as the coal around it.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 

@@ -1,10 +1,4 @@
-"""Drawn frames of a coal conveyor belt: belt, coal and, if asked for, one foreign object.
-
-A frame is a relief (height, reflectance, gloss) onto which pieces are laid one after the other. Light, shadow and
-the camera's blur and noise come last and are the same for all pieces: only its looks give a defect away.
-"""
-
-from __future__ import annotations
+"""Drawn frames of a coal belt, a relief onto which pieces are laid: coal and, if asked for, a foreign object."""
 
 import contextlib
 from dataclasses import dataclass
@@ -227,15 +221,11 @@ class Scene:
 
     def photograph(self, relief: Relief) -> Array:
         """The picture [H, W, 3] BGR uint8 of a relief."""
-        radiance = light(self._random["light"], self._canvas, relief)
-        return photograph(self._random["camera"], self._canvas, radiance)
+        return photograph(self._random["camera"], self._canvas, light(self._random["light"], self._canvas, relief))
 
 
 def draw_scene(seed: tuple[int, ...], size: int, kind: str | None = None) -> tuple[Array, Array]:
-    """A frame [H, W, 3] BGR uint8 and its mask [H, W] uint8, 255 where a defect of `kind` is visible.
-
-    The same seed gives the same frame; without a kind, the same frame without the defect.
-    """
+    """A frame [H, W, 3] BGR uint8 and its mask [H, W] uint8, 255 where a defect of `kind`, if any, is visible."""
     scene = Scene(seed, size)
     relief = scene.build(kind)
     return scene.photograph(relief), relief.mask.astype(np.uint8) * 255

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tiny import SMALL_NETWORKS, draw_category, draw_frame, read_json, read_rows, run_in_process, small_flags, succeed
 
-from datasets.images import Decoding, Note, find_files, read_image, read_mask, read_picture
+from datasets.images import Decoding, Note, find_files, read_mask, read_picture
 from datasets.loading import ImageDataset, ImageLoader, mask_to_tensor, to_tensor
 from datasets.mvtec import Category, Sample, default_holdout, defects_without_masks, find_categories, split_training
 from datasets.sources import Images
@@ -73,7 +73,7 @@ def test_image_kinds(tmp_path, name, image, options, expected):
     image.save(tmp_path / name, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        np.testing.assert_array_equal(read_image(tmp_path / name), expected)
+        np.testing.assert_array_equal(read_picture(tmp_path / name).image, expected)
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,13 @@ def test_image_kinds(tmp_path, name, image, options, expected):
 )
 def test_jpeg(tmp_path, name, image, color):
     image.save(tmp_path / name, quality=98)
-    assert np.abs(np.asarray(read_image(tmp_path / name), int) - color).mean() < 3
+    assert np.abs(np.asarray(read_picture(tmp_path / name).image, int) - color).mean() < 3
 
 
 def test_floats_are_refused(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(InputError, match=r"a\.tif holds floating-point values"):
-        read_image(tmp_path / "a.tif")
+        read_picture(tmp_path / "a.tif")
 
 
 # Bit depth and size
@@ -126,7 +126,7 @@ def test_bit_depth_of_a_turned_image(tmp_path):
     chunk = struct.pack(">I", len(exif) - 4) + exif + struct.pack(">I", zlib.crc32(exif))
     (tmp_path / "a.png").write_bytes(content[:33] + chunk + content[33:])  # behind the header
     expected = np.rot90((values[..., ::-1] / 4095 * 255).round(), -1)
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png", Decoding(bit_depth=12)), expected)
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.png", Decoding(bit_depth=12)).image, expected)
 
 
 @pytest.mark.parametrize(("bits", "brightest", "remedy"), [(10, 1024, 11), (12, 65535, 16), (8, 300, 9)])
@@ -136,7 +136,7 @@ def test_values_beyond_the_bit_depth_are_refused(tmp_path, bits, brightest, reme
         values[2, 3] = brightest
         cv2.imwrite(str(tmp_path / name), values)
         with pytest.raises(InputError, match=f"{name} holds values from 0 to {brightest}, .*--bit-depth {remedy}$"):
-            read_image(tmp_path / name, Decoding(bit_depth=bits))
+            read_picture(tmp_path / name, Decoding(bit_depth=bits))
 
 
 @pytest.mark.parametrize("brightest", [0, 1023, 4095, 8191, 8192])
@@ -160,11 +160,11 @@ def test_further_pages_are_noted(tmp_path, capsys, pages):
 def test_images_that_are_too_large_are_refused(tmp_path, name):
     limit, pillow = Decoding(max_megapixels=0.0001 if name == "far.jpg" else 0.01), Image.MAX_IMAGE_PIXELS
     Image.new("RGB", (160, 90)).save(tmp_path / name, progressive=name == "progressive.jpg")
-    for read in (read_image, lambda path, decoding: read_mask([path], None, decoding)):
+    for read in (read_picture, lambda path, decoding: read_mask([path], None, decoding)):
         with pytest.raises(UnreadableError, match=f"{name} is 160x90.* 0.0 megapixels.* limit.* --max-megapixels") as e:
             read(tmp_path / name, limit)
         assert "repair" not in str(e.value)
-    assert read_image(tmp_path / name, Decoding(max_megapixels=0.0145)).size == (160, 90)
+    assert read_picture(tmp_path / name, Decoding(max_megapixels=0.0145)).image.size == (160, 90)
     assert pillow == Image.MAX_IMAGE_PIXELS
 
 
@@ -194,13 +194,13 @@ def broken_files(folder: Path) -> list[Path]:
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     for path in broken_files(tmp_path):
-        for read in (read_image, lambda path: read_mask([path], (40, 40))):
+        for read in (read_picture, lambda path: read_mask([path], (40, 40))):
             with warnings.catch_warnings(), pytest.raises(InputError) as error:
                 warnings.simplefilter("error")
                 read(path)
             assert str(path) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match=r"none\.png"):
-        read_image(tmp_path / "none.png")
+        read_picture(tmp_path / "none.png")
 
 
 # Tensors and masks

@@ -116,7 +116,7 @@ def ablation(root, *flags):
 
 @pytest.fixture
 def fourth(monkeypatch):
-    monkeypatch.setitem(BRANCHES.places, "brightness", f"{HERE}:Brightness")
+    monkeypatch.setitem(BRANCHES, "brightness", f"{HERE}:Brightness")
 
 
 def test_a_fourth_branch_from_training_to_tables(workplace, fourth):
@@ -153,7 +153,7 @@ def test_a_fourth_branch_in_the_benchmark(fourth, tmp_path):
 
 
 def test_a_rule(workplace, monkeypatch):
-    monkeypatch.setitem(RULES.places, "loudest", f"{HERE}:Loudest")
+    monkeypatch.setitem(RULES, "loudest", f"{HERE}:Loudest")
     before = fuse(workplace, "--no-images")
     fused = fuse(workplace, "--fusion", "loudest", "--no-images")
     assert fused["branches"]["pc"] == before["branches"]["pc"]  # a rule changes nothing of the branches
@@ -167,7 +167,7 @@ def test_a_rule(workplace, monkeypatch):
 
 
 def test_a_metric(workplace, monkeypatch):
-    monkeypatch.setitem(METRICS.places, "highest_normal", f"{HERE}:HighestNormal")
+    monkeypatch.setitem(METRICS, "highest_normal", f"{HERE}:HighestNormal")
     fused = fuse(workplace)
     rows = read_rows(workplace / "result/belt/fusion/scores.csv")
     normal = [float(row["score"]) for row in rows if row["label"] == "0"]
@@ -178,7 +178,7 @@ def test_a_metric(workplace, monkeypatch):
 
 
 def test_a_data_set_with_a_download(tmp_path, monkeypatch):
-    monkeypatch.setitem(DOWNLOADS.places, "far_belt", f"{HERE}:draw_far_belt")
+    monkeypatch.setitem(DOWNLOADS, "far_belt", f"{HERE}:draw_far_belt")
     (tmp_path / "data").mkdir()
     succeed(tmp_path, "train_pc", "--no-eval", categories=["far_belt"])
     assert (tmp_path / "models/far_belt/pc.safetensors").is_file()

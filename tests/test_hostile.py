@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.coalad import extract
-from datasets.images import read_image
+from datasets.images import read_picture
 from models import PatchCore
 from reporting.report import templates
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.csv_cells import safe_cell
 from utils.errors import InputError, UnreadableError
+from utils.safe_text import safe_cell
 
 if sys.platform != "linux":
     pytest.skip("the watch over memory and time is Linux's", allow_module_level=True)
@@ -155,13 +155,13 @@ def test_decompression_bombs(tmp_path, watch, width, height):
     path = tmp_path / "bomb.png"
     path.write_bytes(png(width, height, zlib.compress(bytes(10**7), 9)))
     with pytest.raises(UnreadableError, match=r"bomb\.png"):
-        read_image(path)
+        read_picture(path)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (30_000, 10), (10, 30_000)])
 def test_odd_sizes_are_taken(tmp_path, size):
     Image.new("RGB", size, (9, 8, 7)).save(tmp_path / "odd.png")
-    assert read_image(tmp_path / "odd.png").size == size
+    assert read_picture(tmp_path / "odd.png").image.size == size
 
 
 # Names

@@ -31,9 +31,8 @@ from models.fusion.prediction import regions
 from prediction import recorder
 from prediction.recorder import Alarm
 from reporting.gallery import Gallery
-from utils.csv_cells import safe_cell
 from utils.errors import InputError
-from utils.redact import redact
+from utils.safe_text import redact, safe_cell
 from utils.signals import Terminated
 
 ROOT = Path(__file__).parents[1]

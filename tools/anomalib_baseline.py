@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from datasets.images import Decoding, read_image
+from datasets.images import Decoding, read_picture
 from utils.processes import answer
 
 BARE = {"post_processor": False, "evaluator": False, "visualizer": False}
@@ -53,7 +53,7 @@ class Images(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.transform(pil_to_tensor(read_image(self.paths[index], self.decoding)).float() / 255)
+        return self.transform(pil_to_tensor(read_picture(self.paths[index], self.decoding).image).float() / 255)
 
 
 def collate(images: list[torch.Tensor]) -> ImageBatch:

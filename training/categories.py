@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from datasets.loading import leave_out_unreadable, list_all_unreadable
 from datasets.mvtec import Category, Sample, open_category
-from datasets.unreadable import leave_out_unreadable, list_all_unreadable
 from training.settings import DataSettings
 from utils.checkpoint import check_replaceable
+from utils.files import claim_folder
 from utils.gather import one_per_machine_first
 from utils.locks import file_lock, folder_lock
-from utils.ownership import claim_folder
 
 
 @contextlib.contextmanager

@@ -24,9 +24,8 @@ from models.networks.weights import licence
 from training.options import weights_by_branch
 from training.training import held_out_samples
 from utils.errors import InputError
-from utils.files import atomic_write, check_writable
+from utils.files import PROGRAM, atomic_write, check_writable
 from utils.locks import file_lock
-from utils.ownership import PROGRAM
 from utils.packages import installed_version
 
 FRAMES = 64  # of the proof

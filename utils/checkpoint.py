@@ -1,7 +1,5 @@
 """Checkpoints: safetensors with JSON metadata. Reading one cannot run code."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -21,10 +19,7 @@ FORMAT = "usad-1"  # the metadata's only key: with several, safetensors writes t
 
 
 def save_checkpoint(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write `tensors` and JSON-able `metadata` in one atomic step.
-
-    Raises InputError if `path` holds a file that is not a USAD checkpoint: only our own are replaced.
-    """
+    """Write `tensors` and JSON-able `metadata` in one atomic step; see `check_replaceable`."""
     path = Path(path)
     check_replaceable(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -34,10 +29,7 @@ def save_checkpoint(path: str | os.PathLike, tensors: dict[str, Tensor], metadat
 
 
 def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and metadata.
-
-    Raises InputError: not there, not safetensors, another program's, values that are not finite.
-    """
+    """Tensors (on the CPU) and metadata. Raises InputError for another program's file, or values not finite."""
     with _opened(path) as (file, metadata):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator here)
     for name, tensor in tensors.items():
@@ -73,10 +65,7 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise InputError if `path` holds a file that is not a USAD checkpoint; only its header is read.
-
-    Raises as `check_writable` does if nothing can be written to its folder.
-    """
+    """Raise InputError if `path` holds a file that is not a USAD checkpoint; see also `check_writable`."""
     check_writable(path.parent)
     if path.exists():
         try:

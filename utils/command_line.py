@@ -1,7 +1,5 @@
 """Command lines: shared flags with their ranges, one-line errors, exit codes."""
 
-from __future__ import annotations
-
 import argparse
 import atexit
 import contextlib
@@ -12,14 +10,14 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
 from utils import distributed
 from utils.errors import InputError
 from utils.packages import check_packages
-from utils.redact import redact
+from utils.safe_text import redact
 from utils.signals import Terminated, leave_signals, stopped_by, watch_signals
 
 OUT_OF_MEMORY = "out of memory|can't allocate memory"  # what torch says of a GPU's, and of a CPU's
@@ -46,23 +44,13 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def flags(self) -> list[str]:
-        """Every flag it knows."""
         return [option for action in self._actions for option in action.option_strings]
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{self.prog}: {message}")
 
 
-def fail(message: str, details: Sequence[str] = ()) -> None:
-    """Print the details, then why the run ends; of several processes only the first to fail prints."""
-    if distributed.first_to_fail():
-        for detail in details:
-            _say(detail)
-        _say(f"error: {message}")
-
-
 def warn(message: str) -> None:
-    """Print a warning on stderr."""
     _say(f"warning: {message}")
 
 
@@ -79,17 +67,14 @@ def _say(message: str) -> None:
 
 
 def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
-    """Run a script; exit with 0 (done), 2 (bad input), 130 (interrupted), 143 (terminated) or 1 (else).
-
-    `torchrun`: the script can share its work with the other processes that torchrun started.
-    """
+    """Run a script, which may be one for `torchrun`; exit with 0, 2 (bad input), 130 or 143 (a signal), or 1 (else)."""
     _open_closed_streams()
     watch_signals()
     atexit.register(gc.freeze)  # to look for garbage among PyTorch's million objects at the end takes most of a second
     _warned.clear()
     with contextlib.suppress(AttributeError):  # not a file
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
-    code = 0
+    code, reason, details = 0, None, ()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: warn(str(message))
@@ -100,39 +85,36 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
                 main()
         leave_signals()
     except InputError as error:
-        fail(str(error), error.details)
-        code = 2
+        code, reason, details = 2, str(error), error.details
     except KeyboardInterrupt:
-        fail("interrupted")
-        code = 130
+        code, reason = 130, "interrupted"
     except Terminated:
-        fail("terminated")
-        code = 143
+        code, reason = 143, "terminated"
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
-        code = 1
+        code, reason = 1, f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
     except Exception as error:
         code = 1
         if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
-            fail("out of memory; lower --batch-size or --image-size")
+            reason = "out of memory; lower --batch-size or --image-size"
         elif re.search(LOST_WORKER, str(error)) and (number := stopped_by()):  # the signal reached a worker, too
-            fail("interrupted" if number == signal.SIGINT else "terminated")
-            code = 128 + number
+            code, reason = 128 + number, "interrupted" if number == signal.SIGINT else "terminated"
         elif re.search(LOST_WORKER, str(error)):
-            fail("a process that reads images was killed, perhaps for lack of memory or of /dev/shm; lower --workers")
+            reason = (
+                "a process that reads images was killed, perhaps for lack of memory or of /dev/shm; lower --workers"
+            )
         elif distributed.is_launched() and re.search(CONNECTION_LOST, str(error)):
-            fail("another process of this run is gone, killed or out of memory")
+            reason = "another process of this run is gone, killed or out of memory"
         elif distributed.first_to_fail():
             raise
+    if reason is not None and distributed.first_to_fail():  # of several processes one says why
+        for line in (*details, f"error: {reason}"):
+            _say(line)
     leave_signals()
     sys.exit(code)
 
 
 def _open_closed_streams() -> None:
-    """Have a closed stdout or stderr (`2>&-`, some services) lead nowhere.
-
-    Else Python prints errors among the results, and the next file that is opened gets the messages of C libraries.
-    """
+    """Have closed streams (`2>&-`) lead nowhere: else the next file that is opened gets the messages of C libraries."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             mode = "r" if name == "stdin" else "w"

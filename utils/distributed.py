@@ -1,25 +1,15 @@
-"""The processes of torchrun that share a run, on one machine or several.
-
-This file tells which process is which, and needs no PyTorch for a single one; utils/gather.py moves tensors.
-"""
-
-from __future__ import annotations
+"""The processes of torchrun that share a run: which is which. Needs no PyTorch for a single one."""
 
 import contextlib
 import datetime
 import os
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 PATIENCE = datetime.timedelta(days=7)  # the others wait while the main process selects, which may take hours
 FAILURES = "usad/failures"
-Value = TypeVar("Value")
 
 _store: Any = None  # torchrun's own key-value store, where there are several processes
-
-
-class Abandoned(Exception):
-    """Another process of the run has failed and has printed why."""
 
 
 def is_launched() -> bool:
@@ -29,10 +19,7 @@ def is_launched() -> bool:
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Connects the processes that torchrun started for as long as the block runs; only the main one prints.
-
-    Tensors on GPUs travel by NCCL, all others by gloo.
-    """
+    """Connects the processes that torchrun started for as long as the block runs; only the main one prints."""
     global _store
     if not is_launched():
         yield
@@ -55,7 +42,6 @@ def processes() -> Iterator[None]:
 
 
 def size() -> int:
-    """The number of processes."""
     return int(os.environ["WORLD_SIZE"]) if _store is not None else 1
 
 
@@ -70,26 +56,21 @@ def is_main_process() -> bool:
 
 
 def local_size() -> int:
-    """The number of processes on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if _store is not None else 1
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, from 0."""
     return int(os.environ["LOCAL_RANK"]) if _store is not None else 0
 
 
 def shard(count: int, batch_size: int) -> range:
-    """This process's share of `count` images: contiguous, in the batches that a single process would form.
-
-    So each image is computed in the same batch, and its numbers do not depend on how many processes there are.
-    """
+    """This process's share of `count` images, in the batches of a single process: so numbers stay the same."""
     batches = -(-count // batch_size)
     start, stop = (-(-batches * part // size()) * batch_size for part in (rank(), rank() + 1))
     return range(min(start, count), min(stop, count))
 
 
-def gathered(value: Value) -> list[Value]:
+def gathered(value: Any) -> list[Any]:
     """The values of all processes, in rank order, on every process; for small data on the CPU."""
     values = [value] * size()
     if size() > 1:
@@ -100,9 +81,9 @@ def gathered(value: Value) -> list[Value]:
 
 
 def check() -> None:
-    """Raise Abandoned where another process has failed."""
+    """Raise an error where another process has failed; that one prints why."""
     if _store is not None and _store.check([FAILURES]):
-        raise Abandoned
+        raise RuntimeError("another process has failed")
 
 
 def first_to_fail() -> bool:

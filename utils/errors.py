@@ -1,16 +1,10 @@
 """The exceptions that mean "the user can fix this"."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 
 class InputError(Exception):
-    """The command line, a file or a folder is wrong.
-
-    The message is one line: what is wrong with which flag or file, and the remedy. Scripts print the `details`, one a
-    line, then the message on stderr without a traceback, and exit with code 2.
-    """
+    """The message says in one line what is wrong, and the remedy; the `details` are lines to be printed before it."""
 
     def __init__(self, message: str, details: Sequence[str] = ()) -> None:
         super().__init__(message)

@@ -1,6 +1,4 @@
-"""Writing files so that a reader sees the old content or the new one, never half of it."""
-
-from __future__ import annotations
+"""Files: written so that a reader never sees half of one, and replaced only where this program wrote them."""
 
 import contextlib
 import errno
@@ -9,22 +7,22 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from utils.errors import InputError
 
+PROGRAM = "usad"  # the mark by which a later run knows its own files
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it replaces `path` in one step, or is removed if writing fails.
-
-    Parent folders are created. The temporary name keeps the suffix: image writers choose the format by it.
-    """
+    """Yield a temporary path beside `path`, of the same suffix; it replaces `path` in one step unless writing fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_temporary_stem(path)}{secrets.token_hex(8)}.tmp{path.suffix}")
+    stem = path.stem[:30]  # file systems limit the length of names
+    temporary = path.with_name(f".{stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -39,14 +37,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _temporary_stem(path: Path) -> str:
-    return f".{path.stem[:30]}."  # shortened: file systems limit the length of names
-
-
 def leftovers(paths: Iterable[Path], of: Path | None = None) -> list[Path]:
     """Those of `paths` that a killed run's `atomic_write` left behind, for the target `of` or for any."""
-    start = r"\..{1,30}\." if of is None else re.escape(_temporary_stem(of))
-    pattern = re.compile(start + r"[0-9a-f]{16}\.tmp(\..*)?", re.DOTALL)
+    stem = ".{1,30}" if of is None else re.escape(of.stem[:30])
+    pattern = re.compile(rf"\.{stem}\.[0-9a-f]{{16}}\.tmp(\..*)?", re.DOTALL)
     return [path for path in paths if pattern.fullmatch(path.name)]
 
 
@@ -67,10 +61,7 @@ def nearest_existing(folder: Path) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Check before the work that files can be written to `folder`, which need not exist yet.
-
-    Raises InputError if a file has its name, PermissionError if it may not be written.
-    """
+    """Raise InputError or PermissionError if files cannot be written to `folder`, which need not exist yet."""
     existing = nearest_existing(folder)
     if not existing.is_dir():
         raise InputError(f"{existing} is no folder; move it away, or choose another folder than {folder}")
@@ -90,3 +81,30 @@ def sha256_of_file(path: str | os.PathLike) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def claim_folder(folder: Path) -> None:
+    """Raise InputError if `folder` holds files that no earlier run wrote; see also `check_writable`."""
+    check_writable(folder)
+    if is_foreign(folder):
+        raise InputError(f"{folder} holds files that USAD did not write; move them or choose another --results-dir")
+
+
+def mark_folder(folder: Path) -> None:
+    """Write our mark before the first result, so that files of an interrupted run are known as ours."""
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", {"program": PROGRAM})
+
+
+def is_foreign(folder: Path, key: str = "program", marks: Collection[str] = (PROGRAM,)) -> bool:
+    """Whether `folder` holds files, but no config.json whose `key` has one of the `marks`."""
+    used = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+    return used and read_json(folder / "config.json").get(key) not in marks
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object at `path`; empty if there is none."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}

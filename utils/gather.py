@@ -1,16 +1,12 @@
 """Moves tensors between the processes of a run.
 
 What a pass over images gathers is held by accumulators: objects with `state()`, a dictionary of tensors, and
-`merge(state)`. `collect` merges them on the main process; `from_first` sends what that made of them to all processes.
+`merge(state)`, which takes in that of another. `collect` brings them to the main process, `from_first` sends from it.
 """
 
-from __future__ import annotations
-
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,32 +17,24 @@ from utils.distributed import gathered, is_main_process, local_rank, local_size,
 from utils.errors import InputError
 from utils.files import digest_of_lines
 
-State = Mapping[str, "Tensor | np.ndarray"]
+State = Mapping[str, Tensor | np.ndarray]
 
 
-class Accumulator(Protocol):
-    """Something gathered from images that can be merged with the same from other images."""
-
-    def state(self) -> State: ...
-
-    def merge(self, state: State) -> None: ...
-
-
-def collect(*accumulators: Accumulator) -> bool:
+def collect(*accumulators: Any) -> bool:
     """Merge the accumulators of all processes, in rank order, into the main one's; whether this is the main one."""
     for accumulator in accumulators:
         if not is_main_process():
-            _transfer(accumulator.state(), partial(dist.send, dst=0))
+            _transfer(accumulator.state(), dist.send_object_list, dist.send, dst=0)
             continue
         for source in range(1, size()):
-            accumulator.merge(_transfer(None, partial(dist.recv, src=source)))
+            accumulator.merge(_transfer(None, dist.recv_object_list, dist.recv, src=source))
     return is_main_process()
 
 
 def from_first(compute: Callable[[], State]) -> State:
     """Call `compute` on the main process alone, and return its tensors on every process."""
     state = compute() if is_main_process() else None
-    return state if size() == 1 else _transfer(state, partial(dist.broadcast, src=0))
+    return state if size() == 1 else _transfer(state, dist.broadcast_object_list, dist.broadcast, src=0)
 
 
 def all_rows(rows: Tensor) -> Tensor:
@@ -88,23 +76,17 @@ def own_gpu(name: str) -> str:
     return f"cuda:{local_rank()}"
 
 
-def _transfer(state: State | None, move: Callable[[Tensor], object]) -> dict[str, Tensor]:
-    """Send `state`, or receive one if it is None: `move` sends a tensor or fills it.
+def _transfer(state: State | None, move_objects: Callable, move: Callable, **where: int) -> dict[str, Tensor]:
+    """Send `state`, or receive one if it is None: the functions send what they are given, or fill it.
 
     A description of the tensors goes first, by gloo. Processes wait there, so that NCCL starts when both are ready.
     """
-    receiving = state is None
     tensors = {name: torch.as_tensor(value) for name, value in (state or {}).items()}
-    layout = [(name, str(tensor.dtype), tensor.shape, tensor.device.type) for name, tensor in tensors.items()]
-    header = torch.frombuffer(bytearray(json.dumps(layout).encode()), dtype=torch.uint8)
-    length = torch.tensor([len(header)])
-    move(length)
-    if receiving:
-        header = torch.empty(int(length), dtype=torch.uint8)
-    move(header)
-    for name, dtype, shape, device in json.loads(header.numpy().tobytes()):
-        if receiving:
-            tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
+    layout = [[(name, tensor.dtype, tensor.shape, tensor.device.type) for name, tensor in tensors.items()]]
+    move_objects(layout, **where)
+    for name, dtype, shape, device in layout[0]:
+        if state is None:
+            tensors[name] = torch.empty(shape, dtype=dtype, device=device)
         if tensors[name].numel():
-            move(tensors[name].detach().contiguous().view(-1).view(torch.uint8))
+            move(tensors[name].detach().contiguous().view(-1).view(torch.uint8), **where)
     return tensors

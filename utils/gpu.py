@@ -1,7 +1,5 @@
 """Work on a GPU that does not wait for Python: passes replayed as CUDA graphs, works on streams of their own."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -16,9 +14,7 @@ MOST_GRAPHS = 4  # batch sizes for which a pass is captured; each holds the memo
 
 
 class Graph(NamedTuple):
-    """A captured pass: replaying it reads `inputs` and overwrites `outputs`."""
-
-    graph: torch.cuda.CUDAGraph
+    graph: torch.cuda.CUDAGraph  # replaying it reads `inputs` and overwrites `outputs`
     inputs: Tensor
     outputs: Any
     laps: list[list[Lap]]  # by stopwatch
@@ -27,12 +23,9 @@ class Graph(NamedTuple):
 class CapturedPasses:
     """A function of a batch on a GPU, replayed as a CUDA graph: one launch, and no kernel waits for Python.
 
-    A batch size is captured when it occurs for the second time. The first pass runs as usual, which also lets cuDNN
-    choose its algorithms. A smaller batch of more than half that size is filled up, so that the last batch of a loader
-    needs no graph of its own. A function that cannot be captured runs as usual. Nothing is compiled:
-    torch.compile gained 6 % on ViT-S and nothing on ViT-B or WideResNet, and cost 6 to 18 seconds a network (H100).
-
-    `compute` may keep its times with `stopwatches`. All it reads beside its argument stays where and what it is.
+    A batch size is captured when it occurs for the second time; the first lets cuDNN choose its algorithms. A smaller
+    batch of more than half that size is filled up. What cannot be captured runs as usual. `compute` may keep its times
+    with `stopwatches`; all it reads beside its argument stays where and what it is.
     """
 
     def __init__(self, compute: Callable[[Tensor], Any], stopwatches: Collection[Stopwatch] = ()) -> None:
@@ -61,19 +54,16 @@ class CapturedPasses:
             size = count
         captured = self.graphs[size]
         captured.inputs[:count].copy_(batch)
-        self._settle()
+        for stopwatch in self.stopwatches:  # a replay overwrites their time stamps
+            stopwatch.settle()
         captured.graph.replay()
         for stopwatch, laps in zip(self.stopwatches, captured.laps, strict=True):
             stopwatch.laps += laps
         return tree_map_only(Tensor, lambda output: output[:count].clone(), captured.outputs)
 
-    def _settle(self) -> None:
-        """Have the stopwatches read the time stamps that a replay would overwrite."""
+    def _capture(self, batch: Tensor) -> Graph:
         for stopwatch in self.stopwatches:
             stopwatch.settle()
-
-    def _capture(self, batch: Tensor) -> Graph:
-        self._settle()
         graph, inputs = torch.cuda.CUDAGraph(), batch.clone()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:
@@ -92,10 +82,7 @@ def _capturing() -> bool:
 
 
 def side_by_side(works: Sequence[Callable[[], Any]], device: torch.device) -> list[Any]:
-    """The results of `works`, in their order. In a capture each runs on a stream of its own.
-
-    Elsewhere they run in turn: works may replay graphs, which share cuBLAS's workspace.
-    """
+    """The results of `works`: in a capture on a stream each, elsewhere in turn, for graphs share cuBLAS's workspace."""
     if not _capturing():
         return [work() for work in works]
     here, results = torch.cuda.current_stream(device), []
@@ -127,7 +114,6 @@ class ReadBack:
             self.done.record()
 
     def wait(self) -> Any:
-        """The tensors on the host."""
         self.done.synchronize()
         self.source = None
         return self.copies

@@ -1,7 +1,5 @@
 """One run at a time writes to a folder or a file."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,11 +12,7 @@ from utils.files import leftovers
 
 
 def folder_lock(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Keep other runs out of `folder`, and remove what a killed run left unfinished in it.
-
-    The system releases a lock when its process ends, however it ends. Raises InputError if another run holds it,
-    OSError if the lock cannot be written.
-    """
+    """Keep others out of `folder`, and remove what a killed run left unfinished; raises InputError for a live one."""
     return _lock(folder / ".lock", folder, lambda: leftovers(folder.rglob("*")))
 
 
@@ -29,10 +23,7 @@ def file_lock(path: Path) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _lock(lock_path: Path, target: Path, unfinished: Callable[[], Iterable[Path]]) -> Iterator[None]:
-    """Hold the lock; afterwards the lock file is gone, and so is a folder that was made only for it.
-
-    Of several processes that share a run only the main one takes the lock: it alone writes.
-    """
+    """Hold the lock; afterwards its file is gone, and so is a folder made only for it. Only the main process does."""
     if not distributed.is_main_process():
         yield
         return

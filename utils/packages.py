@@ -1,7 +1,5 @@
 """Packages: which releases are installed, whether requirements.txt allows them, and how to import large ones fast."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 from collections.abc import Iterator
@@ -25,10 +23,7 @@ def installed_version(name: str) -> str | None:
 
 
 def check_packages(requirements: Path = REQUIREMENTS) -> None:
-    """Raise InputError for an installed package outside its range in `requirements`.
-
-    A package that is not installed is no error, since a run may not need it. Without the file nothing is checked.
-    """
+    """Raise InputError for an installed package outside its range in `requirements`; a run may not need the others."""
     lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
     for wanted in filter(None, (line.partition("#")[0].strip() for line in lines)):
         requirement = Requirement(wanted)
@@ -43,10 +38,7 @@ def check_packages(requirements: Path = REQUIREMENTS) -> None:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """For imports that make a million objects (PyTorch, timm): nothing of theirs is garbage.
-
-    To look for some all the same takes a fifth of the time.
-    """
+    """For imports that make a million objects (PyTorch, timm): looking for garbage takes a fifth of their time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

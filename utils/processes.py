@@ -1,7 +1,5 @@
 """A Python module or script in a process of its own: what it gave, how long it took, how much memory."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -23,17 +21,12 @@ class ProcessFailed(RuntimeError):
 
 
 class Finished(NamedTuple):
-    """What a module gave."""
-
     result: Any
     memory: dict[str, float]  # peak in MB: "host" and "gpu"
 
 
 def run_python(words: Sequence[Any], python: Path | str = sys.executable) -> float:
-    """Run `python WORDS…` in the project's folder; returns the seconds from its start to its end.
-
-    Raises ProcessFailed.
-    """
+    """Run `python WORDS…` in the project's folder; returns its seconds. Raises ProcessFailed."""
     start = time.perf_counter()
     command = [str(word) for word in (python, *words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", errors="replace")
@@ -44,10 +37,7 @@ def run_python(words: Sequence[Any], python: Path | str = sys.executable) -> flo
 
 
 def run_module(module: str, job: Any, python: Path | str = sys.executable) -> Finished:
-    """Run `python -m MODULE JOB.json`, a module that ends in `answer(work)`: `work` of `job`, both plain JSON.
-
-    Raises ProcessFailed where `work` does not get there.
-    """
+    """Run a module that ends in `answer(work)`, and give `work(job)`; both are plain JSON. Raises ProcessFailed."""
     with tempfile.TemporaryDirectory() as folder:
         job_file, answer_file = Path(folder, "job.json"), Path(folder, "answer.json")
         job_file.write_text(json.dumps(job), encoding="utf-8")

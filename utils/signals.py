@@ -1,17 +1,14 @@
 """SIGINT and SIGTERM: a run ends after the current batch, or after a few seconds wherever it is."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn
 
 GRACE = 4.0  # seconds that the current batch gets to finish
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-Batch = TypeVar("Batch")
 
 
 class Terminated(BaseException):
@@ -51,15 +48,12 @@ def _handle(handler) -> None:
 
 
 def leave_signals_to_parent() -> None:
-    """For a worker process: Ctrl-C and a service manager's SIGTERM reach workers, too, but the script decides.
-
-    If need be, the script ends its workers with a second SIGTERM.
-    """
+    """For a worker process, which signals reach, too: the script decides, and ends it by a second SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def stoppable(batches: Iterable[Batch]) -> Iterator[Batch]:
+def stoppable(batches: Iterable) -> Iterator[Any]:
     """Yield `batches`; a signal takes effect between two of them, or after GRACE seconds."""
     _Script.loops += 1
     try:

@@ -1,7 +1,5 @@
 """Stopwatch for the stages of a run, on the host or on a GPU, which it never waits for while they run."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections import defaultdict
@@ -14,18 +12,13 @@ MOST_LAPS = 256  # before they are added up
 
 
 class Lap(NamedTuple):
-    """One run of a stage on a GPU, between two of the device's own time stamps."""
-
     stage: str
-    start: Any
+    start: Any  # the device's own time stamps, when it comes to them
     end: Any
 
 
 class Stopwatch:
-    """Adds up seconds by stage: the host's or, on a `device` that is a GPU, those of the device itself.
-
-    Stages that run beside each other on a GPU slow each other down, and each counts its whole time.
-    """
+    """Adds up seconds by stage: the host's or, on a `device` that is a GPU, those of the device itself."""
 
     def __init__(self, device: Any = "cpu") -> None:
         self.on_gpu = str(device).startswith("cuda")

@@ -23,7 +23,7 @@ from pathlib import Path
 from hardness import mutations
 
 from datasets.coalad import extract
-from datasets.images import Decoding, read_image, read_mask
+from datasets.images import Decoding, read_mask, read_picture
 from models import BRANCHES
 from models.fusion.operating_point import OperatingPoint
 from models.published.checkpoints import FILES, read_published
@@ -88,8 +88,8 @@ def targets(folder: Path, models: Path) -> dict[str, Target]:
 
 def read_both(path: Path) -> None:
     """Read an image, and read it as a 12-bit camera's, which takes another decoder."""
-    read_image(path)
-    read_image(path, Decoding(bit_depth=12))
+    read_picture(path)
+    read_picture(path, Decoding(bit_depth=12))
 
 
 class Watch:
