@@ -104,7 +104,8 @@ class PatchCore(Branch):
 
     def extract(self, images: Tensor) -> Tensor:
         """Patch features [B, N, D] on the grid of the finest map, not yet whitened."""
-        return self.looked_at(patch_features(self.backbone(images), self.backbone.neighborhood))
+        features_of = aligned_features if self.whiten else patch_features
+        return self.looked_at(features_of(self.backbone(images), self.backbone.neighborhood))
 
     def patch_scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
         if self.whitening:
@@ -166,6 +167,22 @@ def patch_features(maps: Sequence[Tensor], neighborhood: int = 3) -> Tensor:
     grid = maps[0].shape[-2:]
     pooled = [F.adaptive_avg_pool2d(F.avg_pool2d(layer, neighborhood, 1), grid) for layer in maps]
     return torch.cat(pooled, 1).flatten(2).mT.contiguous()
+
+
+def aligned_features(maps: Sequence[Tensor], neighborhood: int = 3) -> Tensor:
+    """As `patch_features`, but each feature stands where the network computed it.
+
+    `patch_features` moves places towards the border and averages those between two cells a second time. Here all are
+    averaged twice. A place whose neighbourhood reaches beyond the border, where padding is, takes the next place's.
+    """
+    grid = maps[0].shape[-2:]
+    aligned = []
+    for layer in maps:
+        for _ in range(2):
+            means = F.avg_pool2d(layer, neighborhood, 1)
+            layer = F.pad(means, [neighborhood // 2] * 4, mode="replicate")
+        aligned.append(F.interpolate(layer, grid, mode="bilinear", align_corners=False))
+    return torch.cat(aligned, 1).flatten(2).mT.contiguous()
 
 
 def means_around(bank: NearestNeighbors, patches: Tensor, weights: Tensor, kept: int = 0) -> tuple[Tensor, Tensor]:

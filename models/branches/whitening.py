@@ -13,7 +13,7 @@ from utils.checkpoint import take
 
 FLOOR = 1e-2  # added to the eigenvalues of the correlation matrix: what hardly varies is not amplified to noise
 LEAST_DEVIATION = 1e-5  # of the largest of all channels; what varies less is rounding
-PREFIX = "whitening_"  # of its tensors in a checkpoint
+PREFIX = "aligned_"  # of its tensors in a checkpoint; before patches were aligned it was another
 ROWS = 1 << 16  # patches at a time
 
 
@@ -76,10 +76,10 @@ class Whitening:
 
     def state(self) -> dict[str, Tensor]:
         moments = {"mean": self.mean, **self.moments}
-        return {"whitening_matrix": self.matrix, **{f"{PREFIX}{name}": moment for name, moment in moments.items()}}
+        return {f"{PREFIX}{name}": tensor for name, tensor in {"matrix": self.matrix, **moments}.items()}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], dim: int) -> Whitening:
         """The whitening of a checkpoint; raises InputError where it does not fit features of width `dim`."""
         moments = RunningMoments.taken(tensors, dim, PREFIX)
-        return cls(take(tensors, "whitening_mean", dim), take(tensors, "whitening_matrix", dim, dim), moments)
+        return cls(take(tensors, f"{PREFIX}mean", dim), take(tensors, f"{PREFIX}matrix", dim, dim), moments)

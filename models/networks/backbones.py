@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
@@ -14,7 +15,7 @@ from models.networks.cuda import use_cuda_kernels
 from models.networks.folding import fold_batch_norms, fold_layer_scales, fuse_gelus
 from models.networks.kernels import GELULinear, OneDNN, onednn_gains
 from models.networks.spec import HALF, BackboneSpec, resolve_precision
-from models.networks.wavelets import SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
+from models.networks.wavelets import COPIED, SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
 from models.networks.weights import fingerprint, imagenet_file, state_dict_of
 from utils.errors import InputError
 from utils.gpu import CapturedPasses
@@ -197,12 +198,17 @@ class MapBackbone(Backbone):
 
 
 class DemoMaps(Demo, MapBackbone):
-    """The bundled network without its second order; its maps are local averages already."""
+    """The bundled network without its second order; its maps are local averages already.
+
+    The outermost places, whose wavelets see the frame's mirror image, have the values of those next to them.
+    """
 
     neighborhood = 1
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.net(self.pixels(images)))
+        maps = self.net(self.pixels(images))
+        inner = slice(COPIED, -COPIED)
+        return tuple(F.pad(layer[..., inner, inner], [COPIED] * 4, mode="replicate") for layer in maps)
 
 
 class CNNMaps(MapBackbone):

@@ -30,8 +30,9 @@ FLAT = 1e-3  # added to a standard deviation before dividing by it or taking its
 EXTREME = 0.005  # share of an image's places beyond the low and the high extreme
 # In tokens: the weight of a channel's deviation relative to its excess, and of second order relative to first.
 DEVIATION_WEIGHT, SECOND_DEVIATION_WEIGHT, SECOND_CLASS_WEIGHT = 0.3, 0.1, 0.3
+COPIED = 1  # places along the border of PatchCore's maps that take the next place's values
 CONSTANTS = (NOISE, SHADOW, COLOUR_GAIN, GREY_LEVEL, ORDINARY, FLAT, EXTREME)
-CONSTANTS += (DEVIATION_WEIGHT, SECOND_DEVIATION_WEIGHT, SECOND_CLASS_WEIGHT)
+CONSTANTS += (DEVIATION_WEIGHT, SECOND_DEVIATION_WEIGHT, SECOND_CLASS_WEIGHT, COPIED)
 
 
 class WaveletPyramid(nn.Module):
