@@ -6,8 +6,6 @@
 The four files are read as plain numbers: nothing in them is executed.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from models.branches import METHOD

@@ -6,8 +6,6 @@ python predict_onnx.py my_belt.onnx belt/*.jpg                   # there, with r
 The file gets its name only if it predicts what PyTorch does on normal frames of the category.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from datasets import MAX_MEGAPIXELS

@@ -8,8 +8,6 @@ Writes Markdown, CSV, JSON and plots to <results-dir>/<category>/tables/. Every 
 again, the script goes on where it was interrupted.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from experiments import BASELINES, SWEEPS, TABLES

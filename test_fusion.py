@@ -5,8 +5,6 @@ python test_fusion.py --models-dir trained_models --category my_belt --fusion st
 python test_fusion.py --false-alarm-rate 0.01            # and the thresholds that predict.py uses
 """
 
-from __future__ import annotations
-
 from training.options import (
     add_data_flags,
     add_fusion_flags,

@@ -4,8 +4,6 @@ python train_ma2patch.py                                 # CoalAD, DINOv2 ViT-B/
 python train_ma2patch.py --category my_belt --covariance ledoit-wolf
 """
 
-from __future__ import annotations
-
 from training.options import add_token_flags, parse_training, training_parser
 from utils.command_line import run
 from utils.packages import importing

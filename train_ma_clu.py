@@ -4,8 +4,6 @@ python train_ma_clu.py                                   # CoalAD, DINOv2 ViT-S/
 python train_ma_clu.py --category my_belt --weights dinov2_vits14.safetensors
 """
 
-from __future__ import annotations
-
 from training.options import add_budget_flag, add_token_flags, parse_training, training_parser
 from utils.command_line import number, run
 from utils.packages import importing

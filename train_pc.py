@@ -4,8 +4,6 @@ python train_pc.py                                       # CoalAD, WideResNet-50
 python train_pc.py --category my_belt --train-ratio 1 --coreset-ratio 0.1
 """
 
-from __future__ import annotations
-
 import argparse
 
 from training.options import add_budget_flag, parse_training, share, training_parser

@@ -1,7 +1,5 @@
 """What the benchmarks share: untrained networks, branches fitted on noise, and how things are timed."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import statistics

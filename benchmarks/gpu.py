@@ -8,8 +8,6 @@ Prints a table, and writes table.csv and results.json to --out. Networks are unt
 rate is taken in this one run, frames lying in memory but for the stage `program`.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

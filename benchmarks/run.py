@@ -7,8 +7,6 @@ python benchmarks/run.py --stages coreset,neighbors --sizes coreset=1000,100000
 Prints a table, and writes table.csv and results.json to --out.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import re

@@ -1,7 +1,5 @@
 """Runs a model (a branch or a fusion) over the test images, measures it and writes its files."""
 
-from __future__ import annotations
-
 import csv
 import io
 import time

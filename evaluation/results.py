@@ -1,7 +1,5 @@
 """What a test run gathers, batch by batch: scores, pixel metrics, small maps, pictures for the report."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any

@@ -1,7 +1,5 @@
 """The comparison: USAD and its PatchCore beside anomalib's models on the same images, and the paper's figures."""
 
-from __future__ import annotations
-
 import dataclasses
 import subprocess
 import tempfile

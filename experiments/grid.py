@@ -1,7 +1,5 @@
 """From the flags of reproduce_tables.py to the tables of each category."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 

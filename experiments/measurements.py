@@ -1,7 +1,5 @@
 """Scores and patch scores of the branches on the test images, kept on disk: one network pass serves every cell."""
 
-from __future__ import annotations
-
 import functools
 import shutil
 import warnings

@@ -1,7 +1,5 @@
 """How fast, and in how much memory: each branch and the fusion in a process of its own."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A table: its cells, each computed once and kept on disk, and its files: Markdown, CSV, JSON, PNG plots."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

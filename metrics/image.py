@@ -1,7 +1,5 @@
 """Figures of the image scores, as scikit-learn defines them, over all thresholds, ties included."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """The base class of metrics. A test set arrives in batches, and several processes may each see a part of it."""
 
-from __future__ import annotations
-
 import abc
 from collections.abc import Mapping
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Figures of the pixels, exact on raw maps: nothing is clamped or rescaled. docs/figures.md defines them."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Iterator, Mapping
 from itertools import pairwise

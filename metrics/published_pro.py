@@ -1,7 +1,5 @@
 """The per-region overlap score as the program of the USAD authors (arXiv 2602.07694) computes it."""
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 

@@ -1,7 +1,5 @@
 """Exact counts and curves of a ranking, for image scores and for pixels: positives are looked up among all scores."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """USAD: networks, branches, and their fusion. `from models import USAD` is the door for other programs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from models.branches import BRANCHES

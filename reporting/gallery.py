@@ -1,7 +1,5 @@
 """What a report keeps of a run of any length: the numbers of all images, and the pictures of a limited choice."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import random

@@ -1,7 +1,5 @@
 """Heat maps: a strip of input, ground truth, map and overlay for each test image, all on one scale of colours."""
 
-from __future__ import annotations
-
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Pictures of frames and maps, uint8 RGB: colours, outlines, panels under captions, files."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """sheet.jpg: the worst misses, the worst false alarms and some hits of a test, with the maps of every part."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 

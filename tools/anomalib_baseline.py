@@ -6,8 +6,6 @@ folder for scores.npy [N] float64 and maps.npy [N, h, w] float32; its "network" 
 are those of the model itself: anomalib's post-processor, which rescales and clamps them, is left out.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

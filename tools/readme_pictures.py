@@ -3,8 +3,6 @@
 python -m tools.readme_pictures        # docs/images/scenes.jpg and detections.jpg
 """
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 python -m training mean_frame --category my_belt --backbone resnet18 --image-size 224
 """
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import sys

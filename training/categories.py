@@ -1,7 +1,5 @@
 """The categories of a run: claimed and opened before the work, and searched for broken files if there are any."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From the checkpoints of a category to one ONNX file that has proved itself: the work of export_onnx.py."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

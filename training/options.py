@@ -1,7 +1,5 @@
 """The flags that scripts share, and the settings made from them. Reading a command line needs no PyTorch."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import os

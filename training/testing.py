@@ -1,7 +1,5 @@
 """From the checkpoints of a category to the results of their fusion: the work of test_fusion.py."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from pathlib import Path

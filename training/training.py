@@ -1,7 +1,5 @@
 """From the images of a category to the checkpoint and results of a branch: what the training scripts share."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import inspect

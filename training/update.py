@@ -1,7 +1,5 @@
 """Checkpoints that take in new frames of train/good, and the former ones put back."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

@@ -5,8 +5,6 @@ everywhere, the highest values lie along the border, and a threshold of the map 
 distance to the border are therefore brought to the mean and the tail of those further inside.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

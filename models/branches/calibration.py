@@ -1,7 +1,5 @@
 """Statistics of a branch's scores and maps on held-out normal images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

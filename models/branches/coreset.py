@@ -5,8 +5,6 @@ Roth et al. (2022) use the greedy k-centre of Sener and Savarese (2018) on proje
 bound are computed again.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """MA2Patch: which patches push the whole image away from normal?"""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

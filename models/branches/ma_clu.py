@@ -1,7 +1,5 @@
 """MACLU: does the scene's composition look normal, and which patches are neither belt nor coal?"""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ directions of colour until a codec tints a frame by one grey level; divided by a
 So some frames go through a codec when a branch is fitted, and the change of the features is added to their covariance.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import cv2

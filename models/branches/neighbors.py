@@ -1,7 +1,5 @@
 """Nearest neighbours by matrix products, within a memory budget and without waiting for the device."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator

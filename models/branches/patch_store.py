@@ -1,7 +1,5 @@
 """Training patches in bounded memory."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """PatchCore: which textures were never seen? (Roth et al., "Towards Total Recall", CVPR 2022)"""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

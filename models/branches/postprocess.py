@@ -1,7 +1,5 @@
 """From patch scores to anomaly maps: resize, min-max, Gaussian blur; batched, on the maps' device."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

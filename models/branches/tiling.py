@@ -1,7 +1,5 @@
 """Frames cut into overlapping tiles, for objects that are small beside the frame."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """From a USAD to the graph of an ONNX file."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

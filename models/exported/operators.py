@@ -1,7 +1,5 @@
 """What ONNX has no operator for, by those that it has."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

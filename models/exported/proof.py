@@ -1,7 +1,5 @@
 """Proof that an exported model predicts what its original does, frame by frame."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The checkpoints of a category: which files they are, and which fusion they call for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from models.branches import BRANCHES, METHOD

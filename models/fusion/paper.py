@@ -1,7 +1,5 @@
 """The paper's fusion: maps multiplied, scores added."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

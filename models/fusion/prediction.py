@@ -1,7 +1,5 @@
 """The prediction for one image: its score, its map in its own pixels, and the regions above a threshold."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import os

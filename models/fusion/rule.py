@@ -1,7 +1,5 @@
 """The base class of fusion rules: from the branches' parts to one score and one map."""
 
-from __future__ import annotations
-
 import abc
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """A fusion for small data sets, in which the raw scales of the branches mean little."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """NVIDIA GPUs: activations computed in the kernel of the layer before them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache, partial
 

@@ -1,7 +1,5 @@
 """The same network with fewer layers: what follows a layer is folded into its weights or computed in its kernel."""
 
-from __future__ import annotations
-
 import contextlib
 import operator
 from collections import Counter

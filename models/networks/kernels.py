@@ -4,8 +4,6 @@ By default torch uses MKL for matrix products in float32, which can be half as f
 computes a convolution of one image on one thread without oneDNN.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

@@ -4,8 +4,6 @@ Its maps are moduli of Gabor wavelets on a pyramid, and moduli of moduli: a scat
 "Invariant Scattering Convolution Networks", 2013) with box filters between the scales. See docs/demo_network.md.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Where a network's weights come from (files, the hubs and their mirrors, a seed), and their fingerprint."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools

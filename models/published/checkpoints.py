@@ -1,7 +1,5 @@
 """The four checkpoint files of the authors' own program, read as plain tensors and written as ours."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import zipfile

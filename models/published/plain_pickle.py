@@ -4,8 +4,6 @@ A pickle is a program, and Python's unpickler runs it. Even if only a few names 
 or hang on a dictionary key of nested tuples that takes years to hash. Here it is only read.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import pickletools
 from collections.abc import Collection
