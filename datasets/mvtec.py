@@ -148,7 +148,10 @@ def defects_without_masks(samples: Iterable[Sample]) -> list[str]:
 
 
 def find_categories(root: Path, names: Sequence[str]) -> list[str]:
-    """The categories asked for, each once, all of which are there or can be downloaded; `all`: what has train/good."""
+    """The categories asked for, each once, all of which are there or can be downloaded; `all`: what has train/good.
+
+    Raises InputError for a folder that does not exist, unless it can be downloaded.
+    """
     if os.path.lexists(root) and not Path(root).is_dir():
         raise InputError(f"--data-root {root} is no folder; give the one that holds <category>/train")
     if list(names) == ["all"]:
@@ -182,6 +185,7 @@ def split_training(
     """Training images to fit on, and held-out images, which depend only on the list, the ratio and the seed.
 
     A train ratio below 1 takes the first int(ratio n) of the shuffled list, in its order, as the authors' program does.
+    Raises InputError if no image is left to fit on, or fewer than two are held out.
     """
     count = len(samples)
     held = set(random.Random(f"holdout {seed}").sample(range(count), round(holdout_ratio * count)))

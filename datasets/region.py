@@ -27,7 +27,10 @@ class RegionOfInterest:
 
     @classmethod
     def read(cls, path: str | os.PathLike, decoding: Decoding = PLAIN) -> RegionOfInterest:
-        """From an image file, read like a mask; warns if that marks everything, as what lies under transparency may."""
+        """From an image file, read like a mask: what it marks is inside.
+
+        Raises InputError if that is nothing; warns if it is everything, as what editors leave under transparency.
+        """
         if not os.path.isfile(path):
             raise InputError(f"--roi {path}: no such file")
         image = Image.fromarray(read_mask([path], decoding=decoding)[0])

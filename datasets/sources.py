@@ -81,7 +81,10 @@ Source = Images | Video | Camera
 
 
 def find_sources(arguments: Sequence[str], freeze: float | None = None, give_up: float | None = None) -> list[Source]:
-    """The sources that the arguments of a command line name, in order; images of one folder form one source."""
+    """The sources that the arguments of a command line name, in order; images of one folder form one source.
+
+    Raises InputError for a path that does not exist, an unknown kind of file, and a camera beside other sources.
+    """
     cameras = [text for text in arguments if _is_camera(text)]
     if cameras and len(arguments) > 1:
         raise InputError(

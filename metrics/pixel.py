@@ -37,7 +37,10 @@ class PixelMetrics(Metric):
     def update(
         self, maps: np.ndarray, masks: np.ndarray, anomalous: np.ndarray, scores: Any = None, inside: Any = None
     ) -> None:
-        """An anomalous image with an empty mask has no region; all its pixels are background."""
+        """An anomalous image with an empty mask has no region; all its pixels are background.
+
+        Raises ValueError on shapes that do not fit.
+        """
         maps, masks = np.asarray(maps, np.float32), np.asarray(masks, bool)
         anomalous = np.asarray(anomalous, bool)
         if maps.ndim != 3 or maps.shape != masks.shape or maps.shape[:1] != anomalous.shape:

@@ -62,7 +62,10 @@ class Table:
 
 
 def read_former(path: Path) -> Former:
-    """The rows that an earlier run left at `path`, but for a last one that a kill or a full disk has cut off."""
+    """The rows that an earlier run left at `path`, but for a last one that a kill or a full disk has cut off.
+
+    Raises InputError if the file has other columns or another encoding.
+    """
     last, rows = {}, 0
     with (
         atomic_write(path) as temporary,

@@ -77,7 +77,10 @@ def add_fusion_flags(parser: Parser) -> None:
 
 
 def fusion_options(args: argparse.Namespace, folders: Iterable[Path]) -> dict[str, Any]:
-    """Arguments of `USAD`; if no rule is named, the checkpoints in `folders` decide, unless they disagree."""
+    """Arguments of `USAD`; if no rule is named, the checkpoints in `folders` decide, unless they disagree.
+
+    Raises InputError if the checkpoints disagree, or a factor was given that the rule does not have.
+    """
     from models.fusion.checkpoints import default_fusion
 
     name, *others = {args.fusion} if args.fusion else set(map(default_fusion, folders))
@@ -135,7 +138,10 @@ def run_settings(args: argparse.Namespace) -> RunSettings:
 
 
 def choose_device(name: str, precision: str) -> str:
-    """The device for `--device`, which must have the precision; switches TF32 on if it is asked for, else off."""
+    """The device for `--device`, which must have the precision; switches TF32 on if it is asked for, else off.
+
+    Raises InputError for a device that is missing, or a precision that it does not have.
+    """
     import torch
 
     from utils.gather import own_gpu

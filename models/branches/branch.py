@@ -183,7 +183,10 @@ class Branch(abc.ABC):
         precision: str = "auto",
         flag: str | None = None,
     ) -> Branch:
-        """Read a checkpoint and the network that it was fitted with; `weights`, given by `flag`, may have moved."""
+        """Read a checkpoint and the network that it was fitted with; `weights`, given by `flag`, may have moved.
+
+        Raises InputError for another branch's checkpoint, a damaged one, or other weights.
+        """
         tensors, metadata = load_checkpoint(path)
         if metadata.get("branch") != cls.name:
             raise InputError(f"{path} is a checkpoint of branch '{metadata.get('branch')}', not of '{cls.name}'")

@@ -87,7 +87,10 @@ class RunningMoments:
         return empirical + share * (target - empirical)
 
     def finish(self, noise: Tensor | float = 0.0, before: Gaussian | None = None) -> Gaussian:
-        """The Gaussian of these images and those of `before`, their mean `noise` [D, D] added to its covariance."""
+        """The Gaussian of these images and those of `before`, their mean `noise` [D, D] added to its covariance.
+
+        Raises InputError for fewer than two images: they have no covariance.
+        """
         if before:
             earlier = RunningMoments(self.estimator)
             earlier.merge(before.moments)

@@ -50,7 +50,10 @@ class NearestNeighbors:
         self.faiss = None if rows.device.type != "cpu" or onednn_gains(torch.float32) else load_faiss()
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Distances [n, k] (float32, ascending) and indices [n, k] (int64) of the rows nearest to `queries` [n, D]."""
+        """Distances [n, k] (float32, ascending) and indices [n, k] (int64) of the rows nearest to `queries` [n, D].
+
+        Raises ValueError if k is not in [1, m].
+        """
         if not 1 <= k <= len(self.rows):
             raise ValueError(f"k must lie in [1, {len(self.rows)}], the number of rows, not {k}")
         with exact_matmul(self.rows.device):

@@ -42,6 +42,7 @@ class OnnxModel(Model):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> OnnxModel:
+        """Read an exported file. Raises InputError: not there, damaged, another program's, no onnxruntime."""
         session = open_session(path)
         try:
             return cls(session, json.loads(session.get_modelmeta().custom_metadata_map[FORMAT]))

@@ -14,7 +14,10 @@ def checkpoint_path(folder: Path, branch: str) -> Path:
 
 
 def checkpoint_paths(folder: Path) -> dict[str, Path]:
-    """The checkpoints in `folder` by branch name: the paper's three, or InputError, and those of other branches."""
+    """The checkpoints in `folder` by branch name: the paper's three and those of other branches.
+
+    Raises InputError that names every missing one.
+    """
     paths = {name: checkpoint_path(folder, name) for name in BRANCHES}
     missing = [paths[name].name for name in METHOD if not paths[name].is_file()]
     if missing:

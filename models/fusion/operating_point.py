@@ -115,7 +115,10 @@ def _are_numbers(value: Any) -> bool:
 def find_operating_point(
     scores: np.ndarray, peaks: np.ndarray, false_alarm_rate: float, fusion: dict[str, Any], checkpoints: dict[str, str]
 ) -> OperatingPoint:
-    """The operating point from held-out normal images: their fused scores [N] and the maxima of their maps [N]."""
+    """The operating point from held-out normal images: their fused scores [N] and the maxima of their maps [N].
+
+    Raises InputError if a number is not finite.
+    """
     if not (np.isfinite(scores).all() and np.isfinite(peaks).all()):
         raise InputError("the fused score or map of a held-out image is not finite; check the weights")
     thresholds = (quantile(values, false_alarm_rate) for values in (scores, peaks))

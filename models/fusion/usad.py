@@ -67,7 +67,8 @@ class USAD(Model):
 
         `weights` gives the present place of weights files by branch name. `options` are `fusion` and the rule's
         settings; without them those of the folder's usad.json hold, or else `default_fusion`. The stored thresholds are
-        used if they were made for the same options.
+        used if they were made for the same options. Raises InputError that names every missing checkpoint, or what is
+        wrong with one or with usad.json.
         """
         folder = Path(folder)
         paths = checkpoint_paths(folder)

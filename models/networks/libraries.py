@@ -167,7 +167,10 @@ def _blank(net: nn.Module, image_size: int) -> Tensor:
 
 @_copied
 def cnn(name: str, strides: tuple[int, ...] | None, image_size: int) -> FeatureMaps:
-    """Network for maps of the given strides, or with None for the last one of stride 16 or less; weights not loaded."""
+    """Network for maps of the given strides, or with None for the last one of stride 16 or less; weights not loaded.
+
+    Raises InputError where the network has no such maps, or does not take images of this size.
+    """
     maps = _feature_maps(name, strides).eval()
     try:
         with torch.no_grad():
@@ -232,7 +235,8 @@ def _strides_of_modules(net: nn.Module, image_size: int) -> dict[str, int]:
 def load_weights(net: nn.Module, name: str, state: StateDict, source: str, position_size: int | None = None) -> str:
     """Put `state`, as timm, torchvision or the authors publish it, into `net`; returns the fingerprint of what is used.
 
-    A ViT's position embeddings are resampled to `position_size` pixels, if given, then to the size of `net`.
+    A ViT's position embeddings are resampled to `position_size` pixels, if given, then to the size of `net`. Raises
+    InputError that names what is missing or has another shape.
     """
     target = net.net if isinstance(net, FeatureMaps) else net
     expected = target.state_dict()

