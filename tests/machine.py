@@ -1,7 +1,5 @@
 """What a test asks of the machine it runs on: time enough, and packages that may be missing."""
 
-from __future__ import annotations
-
 import importlib
 import time
 from collections.abc import Callable

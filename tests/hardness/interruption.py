@@ -1,7 +1,5 @@
 """Scripts killed, interrupted and terminated at random moments: what is on disk then, and after the next run."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing
@@ -15,8 +13,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
-from hardness import corpus
-from tiny import SMALL_NETWORKS, draw_category, small_flags
+from published_files import Published
+from tiny import SMALL_NETWORKS, contents, draw_category, small_flags
 
 from utils.command_line import run
 
@@ -93,7 +91,7 @@ class Bench:
         self.events: dict[str, int] = {}
         draw_category(self.work / "data" / "belt")
         for seed in (5, 22):
-            corpus.published(self.work / f"published {seed}", (384, 768, 1536), seed)
+            Published(384, 768, 1536, seed=seed).write(self.work / f"published {seed}")
         for name, flags in commands(self.work, 5).items():
             self.finish(name, flags)
         shutil.copytree(self.work, self.before)
@@ -187,11 +185,8 @@ class Bench:
 
 def read_all(root: Path) -> dict[Path, bytes]:
     """All files that are not hidden."""
-    paths = (path for path in root.rglob("*") if path.is_file())
-    found = {path.relative_to(root): path for path in paths}
-    return {
-        name: path.read_bytes() for name, path in found.items() if not any(part.startswith(".") for part in name.parts)
-    }
+    found = {Path(name): content for name, content in contents(root).items()}
+    return {name: content for name, content in found.items() if not any(part[0] == "." for part in name.parts)}
 
 
 def is_whole(path: Path, content: bytes) -> bool:

@@ -1,7 +1,5 @@
 """predict.py over many frames: memory, open files and the time a frame takes must not grow."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
