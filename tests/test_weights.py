@@ -49,11 +49,8 @@ def same(one: dict, other: dict) -> bool:
 
 def test_fingerprint_is_a_plain_sha256(state):
     expected = hashlib.sha256()
-    for name, kind in (
-        ("a.bias", "torch.float16 [5]"),
-        ("b.weight", "torch.float32 [4, 3]"),
-        ("steps", "torch.int64 []"),
-    ):
+    kinds = {"a.bias": "torch.float16 [5]", "b.weight": "torch.float32 [4, 3]", "steps": "torch.int64 []"}
+    for name, kind in kinds.items():
         expected.update(f"{name} {kind}\n".encode() + state[name].numpy().tobytes())
     assert fingerprint(state) == expected.hexdigest()
 
@@ -275,23 +272,19 @@ def test_nobody_answers(hub, monkeypatch):
         pretrained_state_dict(VIT)
 
 
-@pytest.mark.parametrize(
-    ("name", "places"),
-    [
-        (
-            "vit_small_patch14_dinov2.lvd142m",
-            [f"{hub}/timm/vit_small_patch14_dinov2.lvd142m" for hub in HUBS]
-            + ["ModelScope timm/vit_small_patch14_dinov2.lvd142m"],
-        ),
-        (
-            "wide_resnet50_2",
-            ["https://download.pytorch.org/models/wide_resnet50_2-95faca4d.pth"]
-            + [f"{hub}/timm/wide_resnet50_2.tv_in1k" for hub in HUBS],
-        ),
-        ("resnet18.a1_in1k", [f"{HUBS[0]}/timm/resnet18.a1_in1k"]),
-        ("mobilenet_v2", ["https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"]),
+DINO, TORCH = "vit_small_patch14_dinov2.lvd142m", "https://download.pytorch.org/models"
+PLACES = {
+    DINO: [*(f"{hub}/timm/{DINO}" for hub in HUBS), f"ModelScope timm/{DINO}"],
+    "wide_resnet50_2": [
+        f"{TORCH}/wide_resnet50_2-95faca4d.pth",
+        *(f"{hub}/timm/wide_resnet50_2.tv_in1k" for hub in HUBS),
     ],
-)
+    "resnet18.a1_in1k": [f"{HUBS[0]}/timm/resnet18.a1_in1k"],
+    "mobilenet_v2": [f"{TORCH}/mobilenet_v2-b0353104.pth"],
+}
+
+
+@pytest.mark.parametrize(("name", "places"), PLACES.items(), ids=PLACES)
 def test_without_hf_endpoint_hub_mirror_and_modelscope_follow_each_other(monkeypatch, name, places):
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     found = [place for place, _ in weights._sources(name)]

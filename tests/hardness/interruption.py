@@ -25,19 +25,17 @@ FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir"}
 
 def commands(root: Path, seed: int) -> dict[str, list]:
     """The command line of every script on tiny data; the seed decides what they write."""
+    run = ["--workers", 1, "--save-maps"]
     trained = {
-        script: [*small_flags(root, script), "--seed", seed, "--holdout-ratio", 0.25, "--workers", 1, "--save-maps"]
-        for script in SMALL_NETWORKS
+        script: [*small_flags(root, script), "--seed", seed, "--holdout-ratio", 0.25, *run] for script in SMALL_NETWORKS
     }
-    tested = ["--data-root", root / "data", "--models-dir", root / "models", "--category", "belt", "--device", "cpu"]
-    factors = ["--lambda-obj", seed / 100, "--workers", 1, "--save-maps", "--results-dir", root / "result"]
     looked = ["--models-dir", root / "models", "--category", "belt", "--device", "cpu", "--out", root / "predictions"]
     frames = root / "data" / "belt" / "test"
     drawn = ["--train", 3, "--good", 1, "--anomalous", 2, "--size", 64, "--workers", 2, "--seed", seed]
     networks = [text for name in ("ma-clu", "ma2patch", "pc") for text in (f"--{name}-weights", "random")]
     return {
         **trained,
-        "test_fusion": [*tested, *factors],
+        "test_fusion": [*small_flags(root, "test_fusion"), "--lambda-obj", seed / 100, *run],
         "predict": [*looked, frames, "--threshold", seed, "--pixel-threshold", 0.1, "--overlays", "all"],
         "make_demo_data": ["--data-root", root / "data", "--category", "demo", *drawn],
         "convert_published": [root / f"published {seed}", "--models-dir", root / "converted", *networks],
