@@ -142,8 +142,8 @@ def test_missing_checkpoints_are_found_before_the_download(trained):
 # Folders and files
 
 
-def set_free(path: Path, text: str = "mine") -> None:
-    """Put a file in the place of a folder."""
+def put_file_in_place_of(path: Path, text: str = "mine") -> None:
+    """A file where a folder was."""
     shutil.rmtree(path)
     path.write_text(text)
 
@@ -160,12 +160,12 @@ IN_THE_WAY = [  # what is spoilt below the workplace, and what is said before a 
     (lambda root: [shutil.rmtree(root / "data/belt/test" / kind) for kind in ("good", "rope")], ["test", "no images"]),
     (lambda root: (root / "data/belt/ground_truth/rope/002_mask.png").unlink(), ["002_mask.png", "add it"]),
     (lambda root: shutil.copy(root / "data/belt/test/good/000.png", root / "data/belt/test/good/000.bmp"), ["000.bmp"]),
-    (lambda root: set_free(root / "data"), ["--data-root", "folder"]),
+    (lambda root: put_file_in_place_of(root / "data"), ["--data-root", "folder"]),
     # Other programs' files are not overwritten.
     (lambda root: (root / "models/belt/pc.safetensors").write_text("mine"), ["not a USAD checkpoint", "models"]),
     (lambda root: save_file({"a": torch.ones(1)}, root / "models/belt/pc.safetensors"), ["not a USAD checkpoint"]),
-    (lambda root: set_free(root / "models"), ["models", "folder"]),
-    (lambda root: set_free(root / "result"), ["result", "folder"]),
+    (lambda root: put_file_in_place_of(root / "models"), ["models", "folder"]),
+    (lambda root: put_file_in_place_of(root / "result"), ["result", "folder"]),
     (lambda root: (root / "result/belt/pc/config.json").write_text('{"program": "x"}'), ["did not write"]),
     (lambda root: (root / "result/belt/pc/config.json").write_text("{"), ["did not write"]),
     (lambda root: (root / "result/belt/pc/config.json").unlink(), ["did not write", "--results-dir"]),
@@ -175,7 +175,7 @@ IN_THE_WAY = [  # what is spoilt below the workplace, and what is said before a 
 
 @pytest.mark.usefixtures("nothing_is_built")
 @pytest.mark.parametrize(("spoil", "words"), IN_THE_WAY)
-def test_what_is_in_the_way(workplace, spoil, words):
+def test_folders_and_files_in_the_way(workplace, spoil, words):
     spoil(workplace)
     refused(workplace, "train_pc", said=words)
 

@@ -5,7 +5,6 @@ A process of its own looks at a stub camera with a model without a network, so t
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+from machine import resident
 from stub_camera import COLOR, StubCamera
 from stub_model import RedModel
 from tqdm import tqdm
@@ -127,12 +127,6 @@ def disturb(stub: StubCamera, fault: str, rows: Iterator[dict], measured: Measur
 def moment(row: dict) -> float:
     """When the row's picture was read, or what happened instead was noticed; seconds as of time.time()."""
     return datetime.fromisoformat(row["time"]).timestamp()
-
-
-def resident(process: int) -> float:
-    """Memory in MB."""
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE") / 1e6
 
 
 def words(measured: Measured) -> str:
