@@ -1,7 +1,5 @@
 """A module that tests run in a process of its own (utils/processes.py)."""
 
-from __future__ import annotations
-
 import os
 
 import numpy as np

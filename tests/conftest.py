@@ -1,40 +1,16 @@
-"""Shared fixtures: stored numbers of the authors' program, stand-in networks, tiny drawn data."""
-
-from __future__ import annotations
+"""Shared fixtures: tiny drawn data, and what the scripts make of it."""
 
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tiny import SMALL_NETWORKS, draw_category, succeed
-
-DATA = Path(__file__).parent / "data"
 
 
 def pytest_xdist_auto_num_workers(config) -> int | None:
     """No worker for a single file, which could keep only one busy; otherwise a worker for each core."""
     files = {argument.partition("::")[0] for argument in config.args}
     return 0 if len(files) == 1 and files.pop().endswith(".py") else None
-
-
-@pytest.fixture
-def golden():
-    return lambda name: np.load(DATA / f"{name}.npz")
-
-
-@pytest.fixture
-def stand_in():
-    from stand_in import StandIn  # here: pytest's own process, which only hands out the tests, needs no torch
-
-    return StandIn
-
-
-@pytest.fixture
-def batches():
-    from stand_in import Batches
-
-    return Batches
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """Scripts one after the other in processes that torchrun has started, so that torch is imported once for all."""
 
-from __future__ import annotations
-
 import json
 import runpy
 import sys

@@ -1,10 +1,10 @@
 """What a test asks of the machine it runs on: time enough, and packages that may be missing."""
 
-from __future__ import annotations
-
 import importlib
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -26,3 +26,11 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except Exception as error:  # a broken one may raise anything
         pytest.skip(f"{module} cannot be imported: {error}")
+
+
+def resident(process: int | str = "self") -> float:
+    """Memory in MB, or skip the test where /proc does not tell."""
+    statm = Path(f"/proc/{process}/statm")
+    if not statm.exists():
+        pytest.skip("resident memory is read from /proc")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6

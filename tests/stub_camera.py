@@ -1,14 +1,13 @@
-"""A network camera that misbehaves when told to: motion JPEG over HTTP on this machine."""
-
-from __future__ import annotations
+"""Cameras in the place of real ones: one within OpenCV, and one of the network that misbehaves when told to."""
 
 import contextlib
-import http.server
-import threading
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
+from machine import wait_until
+from stub_server import Answer, Server
 
 POOL = 40  # pictures that are sent in turn
 COLOR = (150, 60, 20)  # RGB, the mean of every picture
@@ -24,6 +23,35 @@ def pictures(rng: np.random.Generator, size: tuple[int, int]) -> list[np.ndarray
     """Noise around COLOR, RGB uint8 [height, width, 3]."""
     noise = rng.integers(-20, 21, (POOL, *size, 3))
     return [(np.array(COLOR) + values).astype(np.uint8) for values in noise]
+
+
+def write_video(path: Path, frames: list[np.ndarray], fps: float = 10, codec: str | None = None) -> None:
+    """RGB pictures as a video: by a codec of FFmpeg, or by OpenCV's own Motion JPEG."""
+    backend = cv2.CAP_ANY if codec else cv2.CAP_OPENCV_MJPEG
+    number = cv2.VideoWriter_fourcc(*(codec or "MJPG"))
+    writer = cv2.VideoWriter(str(path), backend, number, fps, frames[0].shape[1::-1])
+    for image in frames:
+        writer.write(np.ascontiguousarray(image[..., ::-1]))
+    writer.release()
+
+
+class Capture:
+    """What OpenCV opens: `count` pictures, each once `ready()`, then an end."""
+
+    def __init__(self, count: int, ready=lambda: True, picture=lambda: np.full((40, 60, 3), 30, np.uint8)) -> None:
+        self.count, self.ready, self.picture, self.sent, self.released = count, ready, picture, 0, False
+
+    def grab(self) -> bool:
+        time.sleep(0.001)
+        wait_until(self.ready)
+        self.sent += 1
+        return self.sent <= self.count
+
+    def retrieve(self) -> tuple[bool, np.ndarray]:
+        return True, self.picture()
+
+    def release(self) -> None:
+        self.released = True
 
 
 class StubCamera:
@@ -44,7 +72,6 @@ class StubCamera:
         }
         self.mode, self.seconds, self.password = "ok", seconds, password
         self.sent = self.connections = 0
-        self._server: http.server.ThreadingHTTPServer | None = None
         self._port = 0
         self.up()
 
@@ -56,14 +83,11 @@ class StubCamera:
         """Be reachable, always at the same address."""
         camera = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Pictures(Answer):
             def do_GET(self) -> None:
                 camera.connections += 1
                 if camera.password and "Authorization" not in self.headers:
-                    self.send_response(401)
-                    self.send_header("WWW-Authenticate", 'Basic realm="camera"')
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
+                    self.reply(401, WWW_Authenticate='Basic realm="camera"')
                     return
                 self.send_response(200)
                 self.send_header("Content-Type", BOUNDARY)
@@ -71,19 +95,26 @@ class StubCamera:
                 with contextlib.suppress(OSError):  # the reader has gone
                     camera.send(self.wfile, self.server)
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", self._port), Handler)
-        self._server.daemon_threads = self._server.is_up = True
-        self._port = self._server.server_port
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        self._server = Server(Pictures, self._port)
+        self._server.is_up, self._port = True, self._server.server_port
 
     def down(self) -> None:
         """Be unreachable; connections break off."""
         self._server.is_up = False
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.__exit__()
+
+    def disturb(self, fault: str) -> None:
+        """Send what this mode says, or break off connections ("drop"), or be unreachable ("down")."""
+        if fault in ("drop", "down"):
+            getattr(self, fault)()
+        else:
+            self.mode = fault
+
+    def recover(self, fault: str) -> None:
+        """End it."""
+        if fault == "down":
+            self.up()
+        self.mode = "ok"
 
     def drop(self) -> None:
         """Break off all connections, and take new ones at once."""
@@ -100,7 +131,7 @@ class StubCamera:
                 self.sent += 1
             time.sleep(self.seconds)
 
-    def __enter__(self) -> StubCamera:
+    def __enter__(self):
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,5 @@
 """A model without a network, for tests of what lies around one."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from models.fusion.prediction import as_picture, decide

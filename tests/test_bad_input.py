@@ -1,12 +1,11 @@
 """Whatever is wrong: one line that says so, the right exit code, and no file touched."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import pickle
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import draw_category, run_in_process, small_flags, succeed
+from tiny import draw_category, refusal, small_files, small_flags, succeed
 
 import training.training
 from models.networks.libraries import full_network
@@ -23,24 +22,19 @@ from utils.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from utils.command_line import run
 from utils.errors import InputError
 
-ROOT = Path(__file__).parents[1]
-
 
 def snapshot(root: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() if path.is_file() else b"" for path in root.rglob("*")}
 
 
-def refused(root: Path, script: str, flags: list, *words: str, code: int = 2) -> str:
-    """Run the script; check exit code, the one line with `words` in it, and that `root` stays as it was."""
+def refused(root: Path, script: str, *flags, said: str | list[str], categories=(), code: int = 2) -> None:
+    """Run the script; check exit code, the one line with the words `said` in it, and that `root` stays as it was."""
     before = snapshot(root)
-    finished = run_in_process(script, *flags)
-    assert finished.code == code, finished
-    lines = finished.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), finished.err
-    for word in words:
-        assert word in lines[0], lines[0]
+    line = refusal(script, *small_flags(root, script, *categories), *flags, code=code)
+    assert line.startswith("error: ")
+    for word in [said] if isinstance(said, str) else said:
+        assert word in line, line
     assert snapshot(root) == before
-    return lines[0]
 
 
 @pytest.fixture
@@ -103,6 +97,7 @@ BAD_FLAGS = [
     ("train_pc", "--category .hidden", "--category"),
     ("train_pc", "--category /etc", "--category"),
     ("train_pc", "--category", "--category"),
+    ("train_pc", "--category=", "--category"),
     ("train_pc", "--category belt nowhere", "nowhere --category"),
     ("train_ma_clu", "--threshold 0", "--threshold"),
     ("train_ma_clu", "--threshold nan", "--threshold"),
@@ -129,47 +124,60 @@ BAD_FLAGS = [
 @pytest.mark.usefixtures("nothing_is_built")
 @pytest.mark.parametrize(("script", "flags", "words"), BAD_FLAGS)
 def test_flags(trained, script, flags, words):
-    standard = small_flags(trained, script)
-    refused(trained, script, [*standard, *flags.split()], *words.split())
+    refused(trained, script, *flags.split(), said=words.split())
 
 
 @pytest.mark.usefixtures("nothing_is_built")
 @pytest.mark.parametrize("flags", ["--image-size 20", "--weights nowhere.pth", "--backbone no_such_net"])
 def test_nothing_is_downloaded_before_flags_are_checked(trained, flags):
-    refused(trained, "train_pc", [*small_flags(trained, "train_pc", "coal_ad"), *flags.split()], flags.split()[0])
+    refused(trained, "train_pc", *flags.split(), said=flags.split()[0], categories=["coal_ad"])
 
 
 @pytest.mark.usefixtures("nothing_is_built")
 def test_missing_checkpoints_are_found_before_the_download(trained):
-    words = "ma_clu.safetensors, ma2patch.safetensors, pc.safetensors", "train", "convert_published.py"
-    refused(trained, "test_fusion", small_flags(trained, "test_fusion", "coal_ad"), *words)
+    words = ["ma_clu.safetensors, ma2patch.safetensors, pc.safetensors", "train", "convert_published.py"]
+    refused(trained, "test_fusion", said=words, categories=["coal_ad"])
 
 
-# Data
+# Folders and files
 
 
-def test_empty_category_name(trained):
-    refused(trained, "train_pc", [*small_flags(trained, "train_pc"), "--category", ""], "--category")
+def put_file_in_place_of(path: Path, text: str = "mine") -> None:
+    """A file where a folder was."""
+    shutil.rmtree(path)
+    path.write_text(text)
 
 
-FOLDERS = [  # relative to data/
-    (lambda data: shutil.rmtree(data), ["no category", "--data-root"]),
-    (lambda data: shutil.rmtree(data / "belt"), ["belt", "--category"]),
-    (lambda data: shutil.rmtree(data / "belt/train"), ["train/good", "no images"]),
-    (lambda data: [path.unlink() for path in (data / "belt/train/good").iterdir()], ["train/good", "no images"]),
-    (lambda data: shutil.rmtree(data / "belt/test"), ["test", "--no-eval"]),
-    (lambda data: [shutil.rmtree(data / "belt/test" / kind) for kind in ("good", "rope")], ["test", "no images"]),
-    (lambda data: (data / "belt/ground_truth/rope/002_mask.png").unlink(), ["002_mask.png", "add it"]),
-    (lambda data: shutil.copy(data / "belt/test/good/000.png", data / "belt/test/good/000.bmp"), ["000.bmp"]),
-    (lambda data: (shutil.rmtree(data), data.write_text("a file")), ["--data-root", "folder"]),
+IN_THE_WAY = [  # what is spoilt below the workplace, and what is said before a network is built
+    (lambda root: shutil.rmtree(root / "data"), ["no category", "--data-root"]),
+    (lambda root: shutil.rmtree(root / "data/belt"), ["belt", "--category"]),
+    (lambda root: shutil.rmtree(root / "data/belt/train"), [str(Path("train/good")), "no images"]),
+    (
+        lambda root: [path.unlink() for path in (root / "data/belt/train/good").iterdir()],
+        [str(Path("train/good")), "no images"],
+    ),
+    (lambda root: shutil.rmtree(root / "data/belt/test"), ["test", "--no-eval"]),
+    (lambda root: [shutil.rmtree(root / "data/belt/test" / kind) for kind in ("good", "rope")], ["test", "no images"]),
+    (lambda root: (root / "data/belt/ground_truth/rope/002_mask.png").unlink(), ["002_mask.png", "add it"]),
+    (lambda root: shutil.copy(root / "data/belt/test/good/000.png", root / "data/belt/test/good/000.bmp"), ["000.bmp"]),
+    (lambda root: put_file_in_place_of(root / "data"), ["--data-root", "folder"]),
+    # Other programs' files are not overwritten.
+    (lambda root: (root / "models/belt/pc.safetensors").write_text("mine"), ["not a USAD checkpoint", "models"]),
+    (lambda root: save_file({"a": torch.ones(1)}, root / "models/belt/pc.safetensors"), ["not a USAD checkpoint"]),
+    (lambda root: put_file_in_place_of(root / "models"), ["models", "folder"]),
+    (lambda root: put_file_in_place_of(root / "result"), ["result", "folder"]),
+    (lambda root: (root / "result/belt/pc/config.json").write_text('{"program": "x"}'), ["did not write"]),
+    (lambda root: (root / "result/belt/pc/config.json").write_text("{"), ["did not write"]),
+    (lambda root: (root / "result/belt/pc/config.json").unlink(), ["did not write", "--results-dir"]),
+    (lambda root: (root / "result/average_pc.json").write_text('{"mine": 1}'), ["average_pc.json"]),
 ]
 
 
 @pytest.mark.usefixtures("nothing_is_built")
-@pytest.mark.parametrize(("spoil", "words"), FOLDERS)
-def test_folders(workplace, spoil, words):
-    spoil(workplace / "data")
-    refused(workplace, "train_pc", small_flags(workplace, "train_pc"), *(str(Path(word)) for word in words))
+@pytest.mark.parametrize(("spoil", "words"), IN_THE_WAY)
+def test_folders_and_files_in_the_way(workplace, spoil, words):
+    spoil(workplace)
+    refused(workplace, "train_pc", said=words)
 
 
 def truncate(path: Path) -> None:
@@ -180,43 +188,34 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_truncated_training_image(workplace, workers):
     truncate(workplace / "data/belt/train/good/005.png")
-    flags = [*small_flags(workplace, "train_pc"), "--train-ratio", 1, "--workers", workers]
-    refused(workplace, "train_pc", flags, "005.png", "cannot be read")
+    flags = ["--train-ratio", 1, "--workers", workers]
+    refused(workplace, "train_pc", *flags, said=["005.png", "cannot be read"])
     assert not multiprocessing.active_children()  # at the script's end they would be waited for in vain
 
 
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda belt: truncate(belt / "test/rope/001.png"), ["001.png", "cannot be read"]),
-        (lambda belt: truncate(belt / "ground_truth/rope/001_mask.png"), ["001_mask.png", "cannot be read"]),
-        (lambda belt: Image.new("L", (9, 9)).save(belt / "ground_truth/rope/003_mask.png"), ["003_mask.png", "9x9"]),
-        (lambda belt: (belt / "test/good/000.png").write_text("text"), ["000.png", "cannot be read"]),
-        (lambda belt: Image.fromarray(np.ones((9, 9), np.float32)).save(belt / "test/good/x.tiff"), ["x.tiff"]),
-    ],
-)
-def test_test_images(workplace, spoil, words):
-    spoil(workplace / "data" / "belt")
-    refused(workplace, "test_fusion", small_flags(workplace, "test_fusion"), *words)
+def damage(part: int, change):
+    """Damage to a checkpoint's tensors (0) or metadata (1): `change` is called with them."""
+
+    def spoil(path: Path) -> None:
+        content = load_checkpoint(path)
+        change(content[part])
+        save_checkpoint(path, *content)
+
+    return spoil
 
 
-def test_one_training_image(workplace):
-    for path in list((workplace / "data/belt/train/good").iterdir())[1:]:
-        path.unlink()
-    refused(workplace, "train_ma_clu", small_flags(workplace, "train_ma_clu"), "1 training image", "train/good")
-
-
-# Checkpoints
-
-
-def rewrite(path: Path, change_tensors=lambda tensors: None, change_metadata=lambda metadata: None) -> None:
-    tensors, metadata = load_checkpoint(path)
-    change_tensors(tensors)
-    change_metadata(metadata)
-    save_checkpoint(path, tensors, metadata)
-
-
-CHECKPOINTS = {
+of_tensors, of_metadata = (partial(damage, part) for part in (0, 1))
+IMAGES = {  # below data/belt
+    "test image": (lambda belt: truncate(belt / "test/rope/001.png"), ["001.png", "cannot be read"]),
+    "mask": (lambda belt: truncate(belt / "ground_truth/rope/001_mask.png"), ["001_mask.png", "cannot be read"]),
+    "size": (
+        lambda belt: Image.new("L", (9, 9)).save(belt / "ground_truth/rope/003_mask.png"),
+        ["003_mask.png", "9x9"],
+    ),
+    "no image": (lambda belt: (belt / "test/good/000.png").write_text("text"), ["000.png", "cannot be read"]),
+    "floats": (lambda belt: Image.fromarray(np.ones((9, 9), np.float32)).save(belt / "test/good/x.tiff"), ["x.tiff"]),
+}
+CHECKPOINTS = {  # models/belt/pc.safetensors
     "missing": (lambda path: path.unlink(), ["has no pc.safetensors", "train", "convert_published.py"]),
     "empty": (lambda path: path.write_bytes(b""), ["pc.safetensors"]),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-50]), ["pc.safetensors", "truncated"]),
@@ -227,53 +226,42 @@ CHECKPOINTS = {
     "foreign": (lambda path: save_file({"bank": torch.ones(3, 240)}, path), ["not a USAD checkpoint"]),
     "other branch": (lambda path: shutil.copy(path.with_name("ma_clu.safetensors"), path), ["'ma_clu'", "'pc'"]),
     "folder": (lambda path: (path.unlink(), path.mkdir()), ["pc.safetensors"]),
-    "tensor missing": (lambda path: rewrite(path, lambda t: t.update(x=t.pop("bank"))), ["'bank' is missing"]),
-    "other width": (lambda path: rewrite(path, lambda t: t.update(bank=t["bank"][:, 1:])), ["'bank'", "240"]),
-    "integers": (lambda path: rewrite(path, lambda t: t.update(bank=t["bank"].int())), ["'bank'", "floats"]),
-    "no rows": (lambda path: rewrite(path, lambda t: t.update(bank=t["bank"][:0])), ["'bank'"]),
-    "not finite": (lambda path: rewrite(path, lambda t: t["bank"][0].fill_(np.nan)), ["'bank'", "finite"]),
-    "no backbone": (lambda path: rewrite(path, change_metadata=lambda m: m.pop("backbone")), ["metadata"]),
-    "unknown setting": (lambda path: rewrite(path, change_metadata=lambda m: m["settings"].update(x=1)), ["metadata"]),
-    "setting of a type": (
-        lambda path: rewrite(path, change_metadata=lambda m: m["settings"].update(neighbors={})),
-        ["metadata"],
-    ),
-    "half statistics": (
-        lambda path: rewrite(path, change_metadata=lambda m: m["calibration"].pop("map_std")),
-        ["metadata", "map_std"],
-    ),
-    "a spread of zero": (
-        lambda path: rewrite(path, change_metadata=lambda m: m["calibration"].update(top_std=0.0)),
-        ["metadata", "top_std"],
-    ),
-    "statistics of no image": (
-        lambda path: rewrite(path, change_metadata=lambda m: m["calibration"].update(images=0)),
-        ["metadata", "images"],
-    ),
-    "a setting beyond numbers": (
-        lambda path: rewrite(path, change_metadata=lambda m: m["settings"].update(neighbors=float("inf"))),
-        ["metadata"],
-    ),
-    "two colours": (
-        lambda path: rewrite(path, change_metadata=lambda m: m["backbone"].update(mean=[0.5, 0.5])),
-        ["metadata", "colours"],
-    ),
-    "other weights": (
-        lambda path: rewrite(path, change_metadata=lambda m: m["backbone"].update(seed=5)),
-        ["weights", "--pc-weights"],
-    ),
-    "unknown network": (
-        lambda path: rewrite(path, change_metadata=lambda m: m["backbone"].update(name="no_such")),
-        ["no_such"],
-    ),
+    "tensor missing": (of_tensors(lambda t: t.update(x=t.pop("bank"))), ["'bank' is missing"]),
+    "other width": (of_tensors(lambda t: t.update(bank=t["bank"][:, 1:])), ["'bank'", "240"]),
+    "integers": (of_tensors(lambda t: t.update(bank=t["bank"].int())), ["'bank'", "floats"]),
+    "no rows": (of_tensors(lambda t: t.update(bank=t["bank"][:0])), ["'bank'"]),
+    "not finite": (of_tensors(lambda t: t["bank"][0].fill_(np.nan)), ["'bank'", "finite"]),
+    "no backbone": (of_metadata(lambda m: m.pop("backbone")), ["metadata"]),
+    "unknown setting": (of_metadata(lambda m: m["settings"].update(x=1)), ["metadata"]),
+    "setting of a type": (of_metadata(lambda m: m["settings"].update(neighbors={})), ["metadata"]),
+    "half statistics": (of_metadata(lambda m: m["calibration"].pop("map_std")), ["metadata", "map_std"]),
+    "a spread of zero": (of_metadata(lambda m: m["calibration"].update(top_std=0.0)), ["metadata", "top_std"]),
+    "statistics of no image": (of_metadata(lambda m: m["calibration"].update(images=0)), ["metadata", "images"]),
+    "a setting beyond numbers": (of_metadata(lambda m: m["settings"].update(neighbors=float("inf"))), ["metadata"]),
+    "two colours": (of_metadata(lambda m: m["backbone"].update(mean=[0.5, 0.5])), ["metadata", "colours"]),
+    "other weights": (of_metadata(lambda m: m["backbone"].update(seed=5)), ["weights", "--pc-weights"]),
+    "unknown network": (of_metadata(lambda m: m["backbone"].update(name="no_such")), ["no_such"]),
 }
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_test_images(workplace, kind):
+    spoil, words = IMAGES[kind]
+    spoil(workplace / "data" / "belt")
+    refused(workplace, "test_fusion", said=words)
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_checkpoints(workplace, kind):
     spoil, words = CHECKPOINTS[kind]
     spoil(workplace / "models" / "belt" / "pc.safetensors")
-    refused(workplace, "test_fusion", small_flags(workplace, "test_fusion"), "pc", *words)
+    refused(workplace, "test_fusion", said=["pc", *words])
+
+
+def test_one_training_image(workplace):
+    for path in list((workplace / "data/belt/train/good").iterdir())[1:]:
+        path.unlink()
+    refused(workplace, "train_ma_clu", said=["1 training image", "train/good"])
 
 
 def test_json_that_is_no_dictionary(tmp_path):
@@ -285,15 +273,12 @@ def test_json_that_is_no_dictionary(tmp_path):
 
 def test_no_held_out_statistics(workplace):
     succeed(workplace, "train_pc", "--no-eval")
-    flags = [*small_flags(workplace, "test_fusion"), "--fusion", "standardized"]
-    refused(workplace, "test_fusion", flags, "'pc'", "--holdout-ratio")
+    refused(workplace, "test_fusion", "--fusion", "standardized", said=["'pc'", "--holdout-ratio"])
 
 
 def test_a_missing_checkpoint_of_the_second_category_is_found_first(workplace):
     draw_category(workplace / "data" / "second")
-    refused(
-        workplace, "test_fusion", small_flags(workplace, "test_fusion", "belt", "second"), "second", "pc.safetensors"
-    )
+    refused(workplace, "test_fusion", said=["second", "pc.safetensors"], categories=["belt", "second"])
 
 
 # Weights given as files
@@ -312,49 +297,31 @@ def weights(tmp_path):
 
 
 def test_weights_that_moved_or_changed(workplace, weights):
-    path, flags = weights("net.pth", 1), small_flags(workplace, "test_fusion")
+    path = weights("net.pth", 1)
     succeed(workplace, "train_pc", "--weights", path, "--no-eval", "--holdout-ratio", 0.25)
     path.unlink()
-    refused(workplace, "test_fusion", flags, "net.pth", "no such file")
+    refused(workplace, "test_fusion", said=["net.pth", "no such file"])
     other = weights("other.pth", 2)
-    refused(workplace, "test_fusion", [*flags, "--pc-weights", other], "other.pth", "--pc-weights")
+    refused(workplace, "test_fusion", "--pc-weights", other, said=["other.pth", "--pc-weights"])
     succeed(workplace, "test_fusion", "--pc-weights", weights("moved.safetensors", 1), "--no-images")
 
 
 def test_weights_that_do_not_fit(workplace, weights, tmp_path):
-    flags = [*small_flags(workplace, "train_pc"), "--weights"]
     path = weights("net.safetensors", 1)
-    truncated = tmp_path / "truncated.safetensors"
-    truncated.write_bytes(path.read_bytes()[:5000])
-    refused(workplace, "train_pc", [*flags, truncated], "truncated.safetensors")
+    (tmp_path / "truncated.safetensors").write_bytes(path.read_bytes()[:5000])
     state = load_file(path)
     state["conv1.0.weight"] = state["conv1.0.weight"][:3]
     save_file(state, tmp_path / "misshapen.safetensors")
-    refused(workplace, "train_pc", [*flags, tmp_path / "misshapen.safetensors"], "conv1.0.weight")
     torch.save({"model": full_network("test_resnet")}, tmp_path / "pickled.pth")
-    refused(workplace, "train_pc", [*flags, tmp_path / "pickled.pth"], "pickled.pth", "pickled objects")
+    for name, said in {
+        "truncated.safetensors": "truncated.safetensors",
+        "misshapen.safetensors": "conv1.0.weight",
+        "pickled.pth": ["pickled.pth", "pickled objects"],
+    }.items():
+        refused(workplace, "train_pc", "--weights", tmp_path / name, said=said)
 
 
 # What is in the way of new files
-
-
-@pytest.mark.usefixtures("nothing_is_built")
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda root: (root / "models/belt/pc.safetensors").write_text("mine"), ["not a USAD checkpoint", "models"]),
-        (lambda root: save_file({"a": torch.ones(1)}, root / "models/belt/pc.safetensors"), ["not a USAD checkpoint"]),
-        (lambda root: (shutil.rmtree(root / "models"), (root / "models").write_text("mine")), ["models", "folder"]),
-        (lambda root: (shutil.rmtree(root / "result"), (root / "result").write_text("mine")), ["result", "folder"]),
-        (lambda root: (root / "result/belt/pc/config.json").write_text('{"program": "x"}'), ["did not write"]),
-        (lambda root: (root / "result/belt/pc/config.json").write_text("{"), ["did not write"]),
-        (lambda root: (root / "result/belt/pc/config.json").unlink(), ["did not write", "--results-dir"]),
-        (lambda root: (root / "result/average_pc.json").write_text('{"mine": 1}'), ["average_pc.json"]),
-    ],
-)
-def test_other_programs_files_are_not_overwritten(workplace, spoil, words):
-    spoil(workplace)
-    refused(workplace, "train_pc", small_flags(workplace, "train_pc"), *words)
 
 
 def test_a_picture_of_ones_own_among_the_results(tmp_path):
@@ -362,7 +329,7 @@ def test_a_picture_of_ones_own_among_the_results(tmp_path):
     own = tmp_path / "result" / "belt" / "pc" / "heatmaps" / "good" / "000.png"
     own.parent.mkdir(parents=True)
     own.write_bytes(b"mine")
-    refused(tmp_path, "train_pc", small_flags(tmp_path, "train_pc"), "did not write")
+    refused(tmp_path, "train_pc", said="did not write")
 
 
 def test_what_an_interrupted_run_left_is_replaced(workplace):
@@ -370,8 +337,7 @@ def test_what_an_interrupted_run_left_is_replaced(workplace):
     path = workplace / "data/belt/test/rope/003.png"
     whole = path.read_bytes()
     truncate(path)
-    flags = [*small_flags(workplace, "train_pc"), "--save-maps", "--batch-size", 2]
-    assert run_in_process("train_pc", *flags).code == 2
+    refusal("train_pc", *small_flags(workplace, "train_pc"), "--save-maps", "--batch-size", 2)
     folder = workplace / "result" / "belt" / "pc"
     assert (folder / "anomaly_maps").exists() and not (folder / "metrics.json").exists()
     path.write_bytes(whole)
@@ -389,20 +355,15 @@ def test_read_only_folder(workplace, monkeypatch):
         models = str(workplace / "models" / "belt")
         monkeypatch.setattr(os, "access", lambda path, mode: str(path) != models and access(path, mode))
     try:
-        refused(workplace, "train_pc", small_flags(workplace, "train_pc"), "models/belt", "written", code=1)
+        refused(workplace, "train_pc", said=["models/belt", "written"], code=1)
     finally:
         (workplace / "models" / "belt").chmod(0o755)
 
 
 def test_full_disk(workplace):
     """No file may grow beyond 2 KB: the checkpoint of 18 KB cannot be written."""
-    resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    try:
-        refused(workplace, "train_pc", small_flags(workplace, "train_pc"), "File too large", code=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with small_files(2000):
+        refused(workplace, "train_pc", said="File too large", code=1)
 
 
 def test_out_of_memory(capsys):

@@ -1,15 +1,12 @@
 """The benchmark: its plain reference agrees with the project on fresh data, and a quick run leaves sane figures."""
 
-from __future__ import annotations
-
 import csv
-import json
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from tiny import run_in_process, small_flags
+from tiny import end_well, read_json, read_rows, refusal, small_flags
 
 from benchmarks import reference
 from benchmarks.bench import Bench
@@ -22,15 +19,14 @@ from models.branches.patchcore import patch_features
 
 
 def test_the_published_program_gives_what_test_fusion_gives(workplace):
-    finished = run_in_process("test_fusion", *small_flags(workplace, "test_fusion"), "--no-images")
-    assert finished.code == 0, finished.err
+    end_well("test_fusion", *small_flags(workplace, "test_fusion"), "--no-images")
     folder, loop = workplace / "result/belt/fusion", reference.PublishedLoop.load(workplace / "models/belt")
     samples = list(ImageDataset(Category(workplace / "data", "belt").test_samples(), 96, "bicubic"))
     scores, maps = zip(*(loop(sample["image"][None])["fusion"] for sample in samples), strict=True)
     with open(folder / "scores.csv", encoding="utf-8", newline="") as file:
         found = [float(row["score"]) for row in csv.DictReader(file)]
     np.testing.assert_allclose(found, scores, rtol=1e-3)
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(folder / "metrics.json")
     assert metrics["image_auroc"] == pytest.approx(roc_auc_score([sample["label"] for sample in samples], scores))
     masks = np.stack([sample["mask"] for sample in samples])
     assert metrics["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), np.stack(maps).ravel()), abs=1e-4)
@@ -55,9 +51,8 @@ def test_plain_coreset_neighbours_and_features_agree():
 def test_a_quick_run_leaves_sane_figures(script, stages, expected, tmp_path):
     expected += 2 * ("neighbors" in stages and load_faiss() is not None)  # for two sizes of a bank
     flags = ["--quick", "--stages", stages, "--device", "cpu", "--out", tmp_path]
-    finished = run_in_process(f"benchmarks.{script}", *flags)
-    assert finished.code == 0, finished.err
-    report = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    finished = end_well(f"benchmarks.{script}", *flags)
+    report = read_json(tmp_path / "results.json")
     assert report["skipped"] == {} and len(report["rows"]) == expected
     assert torch.__version__.startswith(report["machine"]["torch"]) and report["product_gflop_per_second"] > 0
     for row in report["rows"]:
@@ -66,8 +61,7 @@ def test_a_quick_run_leaves_sane_figures(script, stages, expected, tmp_path):
         if "share" in row:
             assert 0 < row["share"] < 1.2
         assert f"| {row['stage']} | {row['size']} |" in finished.out
-    with open(tmp_path / "table.csv", encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = read_rows(tmp_path / "table.csv")
     assert len(lines) == expected and tuple(lines[0]) == COLUMNS
 
 
@@ -80,8 +74,7 @@ def test_a_quick_run_leaves_sane_figures(script, stages, expected, tmp_path):
     ],
 )
 def test_wrong_flags_are_one_line(flags, said, tmp_path):
-    finished = run_in_process("benchmarks.run", "--quick", "--out", tmp_path, *flags)
-    assert finished.code == 2 and said in finished.err and len(finished.err.splitlines()) == 1
+    assert said in refusal("benchmarks.run", "--quick", "--out", tmp_path, *flags)
 
 
 def test_pairs_are_warmed_up_and_run_in_turn(tmp_path):

@@ -1,7 +1,5 @@
 """The border's effect on a branch's map is measured, and taken out of standardised maps."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

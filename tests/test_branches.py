@@ -1,11 +1,6 @@
 """The branches and their fusion against NumPy, SciPy and scikit-learn on fresh random data."""
 
-from __future__ import annotations
-
 import math
-import re
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +14,11 @@ from scipy.ndimage import gaussian_filter
 from sklearn.cluster import KMeans
 from sklearn.covariance import LedoitWolf
 from sklearn.random_projection import SparseRandomProjection, johnson_lindenstrauss_min_dim
+from stand_in import Batches, StandIn, close
 from threadpoolctl import threadpool_limits
 from torch import nn
 
+from benchmarks import reference
 from models import MACLU, USAD, Branch, MA2Patch, PatchCore
 from models.branches.calibration import calibrate
 from models.branches.gaussian import Gaussian, RunningMoments
@@ -33,15 +30,6 @@ from models.networks.weights import random_state_dict
 from utils.errors import InputError
 
 SIZES = {"ma_clu": 64, "ma2patch": 96, "pc": 80}
-
-
-class FittingImages(list):
-    """A loader over normalised images [n, 3, S, S]."""
-
-    def __init__(self, images: torch.Tensor, batch_size: int) -> None:
-        index = torch.arange(len(images)).split(batch_size)
-        super().__init__({"image": images[part], "index": part} for part in index)
-        self.dataset = images
 
 
 def random_images(count: int, size: int, seed: int) -> torch.Tensor:
@@ -73,7 +61,7 @@ def fitted_branches(networks: dict[str, nn.Module], batch_size: int) -> list[Bra
     ]
     for seed, branch in enumerate(branches):
         count = 9 if branch.name == "pc" else 90  # more images than the networks have channels (64 and 96)
-        branch.fit(FittingImages(random_images(count, branch.image_size, seed), batch_size))
+        branch.fit(Batches.of(random_images(count, branch.image_size, seed), batch_size))
     return branches
 
 
@@ -87,14 +75,7 @@ def test_images() -> torch.Tensor:
     return random_images(5, max(SIZES.values()), seed=99)
 
 
-def close(ours, theirs, tolerance: float) -> bool:
-    """Whether no number differs by more than `tolerance` of the largest one."""
-    ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
-    assert ours.shape == theirs.shape
-    return np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
-
-
-# The method written again: one image at a time, in double precision, with nothing of the project but the networks.
+# The method again: fitted by scikit-learn, scored by the benchmark's plain loop, one image at a time, in float64.
 
 
 def interpolation(source: int, target: int) -> np.ndarray:
@@ -112,134 +93,70 @@ def stretched(image: np.ndarray, size: int) -> np.ndarray:
     return interpolation(image.shape[0], size) @ image @ interpolation(image.shape[1], size).T
 
 
-def scaled(image: np.ndarray) -> np.ndarray:
-    return (image - image.min()) / (image.max() - image.min())
-
-
 def shrunk(image: torch.Tensor, size: int) -> torch.Tensor:
     """Antialiased resize of [3, S, S] by Pillow."""
     channels = [Image.fromarray(channel).resize((size, size), Image.Resampling.BILINEAR) for channel in image.numpy()]
     return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
 
 
-def features(network: nn.Module, image: torch.Tensor) -> list[np.ndarray]:
-    return [output[0].double().numpy() for output in network(image[None])]
+def seen(network: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
+    """Class and patch tokens, or patch features twice, of an image [3, S, S]."""
+    first, second = (output.double() for output in network(image[None]))
+    if first.dim() == 2:
+        return [first[0], second[0]]
+    return [reference.patch_features(first, second)] * 2
 
 
-def mahalanobis(vector: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
-    deviation = vector - mean
-    return math.sqrt(deviation @ np.linalg.inv(covariance + 1e-6 * np.eye(len(mean))) @ deviation + 1e-12)
+def gaussian(vectors: np.ndarray, covariance: np.ndarray) -> dict[str, np.ndarray]:
+    return {"mean": vectors.mean(0), "inverse": np.linalg.inv(covariance + 1e-6 * np.eye(len(covariance)))}
 
 
-class PlainMACLU:
-    def __init__(self, network, images):
-        self.network = network
-        outputs = [features(network, image) for image in images]
-        cls = np.stack([output[0] for output in outputs])
-        self.gaussian = cls.mean(0), np.cov(cls.T)
-        patches = np.concatenate([output[1] for output in outputs]).astype(np.float32)
-        kmeans = KMeans(2, random_state=42).fit(patches)
-        self.foreground = int(np.argmin(np.bincount(kmeans.labels_)))
-        self.centers = kmeans.cluster_centers_.astype(np.float64)
-
-    def __call__(self, image):
-        cls, tokens = features(self.network, image)
-        distances = np.array([[np.linalg.norm(token - center) for center in self.centers] for token in tokens])
-        to_foreground, to_background = distances[:, self.foreground], distances[:, 1 - self.foreground]
-        confidence = to_background / (to_foreground + 1e-8)
-        belt = [c for c, near in zip(confidence, distances.argmin(1), strict=True) if near != self.foreground]
-        if belt:
-            confidence = np.where(confidence > 1.14, np.mean(belt), confidence)
-        side = math.isqrt(len(tokens))
-        return mahalanobis(cls, *self.gaussian), gaussian_filter(
-            scaled(stretched(confidence.reshape(side, side), SIZES["ma_clu"])), 4
-        )
+def plain_states(networks: dict[str, nn.Module]) -> dict[str, dict]:
+    """What the branches learn from the images of `fitted_branches`."""
+    images = {name: random_images(9 if name == "pc" else 90, SIZES[name], seed) for seed, name in enumerate(SIZES)}
+    found = {name: [seen(networks[name], image) for image in images[name]] for name in SIZES}
+    cls = torch.stack([cls for cls, _ in found["ma_clu"]]).numpy()
+    kmeans = KMeans(2, random_state=42).fit(torch.cat([patches for _, patches in found["ma_clu"]]).float().numpy())
+    foreground = int(np.argmin(np.bincount(kmeans.labels_)))
+    means = torch.stack([patches.mean(0) for _, patches in found["ma2patch"]]).numpy()
+    patches = torch.cat([patches for _, patches in found["pc"]])
+    width = johnson_lindenstrauss_min_dim(len(patches), eps=0.9)
+    assert width < patches.shape[1]  # otherwise there would be no projection to test
+    projected = torch.from_numpy(SparseRandomProjection(eps=0.9, random_state=22).fit_transform(patches.numpy()))
+    return {
+        "ma_clu": {**gaussian(cls, np.cov(cls.T)), "centers": kmeans.cluster_centers_[[foreground, 1 - foreground]]},
+        "ma2patch": gaussian(means, LedoitWolf().fit(means).covariance_),
+        "pc": {"bank": patches[reference.sampled(projected, int(0.05 * len(patches)))]},
+    }
 
 
-class PlainMA2Patch:
-    def __init__(self, network, images):
-        self.network = network
-        means = np.stack([features(network, image)[1].mean(0) for image in images])
-        self.gaussian = means.mean(0), LedoitWolf().fit(means).covariance_
-
-    def __call__(self, image):
-        tokens = features(self.network, image)[1]
-        whole = mahalanobis(tokens.mean(0), *self.gaussian)
-        without = [mahalanobis(np.delete(tokens, i, 0).mean(0), *self.gaussian) for i in range(len(tokens))]
-        side = math.isqrt(len(tokens))
-        contribution = np.abs(whole - np.array(without)).reshape(side, side)
-        return whole, gaussian_filter(stretched(contribution, SIZES["ma2patch"]), 4)
-
-
-class PlainPatchCore:
-    def __init__(self, network, images, ratio):
-        self.network = network
-        patches = np.concatenate([self.patches(image) for image in images])
-        width = johnson_lindenstrauss_min_dim(len(patches), eps=0.9)
-        assert width < patches.shape[1]  # otherwise there would be no projection to test
-        projected = SparseRandomProjection(eps=0.9, random_state=22).fit_transform(patches)
-        chosen = [0]
-        nearest = np.linalg.norm(projected - projected[0], axis=1)
-        while len(chosen) < int(ratio * len(patches)):
-            chosen.append(int(nearest.argmax()))
-            nearest = np.minimum(nearest, np.linalg.norm(projected - projected[chosen[-1]], axis=1))
-        self.bank = patches[chosen]
-
-    def patches(self, image):
-        fine, coarse = features(self.network, image)
-        height, width = fine.shape[1:]
-        pooled = []
-        for layer in (fine, coarse):
-            windows = np.lib.stride_tricks.sliding_window_view(layer, (3, 3), (1, 2)).mean((3, 4))
-            rows, columns = windows.shape[1:]
-            pooled.append(
-                np.stack(
-                    [
-                        windows[
-                            :,
-                            i * rows // height : -(-(i + 1) * rows // height),
-                            j * columns // width : -(-(j + 1) * columns // width),
-                        ].mean((1, 2))
-                        for i in range(height)
-                        for j in range(width)
-                    ]
-                )
-            )
-        return np.concatenate(pooled, 1)
-
-    def __call__(self, image):
-        patches = self.patches(image)
-        distances = np.stack([np.linalg.norm(self.bank - patch, axis=1) for patch in patches])
-        nearest = distances.min(1)
-        strange = int(nearest.argmax())
-        entry = self.bank[distances[strange].argmin()]
-        neighbors = np.linalg.norm(self.bank - entry, axis=1).argsort(kind="stable")[1:3]
-        root = math.sqrt(patches.shape[1])
-        reach = sum(math.exp(np.linalg.norm(patches[strange] - self.bank[n]) / root) for n in neighbors)
-        score = (1 - math.exp(nearest[strange] / root) / reach) * nearest[strange]
-        side = math.isqrt(len(patches))
-        return score, gaussian_filter(stretched(scaled(nearest.reshape(side, side)), SIZES["pc"]), 4)
+def plain_part(name: str, network: nn.Module, state: dict, image: torch.Tensor) -> tuple[float, np.ndarray]:
+    """Score and map of an image of any size."""
+    cls, patches = seen(network, shrunk(image, SIZES[name]))
+    if name == "pc":
+        return reference.patchcore(patches, state["bank"], SIZES[name])
+    if name == "ma_clu":
+        return reference.ma_clu(cls.numpy(), patches.numpy(), state, SIZES[name])
+    return reference.ma2patch(patches.numpy(), state, SIZES[name])
 
 
 def test_fusion_agrees_with_a_plain_loop_in_double_precision(usad, test_images):
     networks = {branch.name: branch.backbone for branch in usad.branches}
-    plain = {
-        "ma_clu": PlainMACLU(networks["ma_clu"], random_images(90, SIZES["ma_clu"], 0)),
-        "ma2patch": PlainMA2Patch(networks["ma2patch"], random_images(90, SIZES["ma2patch"], 1)),
-        "pc": PlainPatchCore(networks["pc"], random_images(9, SIZES["pc"], 2), 0.05),
-    }
-    found = usad.predict_parts(test_images)
+    states, found = plain_states(networks), usad.predict_parts(test_images)
     for row, image in enumerate(test_images):
         product, fused = 1.0, 0.0
-        for name, branch in plain.items():
-            score, anomaly_map = branch(shrunk(image, SIZES[name]))
+        for name, weight in {"ma_clu": 0.01, "ma2patch": 0.0, "pc": 1.0}.items():
+            score, anomaly_map = plain_part(name, networks[name], states[name], image)
             anomaly_map = stretched(anomaly_map, 96)
             assert float(found[name][0][row]) == pytest.approx(score, rel=1e-4), name
             assert close(found[name].scaled()[row], anomaly_map, 1e-4), name
             product = product * anomaly_map
-            fused += {"ma_clu": 0.01, "ma2patch": 0.0, "pc": 1.0}[name] * score
+            fused += weight * score
         assert float(found["fusion"][0][row]) == pytest.approx(fused + product.max(), rel=1e-4)
         assert close(found["fusion"][1][row], gaussian_filter(product, 1, mode="mirror", truncate=2), 2e-4)
+    scores, maps, *_ = usad.predict(test_images)
+    assert scores.shape == (5,) and maps.shape == (5, 96, 96)
+    assert scores.dtype == torch.float64 and maps.dtype == torch.float32
 
 
 def test_batch_size_does_not_matter(usad, test_images):
@@ -253,18 +170,12 @@ def test_batch_size_does_not_matter(usad, test_images):
             assert close(alone[name].scaled()[0], part.scaled()[row], 1e-4), name
 
 
-def test_maps_are_those_of_the_largest_branch(usad, test_images):
-    scores, maps, *_ = usad.predict(test_images)
-    assert scores.shape == (5,) and maps.shape == (5, 96, 96)
-    assert scores.dtype == torch.float64 and maps.dtype == torch.float32
-
-
 @pytest.mark.parametrize("index", range(3))
 def test_save_and_load_bit_for_bit(usad, tmp_path, index):
     branch = usad.branches[index]
     branch.training, before = {"images": 90, "files_digest": "abc"}, branch.calibration
     images = random_images(4, branch.image_size, seed=5)
-    branch.calibration = calibrate(branch, FittingImages(images, 2))
+    branch.calibration = calibrate(branch, Batches.of(images, 2))
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     branch.save(first)
     loaded = type(branch).load(first)
@@ -320,7 +231,7 @@ def between_steps(values: list[float], distance: int) -> float:
 def test_statistics_on_held_out_images(usad):
     branch = usad.branches[2]
     images = random_images(6, branch.image_size, seed=6)
-    statistics = calibrate(branch, FittingImages(images, 4))
+    statistics = calibrate(branch, Batches.of(images, 4))
     scores, maps, *_ = branch.predict(images)
     maps = coarse(maps)
     mean, deviation = coarse(normal_field(statistics, branch.image_size, branch.image_size))
@@ -336,7 +247,7 @@ def test_statistics_on_held_out_images(usad):
 def test_standardized_fusion(usad, test_images):
     branches = usad.branches
     for branch in branches:
-        branch.calibration = calibrate(branch, FittingImages(random_images(6, branch.image_size, seed=6), 4))
+        branch.calibration = calibrate(branch, Batches.of(random_images(6, branch.image_size, seed=6), 4))
     try:
         parts = USAD(branches, fusion="standardized").predict_parts(test_images)
         deviations, tops, maps = [], [], []
@@ -397,7 +308,7 @@ def test_mahalanobis_distance():
     data, points = vectors(40, 6), vectors(5, 6, seed=4)
     fit = RunningMoments()
     fit.update(torch.from_numpy(data))
-    expected = [mahalanobis(point, data.mean(0), np.cov(data.T)) for point in points]
+    expected = [reference.mahalanobis(point, **gaussian(data, np.cov(data.T))) for point in points]
     np.testing.assert_allclose(fit.finish().distance(torch.from_numpy(points)), expected, rtol=1e-9)
 
 
@@ -493,17 +404,17 @@ def test_a_patch_store_takes_images_of_few_and_of_many_patches(few, budget):
     assert float(store.weights().sum()) == pytest.approx(frames * (8 * few + 64))
 
 
-def patchcore_with(bank: np.ndarray, stand_in, neighbors: int = 3) -> PatchCore:
-    branch = PatchCore(stand_in(16, (2, 2), bank.shape[1]), neighbors=neighbors)
+def patchcore_with(bank: np.ndarray, neighbors: int = 3) -> PatchCore:
+    branch = PatchCore(StandIn(16, (2, 2), bank.shape[1]), neighbors=neighbors)
     branch.load_state({"bank": torch.from_numpy(bank).float()})
     return branch
 
 
 @pytest.mark.parametrize("entries", [1, 2, 3, 4])
-def test_patchcore_with_a_tiny_bank(stand_in, entries):
+def test_patchcore_with_a_tiny_bank(entries):
     rng = np.random.default_rng(entries)
     bank, patches = rng.normal(size=(entries, 8)), rng.normal(size=(3, 4, 8))
-    scores, maps, *_ = patchcore_with(bank, stand_in).score(torch.from_numpy(patches).float())
+    scores, maps, *_ = patchcore_with(bank).score(torch.from_numpy(patches).float())
     assert torch.isfinite(maps).all()
     for score, image in zip(scores, patches, strict=True):
         distances = np.linalg.norm(image[:, None] - bank, axis=2)
@@ -517,29 +428,29 @@ def test_patchcore_with_a_tiny_bank(stand_in, entries):
         assert entries < 3 or 0.5 <= weight < 1
 
 
-def test_patchcore_with_copies_in_its_bank(stand_in):
+def test_patchcore_with_copies_in_its_bank():
     patches = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
-    scores = patchcore_with(np.zeros((3, 8)), stand_in).score(patches).scores
+    scores = patchcore_with(np.zeros((3, 8))).score(patches).scores
     # All three entries are as far: the weight is 1 - 1/2.
     np.testing.assert_allclose(scores, patches.norm(dim=2).amax(1) / 2, rtol=1e-5)
-    flat = patchcore_with(patches[0].double().numpy(), stand_in).score(patches[:1])
+    flat = patchcore_with(patches[0].double().numpy()).score(patches[:1])
     assert float(flat[0]) == 0 and float(flat[1].abs().max()) == 0  # nothing strange, and no division by zero
 
 
-def test_patchcore_refuses_an_empty_bank(stand_in, batches):
-    branch = PatchCore(stand_in(16, (2, 2), 6), coreset_ratio=0.005)
+def test_patchcore_refuses_an_empty_bank():
+    branch = PatchCore(StandIn(16, (2, 2), 6), coreset_ratio=0.005)
     branch.extract = lambda images: images.flatten(2).mT
     with pytest.raises(InputError, match=r"--coreset-ratio 0\.005 of 128 patches"):
-        branch.fit(batches([{"image": torch.randn(2, 4, 8, 8), "index": torch.arange(2)}], 2))
+        branch.fit(Batches.of(torch.randn(2, 4, 8, 8)))
 
 
 @pytest.mark.parametrize("rounding", [0, 1e-7])
-def test_training_images_all_alike_are_refused(stand_in, batches, rounding):
-    branch = MACLU(stand_in(16, (2, 2), 6))
+def test_training_images_all_alike_are_refused(rounding):
+    branch = MACLU(StandIn(16, (2, 2), 6))
     tokens = 1 + rounding * torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(0))
     branch.backbone.forward = lambda images: (torch.ones(len(images), 6), tokens)
     with pytest.raises(InputError, match="identical"), pytest.warns(UserWarning, match="channels"):
-        branch.fit(batches([{"image": torch.zeros(4, 3, 16, 16), "index": torch.arange(4)}], 4))
+        branch.fit(Batches.of(torch.zeros(4, 3, 16, 16)))
 
 
 def test_clusters_do_not_depend_on_the_number_of_threads():
@@ -552,14 +463,14 @@ def test_clusters_do_not_depend_on_the_number_of_threads():
     assert len(found) == 1
 
 
-def test_all_coal_keeps_its_confidence(stand_in):
-    branch = MACLU(stand_in(16, (2, 2), 6))
+def test_all_coal_keeps_its_confidence():
+    branch = MACLU(StandIn(16, (2, 2), 6))
     confidence = torch.tensor([[1.5, 2.0, 1.2, 1.1], [1.5, 2.0, 0.4, 0.8], [1.14, 1.0, 0.2, 0.2]])
     expected = torch.tensor([[1.5, 2.0, 1.2, 1.1], [0.6, 0.6, 0.4, 0.8], [1.14, 1.0, 0.2, 0.2]])
     assert torch.allclose(branch.without_coal(confidence), expected)
 
 
-# Position embeddings, and a fourth branch
+# Position embeddings
 
 
 def test_position_size_resamples_twice():
@@ -579,30 +490,3 @@ def test_position_size_resamples_twice():
     assert close(torch.cat([cls[:, None], patches], 1), expected, 1e-5)
     once = build_backbone(BackboneSpec("tokens", "test_vit", 96, weights="random", seed=7))(images)[1]
     assert not close(patches, once, 1e-3)
-
-
-README = Path(__file__).parents[1] / "README.md"
-
-
-@pytest.mark.skipif(not README.exists(), reason="no README here")
-def test_the_fourth_branch_of_the_readme(trained, tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(# A fourth branch.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    shutil.copytree(trained / "data" / "belt", tmp_path / "data" / "coal_demo")
-    shutil.copytree(trained / "models" / "belt", tmp_path / "saved_models" / "coal_demo")
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    exec(code, names)
-    usad = names["usad"]
-    assert len(usad.branches) == 4
-    fourth = usad.branches[-1]
-    assert type(fourth).__base__ is Branch
-    images = random_images(2, usad.image_size, seed=12)
-    parts = usad.predict_parts(images)
-    scores, maps, *_ = parts["fusion"]
-    branches = [parts[branch.name] for branch in usad.branches]
-    product = torch.stack([part.scaled() for part in branches]).prod(0)
-    weights = usad.rule.score_weights
-    expected = sum(weights[name] * parts[name].scores.double() for name in weights)
-    np.testing.assert_allclose(scores, expected + product.amax((1, 2)).double(), rtol=1e-6)
-    assert maps.shape == (2, usad.image_size, usad.image_size)
-    assert usad.rule.score_weights[fourth.name] > 0

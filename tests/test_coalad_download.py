@@ -1,7 +1,5 @@
 """CoalAD's download from a local server that speaks ModelScope's two routes, and its unpacking."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import gzip
@@ -16,15 +14,15 @@ import ssl
 import subprocess
 import sys
 import tarfile
-import threading
 from concurrent.futures import ProcessPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from machine import PATIENCE, require
+from stub_server import Answer, Server
+from tiny import contents
 
 from datasets import coalad
 from utils.errors import InputError
@@ -60,34 +58,20 @@ def archives(content) -> dict[str, bytes]:
     return {"coal_ad_train.tar": make_tar(train), "coal_ad_test.tar": make_tar(test)}
 
 
-class ModelScope(ThreadingHTTPServer):
+class ModelScope(Server):
     """Lists `files` and serves them; `cut` breaks off after that many bytes of the train archive."""
 
     def __init__(self, files: dict[str, bytes]):
-        super().__init__(("127.0.0.1", 0), Handler)
         self.files = files
         self.listed = True
         self.cut: int | None = None
         self.flip = False
         self.downloads: list[tuple[str, str | None]] = []  # (file, Range header) of each download request
+        super().__init__(Routes)
 
 
-class Handler(BaseHTTPRequestHandler):
+class Routes(Answer):
     protocol_version = "HTTP/1.1"
-    server: ModelScope
-
-    def log_message(self, *args):
-        pass
-
-    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None, cut: int | None = None):
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body[:cut])
-        if cut is not None:
-            self.wfile.flush()
-            self.close_connection = True
 
     def do_GET(self):
         url = urlsplit(self.path)
@@ -97,12 +81,14 @@ class Handler(BaseHTTPRequestHandler):
                 {"Path": name, "Type": "blob", "Size": len(data), "Sha256": hashlib.sha256(data).hexdigest()}
                 for name, data in self.server.files.items()
             ]
-            body = {"Code": 200, "Success": True, "Data": {"Files": files}}
-            self.reply(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+            self.reply_json(200, {"Code": 200, "Success": True, "Data": {"Files": files}})
         elif url.path == repository:
             self.send_file(parse_qs(url.query)["FilePath"][0])
         else:
-            self.reply(404, b'{"Code": 404, "Message": "not found"}', {"Content-Type": "application/json"})
+            self.reply_json(404, {"Code": 404, "Message": "not found"})
+
+    def reply_json(self, status: int, value: dict):
+        self.reply(status, json.dumps(value).encode(), Content_Type="application/json")
 
     def send_file(self, name: str):
         wanted = self.headers.get("Range")
@@ -110,31 +96,18 @@ class Handler(BaseHTTPRequestHandler):
         data = self.server.files[name]
         if self.server.flip:
             data = data[:-1] + bytes([data[-1] ^ 1])
+        start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
+        part = {"Content_Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if wanted else {}
+        part["Content_Length"] = str(len(data) - start)
         cut = self.server.cut if name == "coal_ad_train.tar" else None
-        if wanted:
-            start = int(wanted.removeprefix("bytes=").split("-")[0])
-            headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
-            self.reply(206, data[start:], headers, cut)
-        else:
-            self.reply(200, data, cut=cut)
-
-
-@contextlib.contextmanager
-def serving(server: ModelScope):
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        self.close_connection = cut is not None
+        self.reply(206 if wanted else 200, data[start:][:cut], **part)
 
 
 @pytest.fixture
 def server(archives):
     require("modelscope.hub.snapshot_download")
-    with serving(ModelScope(archives)) as server:
+    with ModelScope(archives) as server:
         yield server
 
 
@@ -182,18 +155,10 @@ def call(data_root: Path, endpoint: str, largest_file: int | None = None) -> tup
     return kind, message
 
 
-def address(server: ModelScope) -> str:
-    return f"http://127.0.0.1:{server.server_port}"
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_download_puts_both_archives_in_place(tmp_path, server, content):
     data = tmp_path / "data"
-    assert call(data, address(server)) == ("done", str(data / "coal_ad"))
-    assert tree(data) == content  # and nothing of the download is left
+    assert call(data, server.url) == ("done", str(data / "coal_ad"))
+    assert contents(data) == content  # and nothing of the download is left
     assert [name for name, _ in server.downloads] == ["coal_ad_train.tar", "coal_ad_test.tar"]
 
 
@@ -202,34 +167,34 @@ def test_a_data_set_that_is_there_is_left_alone(tmp_path):
     image.parent.mkdir(parents=True)
     image.write_bytes(b"mine")
     assert coalad.ensure_coalad(tmp_path) == tmp_path / "coal_ad"
-    assert tree(tmp_path) == {"coal_ad/train/good/mine.png": b"mine"}
+    assert contents(tmp_path) == {"coal_ad/train/good/mine.png": b"mine"}
 
 
 def test_a_cut_download_is_continued(tmp_path, server, content):
     data, size = tmp_path / "data", len(server.files["coal_ad_train.tar"])
     server.cut = 100_000
-    kind, message = call(data, address(server))
+    kind, message = call(data, server.url)
     assert kind == "ConnectionError" and "again to continue" in message
     assert not (data / "coal_ad").exists()
     received = (data / ".coal_ad.download/coal_ad_train.tar.incomplete").stat().st_size
     assert 0 < received <= 100_000 < size
 
     server.cut, server.downloads = None, []
-    assert call(data, address(server))[0] == "done"
+    assert call(data, server.url)[0] == "done"
     assert ("coal_ad_train.tar", f"bytes={received}-") in server.downloads
-    assert tree(data) == content
+    assert contents(data) == content
 
 
 def test_bytes_that_differ_from_the_listing_are_refused(tmp_path, server):
     server.flip = True
-    kind, message = call(tmp_path / "data", address(server))
+    kind, message = call(tmp_path / "data", server.url)
     assert kind == "ConnectionError" and "Hash mismatch" in message
     assert not list((tmp_path / "data").rglob("*.tar*"))
 
 
 @pytest.mark.parametrize("how", ["no listing", "no archive", "nobody there"])
 def test_where_coalad_cannot_be_had_the_message_says_how_to_get_it(tmp_path, server, how):
-    endpoint = address(server)
+    endpoint = server.url
     if how == "no listing":
         server.listed = False
     elif how == "no archive":
@@ -258,14 +223,14 @@ def test_tls_certificates_are_verified(tmp_path, archives):
     context.load_cert_chain(certificate)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     server.handle_error = lambda *_: None  # the refused handshakes
-    with serving(server):
-        kind, message = call(tmp_path / "data", f"https://127.0.0.1:{server.server_port}")
+    with server:
+        kind, message = call(tmp_path / "data", f"https://{server.host}")
     assert kind == "InputError" and "CERTIFICATE_VERIFY_FAILED" in message
     assert server.downloads == []
 
 
 def test_a_disk_error_while_downloading_is_no_network_error(tmp_path, server):
-    kind, message = call(tmp_path / "data", address(server), 100_000)  # no file may grow beyond that
+    kind, message = call(tmp_path / "data", server.url, 100_000)  # no file may grow beyond that
     assert kind == "OSError" and f"[Errno {errno.EFBIG}]" in message
     assert not (tmp_path / "data/coal_ad").exists()
 
@@ -380,7 +345,7 @@ def test_the_archive_before_the_hostile_members_is_accepted(tmp_path, download, 
     harmless = [member("./", type=tarfile.DIRTYPE), member("coal_ad/._train", b"x")]
     download["coal_ad_train.tar"] = followed(download["coal_ad_train.tar"], harmless)
     coalad.ensure_coalad(tmp_path)
-    assert tree(tmp_path) == content
+    assert contents(tmp_path) == content
 
 
 def test_too_many_members_are_refused(tmp_path, download, monkeypatch):
@@ -424,7 +389,7 @@ def test_an_interrupted_extraction_leaves_no_data_set(tmp_path, download, conten
     assert [path.name for path in tmp_path.iterdir()] == [".coal_ad.download"]
     assert not list(tmp_path.rglob("*.jpg"))
     coalad.ensure_coalad(tmp_path)
-    assert tree(tmp_path) == content
+    assert contents(tmp_path) == content
 
 
 def test_a_killed_extraction_leaves_no_data_set(tmp_path, download, content):
@@ -433,4 +398,4 @@ def test_a_killed_extraction_leaves_no_data_set(tmp_path, download, content):
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half")
     coalad.ensure_coalad(tmp_path)
-    assert tree(tmp_path) == content
+    assert contents(tmp_path) == content

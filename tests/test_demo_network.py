@@ -1,16 +1,14 @@
 """The bundled network, what small data sets need beside it, and what `--weights demo` makes of the scripts."""
 
-import json
 import sys
 
 import numpy as np
 import pytest
 import scipy.signal
 import torch
-from stand_in import Batches
-from tiny import draw_category, run_in_process
+from stand_in import Batches, normalised
+from tiny import SMALL_NETWORKS, draw_category, end_well, read_json, refusal
 
-from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.branches.neighbors import NearestNeighbors
 from models.branches.patchcore import PatchCore, means_around
 from models.branches.whitening import FLOOR, Whitening
@@ -24,10 +22,6 @@ from training.options import parse_training, training_parser
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def normalised(pixels: torch.Tensor) -> torch.Tensor:
-    return (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
 
 
 def backbone(kind: str, size: int = 96):
@@ -174,13 +168,13 @@ def test_constants_are_part_of_the_fingerprint(monkeypatch):
 def test_a_whitened_bank_survives_the_checkpoint(tmp_path):
     images = normalised(torch.rand(4, 3, 96, 96))
     branch = PatchCore(backbone("maps"), coreset_ratio=0.2, whiten=True, average_bank=True)
-    branch.fit(Batches([{"image": images, "index": torch.arange(4)}], 4))
+    branch.fit(Batches.of(images))
     branch.save(tmp_path / "pc.safetensors")
     again = PatchCore.load(tmp_path / "pc.safetensors")
     for expected, found in zip(branch.predict(images), again.predict(images), strict=True):
         assert torch.equal(expected, found)
     plain = PatchCore(backbone("maps"), coreset_ratio=0.2)
-    plain.fit(Batches([{"image": images, "index": torch.arange(4)}], 4))
+    plain.fit(Batches.of(images))
     assert not torch.allclose(plain.memory_bank.rows, branch.memory_bank.rows)
 
 
@@ -189,7 +183,7 @@ def test_beyond_the_patch_budget_the_bank_stays_as_large():
 
     def entries(count):
         branch = PatchCore(backbone("maps"), coreset_ratio=0.2, patch_budget=5e-5, whiten=True, average_bank=True)
-        branch.fit(Batches([{"image": images[:count], "index": torch.arange(count)}], count))
+        branch.fit(Batches.of(images[:count], count))
         return len(branch.memory_bank.rows)
 
     budgeted = int(0.2 * int(5e4 / (4 * 39)))
@@ -201,33 +195,26 @@ def trained(tmp_path_factory):
     """The three branches trained with `--weights demo` on tiny frames."""
     folder = tmp_path_factory.mktemp("demo")
     draw_category(folder / "data" / "belt", train=12, good=4, anomalous=6, size=(120, 96))
-    for script in ("train_ma_clu", "train_ma2patch", "train_pc"):
-        own = ("--weights", "demo", "--models-dir", folder / "models", "--image-size", 96, "--batch-size", 4)
-        done = run_in_process(script, *flags(folder), *own)
-        assert done.code == 0, done.err
+    for script in SMALL_NETWORKS:
+        end_well(script, *flags(folder, "models", "--weights", "demo", "--image-size", 96, "--batch-size", 4))
     return folder
 
 
-def flags(folder):
-    return "--data-root", folder / "data", "--category", "belt", "--results-dir", folder / "result", *COMMON
-
-
-COMMON = ("--workers", 0, "--no-images")
+def flags(folder, models, *more):
+    places = "--data-root", folder / "data", "--results-dir", folder / "result", "--models-dir", folder / models
+    return *places, "--category", "belt", "--workers", 0, "--no-images", *more
 
 
 def with_demo(folder, *more):
-    return *flags(folder), "--weights", "demo", "--models-dir", folder / "other", *more
+    return flags(folder, "other", "--weights", "demo", *more)
 
 
 def test_the_defaults_are_said_and_a_flag_overrides_them(trained):
-    folder = trained
-    done = run_in_process("train_pc", *with_demo(folder, "--image-size", 96, "--coreset-ratio", 0.2, "--no-whiten"))
-    assert done.code == 0, done.err
-    assert "with --weights demo:" in done.out.splitlines()[0]
+    done = end_well("train_pc", *with_demo(trained, "--image-size", 96, "--coreset-ratio", 0.2, "--no-whiten"))
     said = ("image-size 96", "coreset-ratio 0.2", "whiten False", "holdout-ratio 0.2", "patch-budget 0.1")
-    for words in (f"backbone {NAME}", *said):
+    for words in ("with --weights demo:", f"backbone {NAME}", *said):
         assert words in done.out.splitlines()[0]
-    settings = json.loads((folder / "result/belt/pc/config.json").read_text())["settings"]
+    settings = read_json(trained / "result/belt/pc/config.json")["settings"]
     assert (settings["coreset_ratio"], settings["whiten"], settings["average_bank"]) == (0.2, False, True)
 
 
@@ -250,38 +237,28 @@ def test_the_network_of_a_package_brings_defaults_too(monkeypatch, capsys):
 )
 def test_what_does_not_go_with_the_demo_network(tmp_path, more, words):
     draw_category(tmp_path / "data" / "belt")
-    done = run_in_process("train_pc", *with_demo(tmp_path, *more))
-    assert done.code == 2 and len(done.err.splitlines()) == 1
-    assert all(word in done.err for word in words)
-    done = run_in_process("train_ma_clu", *with_demo(tmp_path, "--position-size", 96))
-    assert done.code == 2 and "--position-size" in done.err
+    said = refusal("train_pc", *with_demo(tmp_path, *more))
+    assert all(word in said for word in words)
+    assert "--position-size" in refusal("train_ma_clu", *with_demo(tmp_path, "--position-size", 96))
 
 
 def test_the_fusion_follows_the_checkpoints(trained):
-    run = ("test_fusion", *flags(trained), "--models-dir", trained / "models")
-    done = run_in_process(*run)
-    assert done.code == 0, done.err
-    folder = trained / "result/belt/fusion"
-    assert json.loads((folder / "config.json").read_text())["settings"]["fusion"] == "standardized"
-    assert json.loads((folder / "metrics.json").read_text())["branches"]["pc"]["image_auroc"] > 0.9
-    done = run_in_process(*run, "--fusion", "paper")
-    assert done.code == 0, done.err
-    assert json.loads((folder / "config.json").read_text())["settings"]["fusion"] == "paper"
-    done = run_in_process(*run, "--lambda-map", 2)
-    assert done.code == 2 and "--lambda-map" in done.err and "standardized" in done.err
+    run, folder = ("test_fusion", *flags(trained, "models")), trained / "result/belt/fusion"
+    end_well(*run)
+    assert read_json(folder / "config.json")["settings"]["fusion"] == "standardized"
+    assert read_json(folder / "metrics.json")["branches"]["pc"]["image_auroc"] > 0.9
+    end_well(*run, "--fusion", "paper")
+    assert read_json(folder / "config.json")["settings"]["fusion"] == "paper"
+    said = refusal(*run, "--lambda-map", 2)
+    assert "--lambda-map" in said and "standardized" in said
 
 
 def test_it_finds_what_it_has_never_seen(tmp_path):
     """Drawn scenes of another seed than the demo's, few and small: far above chance, at images and at pixels."""
-    drawn = run_in_process(
-        "make_demo_data", "--data-root", tmp_path, "--size", 256, "--seed", 5, "--workers", 2,
-        *("--train", 30, "--good", 12, "--anomalous", 18),
-    )  # fmt: skip
-    assert drawn.code == 0, drawn.err
-    done = run_in_process(
-        "train_pc", "--data-root", tmp_path, "--category", "coal_demo", "--weights", "demo", "--image-size", 256,
-        *("--models-dir", tmp_path / "models", "--results-dir", tmp_path / "result", *COMMON),
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    metrics = json.loads((tmp_path / "result/coal_demo/pc/metrics.json").read_text())
+    size = ("--size", 256, "--train", 30, "--good", 12, "--anomalous", 18)
+    end_well(
+        "make_demo_data", "--data-root", tmp_path / "data", "--category", "belt", *size, "--seed", 5, "--workers", 2
+    )
+    end_well("train_pc", *with_demo(tmp_path, "--image-size", 256))
+    metrics = read_json(tmp_path / "result/belt/pc/metrics.json")
     assert metrics["image_auroc"] > 0.8 and metrics["pixel_auroc"] > 0.95

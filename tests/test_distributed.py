@@ -1,7 +1,5 @@
 """Two processes under torchrun do what one does; an error in one ends both."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -15,13 +13,13 @@ import pytest
 import torch
 from machine import PATIENCE
 from PIL import Image
-from tiny import draw_category, run_in_process, small_flags
+from stand_in import close
+from tiny import ROOT, draw_category, read_json, refusal, run_in_process, small_flags
 
 from utils import distributed, gather
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 
-ROOT = Path(__file__).parents[1]
 PARTS = ("ma_clu", "ma2patch", "pc", "fusion")
 FLAGS = {
     "train_ma_clu": ("--holdout-ratio", 0.2, "--patch-budget", 1e-5),
@@ -77,11 +75,6 @@ def roots(runs) -> tuple[Path, Path]:
     return runs[:2]
 
 
-def close(ours, theirs, tolerance: float) -> bool:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    return ours.shape == theirs.shape and np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
-
-
 @pytest.mark.parametrize("branch", PARTS[:3])
 def test_checkpoints(roots, branch):
     (one, first), (two, second) = (
@@ -109,7 +102,7 @@ def numbers(value, path=""):
 @pytest.mark.parametrize("part", PARTS)
 def test_results(roots, part):
     folders = [root / "result" / "belt" / part for root in roots]
-    one, two = (numbers(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))) for folder in folders)
+    one, two = (numbers(read_json(folder / "metrics.json")) for folder in folders)
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert two[name] == (value if isinstance(value, list | str | None) else pytest.approx(value, rel=1e-9)), name
@@ -125,7 +118,7 @@ def test_results(roots, part):
 
 
 def test_processes_are_in_the_configuration(roots):
-    configs = [json.loads((root / "result/belt/fusion/config.json").read_text(encoding="utf-8")) for root in roots]
+    configs = [read_json(root / "result/belt/fusion/config.json") for root in roots]
     assert [config["processes"] for config in configs] == [1, 2]
     assert configs[0]["left_out"].keys() == configs[1]["left_out"].keys() == {"test/good/002.png", "train/good/002.png"}
 
@@ -134,7 +127,7 @@ def test_report_and_operating_point(roots):
     one, two = ((root / "result/belt/fusion/report.html").read_text(encoding="utf-8") for root in roots)
     assert one.count("<article") == two.count("<article") == 6
     assert one.count("data:image/webp") == two.count("data:image/webp")
-    points = [numbers(json.loads((root / "models/belt/usad.json").read_text(encoding="utf-8"))) for root in roots]
+    points = [numbers(read_json(root / "models/belt/usad.json")) for root in roots]
     for name in ("/threshold", "/pixel_threshold", "/expected_rate"):
         assert points[1][name] == pytest.approx(points[0][name], rel=1e-6)
 
@@ -148,8 +141,7 @@ def test_an_unreadable_file_of_the_second_process_ends_both_with_one_line(runs):
 
 def test_a_script_for_one_process_says_so(monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 2)
-    finished = run_in_process("predict", "frames")
-    assert finished.code == 2 and "start it with python, not torchrun" in finished.err
+    assert "start it with python, not torchrun" in refusal("predict", "frames")
 
 
 @pytest.mark.parametrize(

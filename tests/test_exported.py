@@ -1,8 +1,5 @@
 """export_onnx.py and predict_onnx.py: one file that predicts what PyTorch does, on a machine without PyTorch."""
 
-from __future__ import annotations
-
-import csv
 import json
 import shutil
 import subprocess
@@ -14,9 +11,9 @@ import pytest
 import torch
 from machine import PATIENCE
 from PIL import Image
-from tiny import draw_category, draw_frame, run_in_process
+from stand_in import normalised
+from tiny import ROOT, draw_category, draw_frame, end_well, read_json, read_rows, refusal
 
-from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models import USAD
 from models.branches.postprocess import resize_images
 from models.exported import operators
@@ -32,7 +29,6 @@ onnx, *_ = (
     pytest.importorskip(package, reason="the export needs requirements-export.txt")
     for package in ("onnx", "onnxscript", "onnxruntime")
 )
-ROOT = Path(__file__).parents[1]
 SHRUNK = ("--covariance", "ledoit-wolf")  # few images: a singular covariance would magnify rounding
 TRAININGS = {  # a network of each kind
     "train_ma_clu": ("--weights", "random", "--backbone", "test_vit", "--image-size", 64, *SHRUNK),
@@ -57,11 +53,10 @@ def home(tmp_path_factory) -> Path:
     run = ["--device", "cpu", "--workers", 0]
     for script, network in TRAININGS.items():
         training = [*flags(root), *run, *network, "--roi", root / "roi.png", "--holdout-ratio", 0.5, "--no-eval"]
-        assert run_in_process(script, *training).code == 0
+        end_well(script, *training)
     testing = ["--fusion", "standardized", "--false-alarm-rate", 0.3, "--no-images", "--results-dir", root / "result"]
-    assert run_in_process("test_fusion", *flags(root), *run, *testing).code == 0
-    finished = run_in_process("export_onnx", *flags(root), "--out", root / "belt.onnx")
-    assert finished.code == 0, finished.err
+    end_well("test_fusion", *flags(root), *run, *testing)
+    finished = end_well("export_onnx", *flags(root), "--out", root / "belt.onnx")
     assert "4 held-out and 4 training frames (fewer than 64" in finished.out
     return root
 
@@ -78,23 +73,17 @@ def frames(tmp_path_factory) -> Path:
     return folder
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_rows_and_pictures_are_those_of_predict(home, frames, tmp_path):
     ours, torchs = tmp_path / "ours", tmp_path / "torchs"
-    assert run_in_process("predict", frames, *flags(home)[2:], "--out", torchs).code == 0
-    finished = run_in_process("predict_onnx", home / "belt.onnx", frames, "--out", ours)
-    assert finished.code == 0, finished.err
-    for own, other in zip(rows(ours), rows(torchs), strict=True):
+    end_well("predict", frames, *flags(home)[2:], "--out", torchs)
+    end_well("predict_onnx", home / "belt.onnx", frames, "--out", ours)
+    for own, other in zip(read_rows(ours / "predictions.csv"), read_rows(torchs / "predictions.csv"), strict=True):
         assert float(own.pop("score")) == pytest.approx(float(other.pop("score")), rel=1e-4)
         assert own == other
-    assert any(row["boxes"] != "[]" for row in rows(ours))
+    assert any(row["boxes"] != "[]" for row in read_rows(ours / "predictions.csv"))
     names = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (ours, torchs)]
     assert names[0] == names[1] and Path("report.html") in names[0]
-    scripts = [json.loads((folder / "config.json").read_text())["script"] for folder in (ours, torchs)]
+    scripts = [read_json(folder / "config.json")["script"] for folder in (ours, torchs)]
     assert scripts == ["predict_onnx.py", "predict.py"]
 
 
@@ -103,8 +92,7 @@ def test_any_number_of_frames_at_a_time(home):
     assert model.roi == usad.roi and model.operating_point.fusion == usad.settings()
     for count in (1, 3):
         images = torch.rand(count, 3, usad.image_size, usad.image_size)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-        parts = usad.predict_parts((images - mean) / std)
+        parts = usad.predict_parts(normalised(images))
         names = OnnxModel.output_names(list(parts))
         found = dict(zip(names, model.session.run(names, {"images": images.numpy()}), strict=True))
         assert names[:4] == ["score", "map", "ma_clu_score", "ma_clu_map"]
@@ -117,9 +105,8 @@ def test_any_number_of_frames_at_a_time(home):
 def test_what_is_traced_is_the_same_by_any_rule(home):
     folder, rng = home / "models" / "belt", np.random.default_rng(4)
     images = torch.from_numpy(as_input([Image.fromarray(draw_frame(rng, 120, 90)) for _ in range(2)], SIDE))
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     with torchs_own_kernels():
-        expected = USAD.load(folder, fusion="paper").predict_parts((images - mean) / std)
+        expected = USAD.load(folder, fusion="paper").predict_parts(normalised(images))
     with torchs_own_kernels(), operators.WithOperatorsOfONNX(), torch.no_grad():
         found = Exportable(USAD.load(folder, fusion="paper"))(images)
     for part, score, maps in zip(expected.values(), found[::2], found[1::2], strict=True):
@@ -140,8 +127,8 @@ def test_half_the_size(home, tmp_path):
 
 
 def test_integers_are_refused(home, tmp_path):
-    finished = run_in_process("export_onnx", *flags(home), "--out", tmp_path / "belt.onnx", "--precision", "int8")
-    assert finished.code == 2 and finished.err.count("\n") == 1 and "take fp32 or fp16" in finished.err
+    said = refusal("export_onnx", *flags(home), "--out", tmp_path / "belt.onnx", "--precision", "int8")
+    assert "take fp32 or fp16" in said
 
 
 def test_without_pytorch(home, frames, tmp_path):
@@ -155,7 +142,7 @@ def test_without_pytorch(home, frames, tmp_path):
         [*script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert finished.returncode == 0, finished.stderr
-    assert len(rows(tmp_path / "out")) == 6 and (tmp_path / "out" / "report.html").is_file()
+    assert len(read_rows(tmp_path / "out" / "predictions.csv")) == 6 and (tmp_path / "out" / "report.html").is_file()
 
 
 def test_a_graph_that_computes_something_else_gets_no_name(home, tmp_path, monkeypatch):
@@ -166,61 +153,56 @@ def test_a_graph_that_computes_something_else_gets_no_name(home, tmp_path, monke
         onnx.save(model, path)
 
     monkeypatch.setattr(exporting, "write_graph", tampered)
-    finished = run_in_process("export_onnx", *flags(home), "--out", tmp_path / "belt.onnx")
-    assert finished.code == 2 and finished.err.count("\n") == 1
-    assert "does not agree" in finished.err and "train/good/00" in finished.err.replace("\\", "/")
+    said = refusal("export_onnx", *flags(home), "--out", tmp_path / "belt.onnx")
+    assert "does not agree" in said and "train/good/00" in said.replace("\\", "/")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["belt.txt", "belt.onnx"])
 def test_files_of_others_stay(home, tmp_path, name):
     (tmp_path / name).write_bytes(b"mine")
-    finished = run_in_process("export_onnx", *flags(home), "--out", tmp_path / name)
-    assert finished.code == 2 and finished.err.count("\n") == 1 and str(tmp_path / name) in finished.err
+    assert str(tmp_path / name) in refusal("export_onnx", *flags(home), "--out", tmp_path / name)
     assert (tmp_path / name).read_bytes() == b"mine"
 
 
 def test_a_missing_package_is_named(home, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "installed_version", lambda name: None if name == "onnxscript" else "1")
-    finished = run_in_process("export_onnx", *flags(home), "--out", tmp_path / "belt.onnx")
-    assert finished.code == 2 and "pip install -r requirements-export.txt" in finished.err
+    said = refusal("export_onnx", *flags(home), "--out", tmp_path / "belt.onnx")
+    assert "pip install -r requirements-export.txt" in said
+
+
+def onnx_file(change):
+    """Damage to a file: `change` is called with the loaded one."""
+
+    def spoil(path):
+        model = onnx.load(path)
+        change(model)
+        onnx.save(model, path)
+
+    return spoil
 
 
 def described(change):
     """Damage to a file's metadata: `change` is called with them."""
 
-    def spoil(path):
-        model = onnx.load(path)
+    def spoil(model):
         (entry,) = model.metadata_props
         description = json.loads(entry.value)
         change(description)
         entry.value = json.dumps(description)
-        onnx.save(model, path)
 
-    return spoil
+    return onnx_file(spoil)
 
 
 def point(name, value):
     return described(lambda description: description["operating_point"].update({name: value}))
 
 
-def foreign(path):
-    model = onnx.load(path)
-    del model.metadata_props[:]
-    onnx.save(model, path)
-
-
-def nested(path):
-    model = onnx.load(path)
-    model.metadata_props[0].value = "[" * 100_000
-    onnx.save(model, path)
-
-
 SPOILT = {
     "absent": Path.unlink,
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:1000]),
-    "foreign": foreign,
-    "nested": nested,
+    "foreign": onnx_file(lambda model: model.metadata_props.pop()),
+    "nested": onnx_file(lambda model: setattr(model.metadata_props[0], "value", "[" * 100_000)),
     "no size": described(lambda description: description.pop("image_size")),
     "another size": described(lambda description: description.update(image_size=SIDE // 2)),
     "another branch": described(lambda description: description["branches"].update(other={})),
@@ -237,8 +219,7 @@ SPOILT = {
 def test_files_that_are_no_models(home, frames, tmp_path, kind):
     path = shutil.copy(home / "belt.onnx", tmp_path / "belt.onnx")
     SPOILT[kind](path)
-    finished = run_in_process("predict_onnx", path, frames, "--out", tmp_path / "out")
-    assert finished.code == 2 and finished.err.count("\n") == 1 and str(path) in finished.err
+    assert str(path) in refusal("predict_onnx", path, frames, "--out", tmp_path / "out")
 
 
 class Answers:

@@ -1,14 +1,12 @@
 """A branch, a fusion rule, a metric and a data set from outside: a class, and a line in a registry."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 
 import numpy as np
 import pytest
 import torch
-from tiny import draw_category, read_json, read_rows, run_in_process, small_flags, succeed
+from tiny import draw_category, end_well, read_json, read_rows, refusal, small_flags, succeed
 from torch import nn
 
 from datasets import DOWNLOADS
@@ -123,11 +121,9 @@ def test_a_fourth_branch_from_training_to_tables(workplace, fourth):
     three = fuse(workplace, "--no-images")
     assert set(three["branches"]) == {"ma_clu", "ma2patch", "pc"}  # folders of three checkpoints stay valid
     flags = [*small_flags(workplace, "train_any"), "--weights", "random", "--backbone", "test_vit", "--image-size", 64]
-    finished = run_in_process("training.__main__", "brightness", *flags, "--power", 1.5)
-    assert finished.code == 0, finished.err
+    end_well("training.__main__", "brightness", *flags, "--power", 1.5)
     assert (workplace / "models/belt/brightness.safetensors").is_file()
-    update = run_in_process("training.__main__", "brightness", *flags, "--update")
-    assert update.code == 2 and "'brightness' cannot take in new frames" in update.err
+    assert "'brightness' cannot take in new frames" in refusal("training.__main__", "brightness", *flags, "--update")
     assert figures(workplace, "brightness")["image_auroc"] is not None
     four = fuse(workplace)
     assert set(four["branches"]) == {"ma_clu", "ma2patch", "pc", "brightness"}
@@ -139,14 +135,12 @@ def test_a_fourth_branch_from_training_to_tables(workplace, fourth):
     assert (added.name, added.power, added.label) == ("brightness", 1.5, None)
     assert usad.rule.score_weights["brightness"] == 0.5
     assert len(ablation(workplace)[0]["rows"]) == 15
-    weights = run_in_process("test_fusion", *small_flags(workplace, "test_fusion"), "--brightness-weights", "no.pth")
-    assert weights.code == 2 and "no.pth" in weights.err
+    assert "no.pth" in refusal("test_fusion", *small_flags(workplace, "test_fusion"), "--brightness-weights", "no.pth")
 
 
 def test_a_fourth_branch_in_the_benchmark(fourth, tmp_path):
     flags = ["--quick", "--stages", "extract,fused", "--sizes", "extract=1", "fused=1", "--device", "cpu"]
-    finished = run_in_process("benchmarks.run", *flags, "--out", tmp_path)
-    assert finished.code == 0, finished.err
+    end_well("benchmarks.run", *flags, "--out", tmp_path)
     *networks, fused = read_json(tmp_path / "results.json")["rows"]
     assert len(networks) == 4 and networks[3]["stage"] == networks[0]["stage"]  # the network of its kind
     assert fused["ours"] > 0 and fused["reference"] is None
@@ -161,8 +155,7 @@ def test_a_rule(workplace, monkeypatch):
         score, *parts = map(float, list(row.values())[2:])
         assert score == pytest.approx(3 * max(parts))
     flags = [*small_flags(workplace, "test_fusion"), "--fusion", "loudest", "--lambda-map", 2]
-    refused = run_in_process("test_fusion", *flags)
-    assert refused.code == 2 and "--lambda-map has no effect" in refused.err
+    assert "--lambda-map has no effect" in refusal("test_fusion", *flags)
     assert [section["title"] for section in ablation(workplace, "--fusion", "loudest")] == ["Branches"]
 
 
@@ -184,5 +177,4 @@ def test_a_data_set_with_a_download(tmp_path, monkeypatch):
     assert (tmp_path / "models/far_belt/pc.safetensors").is_file()
     shutil.rmtree(tmp_path / "data/far_belt")
     monkeypatch.undo()
-    again = run_in_process("train_pc", *small_flags(tmp_path, "train_pc", "far_belt"), "--no-eval")
-    assert again.code == 2 and "no category folder" in again.err
+    assert "no category folder" in refusal("train_pc", *small_flags(tmp_path, "train_pc", "far_belt"), "--no-eval")

@@ -3,8 +3,6 @@
 The long campaign, in processes of its own, is tests/hardness/run.py.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import random

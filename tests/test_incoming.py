@@ -1,10 +1,6 @@
 """--watch: a folder that fills, over restarts."""
 
-from __future__ import annotations
-
-import csv
 import dataclasses
-import json
 import os
 import shutil
 import threading
@@ -15,14 +11,27 @@ import numpy as np
 import pytest
 from machine import wait_until
 from PIL import Image
+from stub_camera import write_video
 from stub_model import RedModel
-from test_predict import write_video
+from tiny import read_json, read_rows
 
 from datasets import incoming
 from prediction.options import PredictionSettings
 from prediction.run import predict
 from prediction.table import COLUMNS, read_former
 from utils.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty one, which is watched."""
+    (tmp_path / "in").mkdir()
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +43,7 @@ def in_short(monkeypatch):
     monkeypatch.setattr(incoming, "PATIENCE", 0.5)
 
 
-SETTINGS = PredictionSettings((), Path(), 90, 1, 1, None, None, 0, None, False, None, None, True, None)
+SETTINGS = PredictionSettings((), Path(), overlays=None, watch=True)
 
 
 class Ended(RedModel):
@@ -58,8 +67,7 @@ def watch(folder, out, count, **changes):
 
 
 def rows(out):
-    with open(out / "predictions.csv", encoding="utf-8", newline="") as file:
-        return [(Path(row["source"]).name, row["frame"], row["status"]) for row in csv.DictReader(file)]
+    return [(Path(row["source"]).name, row["frame"], row["status"]) for row in read_rows(out / "predictions.csv")]
 
 
 def add(path, red=0, age=0.0):
@@ -69,15 +77,13 @@ def add(path, red=0, age=0.0):
     os.utime(path, (time.time() - age,) * 2)
 
 
-def test_each_file_once_in_order_over_restarts(tmp_path):
-    folder, out = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
+def test_each_file_once_in_order_over_restarts(folder, out):
     for name, age in (("c", 30), ("a", 20), ("b", 10), ("last", 0)):
         add(folder / f"{name}.png", 250, age)
     assert watch(folder, out, 3, overlays="anomalous") == [
         (f"{name}.png", str(index), "ok") for index, name in enumerate("cab")
     ]
-    config = json.loads((out / "config.json").read_text())
+    config = read_json(out / "config.json")
     assert config["finished"] and config["statuses"] == {"ok": 3} and (out / "report.html").exists()
     add(folder / "later.png", 0)
     assert [name for name, *_ in watch(folder, out, 1, overlays="anomalous")] == ["c.png", "a.png", "b.png", "last.png"]
@@ -90,9 +96,7 @@ def test_each_file_once_in_order_over_restarts(tmp_path):
     ]
 
 
-def test_what_a_kill_cut_off_is_looked_at_again(tmp_path):
-    folder, out = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
+def test_what_a_kill_cut_off_is_looked_at_again(folder, out):
     for index in range(4):
         add(folder / f"{index}.png", age=9 - index)
     watch(folder, out, 3)
@@ -125,9 +129,7 @@ def test_tables_that_were_cut_within_a_letter_or_have_long_cells(tmp_path):
         assert table.read_bytes() == before
 
 
-def test_a_file_that_grows_is_not_looked_at_before_it_is_complete(tmp_path):
-    folder, out = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
+def test_a_file_that_grows_is_not_looked_at_before_it_is_complete(tmp_path, folder, out):
     add(tmp_path / "whole.png", 250)
     data = (tmp_path / "whole.png").read_bytes()
 
@@ -153,9 +155,7 @@ def test_a_file_that_grows_is_not_looked_at_before_it_is_complete(tmp_path):
     assert sorted(found[1:]) == [("broken.png", "1", "unreadable"), ("empty.png", "2", "unreadable")]
 
 
-def test_a_video_goes_on_where_it_was_left(tmp_path):
-    folder, out = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
+def test_a_video_goes_on_where_it_was_left(folder, out):
     images = [np.full((24, 32, 3), 20 * index, np.uint8) for index in range(6)]
     write_video(folder / "belt.avi", images)
     first = watch(folder, out, 4)
@@ -165,9 +165,7 @@ def test_a_video_goes_on_where_it_was_left(tmp_path):
     assert found == [*[("belt.avi", str(index), "ok") for index in range(6)], ("belt.avi", "5", "done")]
 
 
-def test_a_folder_that_goes_and_comes_back(tmp_path, capsys):
-    folder, out = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
+def test_a_folder_that_goes_and_comes_back(tmp_path, folder, out, capsys):
     add(folder / "a.png", age=9)
 
     def move():

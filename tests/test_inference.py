@@ -1,7 +1,5 @@
 """What makes inference fast, compared with the plain way to compute the same."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import types
@@ -11,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from stand_in import noise
 from timm.layers import LayerScale
 from torch import nn
 
@@ -135,7 +134,7 @@ NETWORKS = [
 def test_with_and_without_onednn(monkeypatch, kind, name, size, precision):
     if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN has no bfloat16 on this processor")
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = noise(size)
     found = []
     for gains in (True, False):
         monkeypatch.setattr(backbones, "onednn_gains", lambda dtype, gains=gains: gains)
@@ -150,7 +149,7 @@ def test_with_and_without_onednn(monkeypatch, kind, name, size, precision):
 
 def test_layer_scales_are_folded_into_the_weights():
     net = timm.create_model("test_vit", img_size=64, init_values=0.3, num_classes=0).eval().requires_grad_(False)
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = noise(64)
     for block in net.blocks:
         block.ls1.gamma.uniform_(0.1, 2)
     before = net.forward_features(images)
@@ -190,7 +189,7 @@ def test_relus_are_fused_with_the_convolutions_before_them(name):
     net = libraries.cnn(name, (8, 16), 64)
     libraries.load_weights(net, name, random_state_dict(lambda: libraries.full_network(name), 22), "random")
     fold_batch_norms(net)
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = noise(64)
     before = net(images)
     fused = fuse_relus(net, PlainFused)
     kinds = {type(module) for module in fused.modules()}
@@ -284,7 +283,7 @@ def test_what_cannot_be_captured_runs_as_usual(passes, monkeypatch):
 def test_gpu_against_cpu(kind, name, size, precision):
     """The first pass, the captured ones and a filled-up one."""
     spec = BackboneSpec(kind, name, size, weights="random")
-    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = noise(size, 4)
     gpu, cpu = build_backbone(spec, "cuda", precision=precision), build_backbone(spec)(images)
     limit = {"fp32": 1e-3, "bf16": 0.03, "fp16": 0.03}[precision]
     for count in (4, 4, 4, 3):

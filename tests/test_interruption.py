@@ -1,7 +1,5 @@
 """Runs that end early, or side by side: signals between batches, one run a folder, leftovers cleared."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from machine import PATIENCE, wait_until
-from tiny import draw_category, run_in_process, small_flags
+from tiny import ROOT, draw_category, end_well, refusal, small_flags, succeed
 
 from models import PatchCore
 from utils import command_line, signals
@@ -19,7 +17,6 @@ from utils.errors import InputError
 from utils.files import atomic_write
 from utils.locks import file_lock, folder_lock
 
-ROOT = Path(__file__).parents[1]
 posix = pytest.mark.skipif(os.name != "posix", reason="no such signals here")
 
 
@@ -174,12 +171,11 @@ def test_the_second_run_says_so_and_a_third_after_the_end_works(tmp_path, target
         flags = ["--data-root", tmp_path / "data", "--category", "belt", *flags]
     first = hold(kind, tmp_path / target)
     before = sorted(tmp_path.rglob("*"))
-    finished = run_in_process(script, *flags)
-    assert finished.code == 2 and len(finished.err.splitlines()) == 1
-    assert "another run is writing" in finished.err and target in finished.err
+    said = refusal(script, *flags)
+    assert "another run is writing" in said and target in said
     assert sorted(tmp_path.rglob("*")) == before
     first.communicate("")
-    assert run_in_process(script, *flags).code == 0
+    end_well(script, *flags)
     assert not [path for path in tmp_path.rglob("*") if "lock" in path.name]
 
 
@@ -229,8 +225,7 @@ def leave_unfinished(path: Path) -> Path:
 
 def test_leftovers_of_a_killed_run_are_cleared_and_nothing_else(tmp_path):
     draw_category(tmp_path / "data" / "belt")
-    flags = small_flags(tmp_path, "train_pc")
-    assert run_in_process("train_pc", *flags).code == 0
+    succeed(tmp_path, "train_pc")
     names = [*("models/belt/pc.safetensors", "result/belt/pc/metrics.json"), "result/belt/pc/heatmaps/good/x y.png"]
     before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
     cleared = [leave_unfinished(tmp_path / f"{name}x") for name in names[1:]]
@@ -241,7 +236,7 @@ def test_leftovers_of_a_killed_run_are_cleared_and_nothing_else(tmp_path):
     content = (tmp_path / names[0]).read_bytes()
     cleared.append(leave_unfinished(tmp_path / names[0]))
     (tmp_path / names[0]).write_bytes(content)
-    assert run_in_process("train_pc", *flags).code == 0
+    succeed(tmp_path, "train_pc")
     assert not [path for path in cleared if path.exists()]
     assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} == before | {
         path.relative_to(tmp_path) for path in kept

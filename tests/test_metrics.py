@@ -1,7 +1,5 @@
 """Metrics against scikit-learn, plain loops over thresholds, and the published program's golden figure."""
 
-from __future__ import annotations
-
 import tracemalloc
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 from scipy import ndimage
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
+from tiny import golden
 
 from datasets.mvtec import Sample
 from evaluation.results import Results
@@ -19,7 +18,6 @@ from metrics.pixel import PixelMetrics
 from models.branches.part import Part
 from utils.errors import InputError
 
-DATA = Path(__file__).parent / "data"
 PIXEL_KEYS = {"pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "pro_as_published"}
 EIGHT_CONNECTED = np.ones((3, 3))
 
@@ -152,9 +150,9 @@ def test_published_pro_does_not_depend_on_the_unit_or_on_normal_images():
 
 
 def test_golden_published_pro():
-    with np.load(DATA / "fusion.npz") as golden:
-        found = compute(golden["fused_map"], golden["mask"] > 0, np.arange(6) >= 3)
-        assert found["pro_as_published"] == pytest.approx(float(golden["pro_as_published"]), abs=1e-6)
+    data = golden("fusion")
+    found = compute(data["fused_map"], data["mask"] > 0, np.arange(6) >= 3)
+    assert found["pro_as_published"] == pytest.approx(float(data["pro_as_published"]), abs=1e-6)
 
 
 def test_perfect_inverted_constant_and_binary_maps():

@@ -1,6 +1,7 @@
 """Monochrome and infrared cameras: a codec's colours are no alarm, and a coloured object marks itself alone."""
 
 import io
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from stand_in import Batches
+from stub_camera import write_video
 
 from datasets.loading import to_tensor
 from models import MACLU, USAD, MA2Patch, PatchCore
@@ -75,12 +77,9 @@ def jpeg(frames: list[np.ndarray], quality: int) -> list[np.ndarray]:
     return decoded
 
 
-def motion_jpeg(frames: list[np.ndarray], path: str) -> list[np.ndarray]:
-    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"MJPG"), 25, (SIZE, SIZE))
-    for pixels in frames:
-        writer.write(np.ascontiguousarray(pixels[..., ::-1]))
-    writer.release()
-    video = cv2.VideoCapture(path)
+def motion_jpeg(frames: list[np.ndarray], path: Path) -> list[np.ndarray]:
+    write_video(path, frames, 25, "MJPG")
+    video = cv2.VideoCapture(str(path))
     return [np.ascontiguousarray(video.read()[1][..., ::-1]) for _ in frames]
 
 
@@ -92,11 +91,6 @@ def one_level_more(frames: list[np.ndarray], colours: list[int]) -> list[np.ndar
 
 def tensors(frames: list[np.ndarray]) -> torch.Tensor:
     return torch.stack([to_tensor(Image.fromarray(pixels), SIZE, "bicubic") for pixels in frames])
-
-
-def batches(frames: list[np.ndarray]) -> Batches:
-    images, index = tensors(frames), torch.arange(len(frames))
-    return Batches([{"image": images[part], "index": part} for part in index.split(8)], len(frames))
 
 
 def trained(scene: str, network: str, covariance: str) -> tuple[USAD, float]:
@@ -112,8 +106,8 @@ def trained(scene: str, network: str, covariance: str) -> tuple[USAD, float]:
     count = 16 if covariance == "ledoit-wolf" else 80  # more images than the network has channels
     fitted, held_out = ([frame(scene, seed) for seed in range(*seeds)] for seeds in ((0, count), (300, 312)))
     for branch in branches:
-        branch.fit(batches(fitted))
-        branch.calibration = calibrate(branch, batches(held_out), batches(fitted[:20]))
+        branch.fit(Batches.of(tensors(fitted)))
+        branch.calibration = calibrate(branch, *(Batches.of(tensors(frames)) for frames in (held_out, fitted[:20])))
     usad = USAD(branches, fusion="standardized")
     return usad, float(usad.predict(tensors(held_out)).maps.max())
 
@@ -133,7 +127,7 @@ def test_codecs_do_not_move_the_scores_of_a_monochrome_camera(tmp_path, scene, n
     coded = {
         "JPEG 75": jpeg(frames, 75),
         "JPEG 90": jpeg(frames, 90),
-        "Motion JPEG": motion_jpeg(frames, str(tmp_path / "camera.avi")),
+        "Motion JPEG": motion_jpeg(frames, tmp_path / "camera.avi"),
         "more blue": one_level_more(frames, [2]),
         "more red and blue": one_level_more(frames, [0, 2]),
     }

@@ -1,28 +1,17 @@
 """Installed packages against the ranges of requirements.txt."""
 
-from __future__ import annotations
-
 import gc
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from machine import PATIENCE
 from packaging.requirements import Requirement
+from tiny import ROOT, pretend
 
 from utils.errors import InputError
 from utils.packages import REQUIREMENTS, check_packages, importing, installed_version
-
-ROOT = Path(__file__).parents[1]
-
-
-def pretend(folder: Path, name: str, version: str) -> None:
-    """Make a package look installed in `folder`."""
-    information = folder / f"{name}-{version}.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Work in a process of its own: its result, its memory, and why there is none."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

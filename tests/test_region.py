@@ -1,6 +1,4 @@
-"""The region of interest: what lies outside changes no result and is not used."""
-
-from __future__ import annotations
+"""Where branches look: a region of interest, outside of which nothing changes a result, and tiles."""
 
 import shutil
 
@@ -8,13 +6,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import read_json, run_in_process, small_flags, succeed
+from tiny import NAMES, draw_frame, end_well, read_json, refusal, small_flags, succeed
 
 from datasets.region import MAX_SIDE, RegionOfInterest
 from metrics.pixel import PixelMetrics
 from models import BRANCHES, USAD
+from models.branches.branch import tiles_in
 from models.branches.part import Part, pixels_inside
+from models.branches.patchcore import PatchCore
+from models.branches.tiling import Tiling
 from models.fusion.prediction import regions
+from models.networks import DEMO_NETWORK
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError
 
 SHAPES = {
@@ -96,13 +99,14 @@ def test_training_does_not_see_what_lies_outside(maybe_tiled, tmp_path):
         outside = ~RegionOfInterest.read(root / "roi.png").at(frame.shape[1], frame.shape[0])
         frame[outside] = rng.integers(0, 256, (outside.sum(), 3), np.uint8)
         Image.fromarray(frame).save(path)
-    for script, branch in (("train_ma_clu", "ma_clu"), ("train_ma2patch", "ma2patch"), ("train_pc", "pc")):
-        before = (root / f"models/belt/{branch}.safetensors").read_bytes()
-        flags = ("--holdout-ratio", 0.25, "--no-eval", "--tiles", tiles[script])
+    for script, count in tiles.items():
+        checkpoint = root / f"models/belt/{script.removeprefix('train_')}.safetensors"
+        before = checkpoint.read_bytes()
+        flags = ("--holdout-ratio", 0.25, "--no-eval", "--tiles", count)
         succeed(root, script, *flags, "--roi", root / "roi.png")
-        assert (root / f"models/belt/{branch}.safetensors").read_bytes() == before
+        assert checkpoint.read_bytes() == before
         succeed(root, script, *flags)
-        assert (root / f"models/belt/{branch}.safetensors").read_bytes() != before
+        assert checkpoint.read_bytes() != before
 
 
 def test_figures_of_pixels_inside_alone(with_region):
@@ -181,8 +185,7 @@ def test_other_regions_are_refused(trained, tmp_path):
     (tmp_path / "no_picture.png").write_text("white")
     for name in ("black.png", "no_picture.png", "gone.png"):
         path = tmp_path / name
-        finished = run_in_process("train_pc", *small_flags(trained, "train_pc"), "--no-eval", "--roi", path)
-        assert finished.code == 2 and str(path) in finished.err and len(finished.err.splitlines()) == 1
+        assert str(path) in refusal("train_pc", *small_flags(trained, "train_pc"), "--no-eval", "--roi", path)
     for text in ("", "AAAA", 3, RegionOfInterest(np.ones((MAX_SIDE + 1, 1), bool)).to_text()):
         with pytest.raises((ValueError, InputError)):
             RegionOfInterest.from_text(text)
@@ -209,10 +212,129 @@ def test_small_regions_do_not_count():
 
 
 def test_every_branch_takes_a_region(with_region):
-    for name in ("ma_clu", "ma2patch", "pc"):
+    for name in NAMES:
         branch = BRANCHES[name].load(with_region / f"models/belt/{name}.safetensors")
         assert branch.roi.share == 0.5
         images = torch.rand(2, 3, branch.image_size, branch.image_size)
         features = branch.extract(images)
         patches = features[1] if name == "ma_clu" else features
         assert patches.shape[1] == branch.roi.on_grid(*branch.backbone.grid).sum() < np.prod(branch.backbone.grid)
+
+
+# Tiles
+
+
+LEFT = RegionOfInterest(np.arange(100) < np.full((100, 1), 45))
+
+
+@pytest.mark.parametrize("count, side", [(2, 64), (3, 50), (5, 21)])
+def test_tiles_cover_the_frame_and_join_to_it(count, side):
+    tiling = Tiling(count, side)
+    frames = torch.rand(2, 3, tiling.frame_side, tiling.frame_side)
+    (view,) = tiling.views(None)
+    tiles = tiling.cut(frames, view)
+    assert tiles.shape == (2 * count**2, 3, side, side)
+    assert torch.equal(tiles[0], frames[0, :, :side, :side]) and torch.equal(tiles[-1], frames[1, :, -side:, -side:])
+    torch.testing.assert_close(tiling.joined([tiles[:, 0]], [view]), frames[:, 0])
+
+
+def test_neighbours_are_blended_without_an_edge():
+    tiling = Tiling(2, 40)
+    (view,) = tiling.views(None)
+    flat = torch.tensor([0.0, 1.0, 0.0, 1.0])[:, None, None].expand(4, 40, 40)  # left, right, left, right
+    row = tiling.joined([flat], [view])[0, 35]
+    assert (row[:30] == 0).all() and (row[40:] == 1).all()
+    assert (row.diff() >= 0).all() and row.diff().max() < 0.15
+
+
+def test_tiles_outside_the_region_are_left_out():
+    whole, half = Tiling(3, 40).views(LEFT)  # at 0, 30 and 60 of 100 pixels
+    assert whole.roi is None and whole.corners == ((0, 0), (30, 0), (60, 0))
+    assert half.corners == ((0, 30), (30, 30), (60, 30)) and half.roi.share == pytest.approx(15 / 40)
+
+
+def test_many_tiles_pass_in_portions():
+    tiling = Tiling(6, 20)
+    frames = torch.rand(2, 3, tiling.frame_side, tiling.frame_side)
+    views = tiling.views(None)
+    assert [len(view.corners) for view in views] == [32, 4]
+    tiles = [tiling.cut(frames, view)[:, 0] for view in views]
+    torch.testing.assert_close(tiling.joined(tiles, views), frames[:, 0])
+
+
+def test_where_no_tile_is_a_map_has_its_lowest_value():
+    tiling = Tiling(3, 40)
+    views = tiling.views(LEFT)
+    joined = tiling.joined([5 + torch.rand(6, 40, 40), 5 + torch.rand(6, 40, 40)], views)
+    assert (joined[:, :, 70:] == joined[:, :, :70].amin((1, 2), keepdim=True)).all() and joined.min() >= 5
+
+
+@pytest.fixture(scope="module")
+def tiled(trained, tmp_path_factory):
+    """Branches of 1, 2 and 3 tiles a side."""
+    root = tmp_path_factory.mktemp("tiled")
+    shutil.copytree(trained / "data", root / "data")
+    demo = ("--weights", "demo", "--backbone", DEMO_NETWORK)
+    for script, *flags in (("train_ma_clu", 1), ("train_ma2patch", 2), ("train_pc", 3, *demo)):
+        succeed(root, script, "--holdout-ratio", 0.25, "--tiles", *flags)
+    return root
+
+
+def test_branches_may_differ_in_their_tiles(tiled):
+    usad = USAD.load(tiled / "models/belt", fusion="standardized")
+    assert [branch.tiles for branch in usad.branches] == [1, 2, 3]
+    assert usad.image_size == 168 == 96 + 72 and usad.batch_size == 1
+    succeed(tiled, "test_fusion", "--no-images")
+    config = read_json(tiled / "result/belt/fusion/config.json")
+    assert config["branches"]["pc"]["tiles"] == 3
+    assert read_json(tiled / "result/belt/pc/config.json")["settings"]["tiles"] == 3
+
+
+def test_a_small_object_is_found_at_its_place(tiled):
+    usad = USAD.load(tiled / "models/belt")
+    frame = draw_frame(np.random.default_rng(), 320, 320)
+    frame[200:212, 90:102] = 220, 130, 40
+    _, anomaly_map = usad(frame)[0].branches["pc"]
+    y, x = np.unravel_index(anomaly_map.argmax(), anomaly_map.shape)
+    scale = 320 / len(anomaly_map)
+    assert abs(scale * y - 206) < 20 and abs(scale * x - 96) < 20
+
+
+def test_each_tile_is_scored_as_an_image_of_its_own(tiled):
+    branch = USAD.load(tiled / "models/belt").branches[2]
+    frames = torch.randn(2, 3, branch.image_size, branch.image_size)
+    found = branch.predict(frames)
+    (view,) = branch.tiling.views(None)
+    own = branch.score(branch.extract(branch.tiling.cut(frames, view)))
+    torch.testing.assert_close(found.scores, own.scores.view(2, 9).amax(1))
+    torch.testing.assert_close(found.low.flatten(), own.low.view(2, 9).amin(1))
+    torch.testing.assert_close((found.low + found.span).flatten(), (own.low + own.span).view(2, 9).amax(1))
+
+
+@pytest.mark.parametrize("value", ["0", "17", "2.5"])
+def test_no_such_number(tiled, value):
+    assert "--tiles" in refusal("train_pc", *small_flags(tiled, "train_pc"), "--tiles", value)
+
+
+def test_a_frame_that_would_be_too_large(tiled, tmp_path):
+    said = refusal("train_pc", *small_flags(tiled, "train_pc"), "--image-size", 1024, "--tiles", 16)
+    assert "--tiles 16" in said and "12544" in said
+    tensors, metadata = load_checkpoint(tiled / "models/belt/pc.safetensors")
+    metadata["backbone"]["image_size"], metadata["tiles"] = 4096, 16
+    save_checkpoint(tmp_path / "pc.safetensors", tensors, metadata)
+    with pytest.raises(InputError, match="frame of 50176"):
+        PatchCore.load(tmp_path / "pc.safetensors")
+
+
+@pytest.mark.parametrize("value", [0, 17, "2", None, [2]])
+def test_a_checkpoint_with_no_such_number(value):
+    with pytest.raises(ValueError, match=r"^tiles "):
+        tiles_in({"tiles": value})
+
+
+def test_an_update_keeps_the_tiles(tiled):
+    Image.fromarray(draw_frame(np.random.default_rng(), 72, 56)).save(tiled / "data/belt/train/good/new.png")
+    flags = [*small_flags(tiled, "train_test")[:-2], "--update", "--no-eval"]
+    assert "--tiles 2" in refusal("train_pc", *flags, "--tiles", 2)
+    end_well("train_pc", *flags)
+    assert USAD.load(tiled / "models/belt").branches[2].tiles == 3

@@ -1,7 +1,5 @@
 """The report: its figures, its pictures, its texts under hostile names, and the page in a browser."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html
@@ -77,8 +75,8 @@ class Page(HTMLParser):
         return rows
 
 
-def entry(index: int, score: float, label: int | None = None, **more) -> Entry:
-    return Entry(more.pop("name", f"{index}.png"), dict.fromkeys(PARTS, score), label, **more)
+def entry(index: int, score: float, label: int | None = None, name: str | None = None, **more) -> Entry:
+    return Entry(name or f"{index}.png", dict.fromkeys(PARTS, score), label, **more)
 
 
 def pictures(seed: int = 0, size: tuple[int, int] = (40, 30), truth: bool = False) -> Pictures:

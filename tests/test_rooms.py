@@ -1,14 +1,12 @@
 """The layers of the project: imports go down, never up, not even inside functions, and never in a circle."""
 
-from __future__ import annotations
-
 import ast
 import functools
 from pathlib import Path
 
 import pytest
+from tiny import ROOT
 
-ROOT = Path(__file__).parents[1]
 FLOORS = [  # from the ground up; rooms of one floor do not know each other
     {"utils"},
     {"scenes", "datasets", "metrics"},

@@ -1,7 +1,5 @@
 """The scripts through their command lines on tiny drawn data: what is on disk when they have ended."""
 
-from __future__ import annotations
-
 import ast
 import json
 import os
@@ -15,19 +13,19 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 from sklearn.metrics import average_precision_score, roc_auc_score
-from tiny import SMALL_NETWORKS, draw_category, read_json, read_rows, run_in_process, succeed
+from tiny import NAMES, ROOT, SMALL_NETWORKS, draw_category, read_json, read_rows, run_in_process, succeed
 
 from models import USAD
 from utils.checkpoint import load_checkpoint
 
-ROOT = Path(__file__).parents[1]
 FIGURES = [
     *("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max"),
     *("aupro", "pro_as_published", "n_images", "n_anomalous"),
 ]
-BRANCH_OF = {"train_ma_clu": "ma_clu", "train_ma2patch": "ma2patch", "train_pc": "pc"}
-IMAGE_SIZE = {"ma_clu": 64, "ma2patch": 96, "pc": 64, "fusion": 96}
-NAMES = [*(f"good/{index:03d}" for index in range(3)), *(f"rope/{index:03d}" for index in range(4))]
+BRANCH_OF = dict(zip(SMALL_NETWORKS, NAMES, strict=True))
+PARTS = (*NAMES, "fusion")
+IMAGE_SIZE = dict(zip(PARTS, (64, 96, 64, 96), strict=True))
+FRAMES = [*(f"good/{index:03d}" for index in range(3)), *(f"rope/{index:03d}" for index in range(4))]
 
 
 @pytest.fixture(scope="module")
@@ -38,47 +36,45 @@ def fused(trained, tmp_path_factory) -> Path:
     return root
 
 
-def read_scores(folder: Path) -> list[dict[str, str]]:
-    return read_rows(folder / "scores.csv")
+def read_scores(root: Path, part: str, category: str = "belt") -> list[dict[str, str]]:
+    return read_rows(root / "result" / category / part / "scores.csv")
 
 
-def figures_of(folder: Path) -> dict:
-    return read_json(folder / "metrics.json")
+def figures_of(root: Path, part: str, category: str = "belt") -> dict:
+    return read_json(root / "result" / category / part / "metrics.json")
 
 
 # What a run leaves behind
 
 
-@pytest.mark.parametrize("part", ["ma_clu", "ma2patch", "pc", "fusion"])
+@pytest.mark.parametrize("part", PARTS)
 def test_files(fused, part):
     folder = fused / "result" / "belt" / part
     expected = {"metrics.json", "scores.csv", "config.json"}
-    expected |= {f"anomaly_maps/{name}.tiff" for name in NAMES} | {f"heatmaps/{name}.png" for name in NAMES}
+    expected |= {f"anomaly_maps/{name}.tiff" for name in FRAMES} | {f"heatmaps/{name}.png" for name in FRAMES}
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert found == expected | ({"report.html", "sheet.jpg"} if part == "fusion" else set())
 
 
-@pytest.mark.parametrize("part", ["ma_clu", "ma2patch", "pc", "fusion"])
+@pytest.mark.parametrize("part", PARTS)
 def test_metrics(fused, part):
-    folder = fused / "result" / "belt" / part
-    metrics = figures_of(folder)
+    metrics, rows = figures_of(fused, part), read_scores(fused, part)
     assert list(metrics) == [*FIGURES, "branches" if part == "fusion" else "as_published"]
     assert (metrics["n_images"], metrics["n_anomalous"]) == (7, 4)
     for columns, figures in [("score", metrics), *metrics.get("branches", {}).items()]:
-        rows = read_scores(folder)
         labels, scores = [int(row["label"]) for row in rows], [float(row[columns]) for row in rows]
         assert figures["image_auroc"] == pytest.approx(roc_auc_score(labels, scores))
         assert figures["image_ap"] == pytest.approx(average_precision_score(labels, scores))
         assert list(figures)[: len(FIGURES)] == FIGURES and all(0 <= figures[key] <= 1 for key in FIGURES[:-2])
     if part == "fusion":
-        assert list(metrics["branches"]) == ["ma_clu", "ma2patch", "pc"]
+        assert list(metrics["branches"]) == list(NAMES)
 
 
-@pytest.mark.parametrize("part", ["ma_clu", "ma2patch", "pc", "fusion"])
+@pytest.mark.parametrize("part", PARTS)
 def test_saved_maps_are_those_that_were_measured(fused, part):
     folder, data = fused / "result" / "belt" / part, fused / "data" / "belt"
     maps, masks = [], []
-    for name in NAMES:
+    for name in FRAMES:
         anomaly_map = np.asarray(Image.open(folder / "anomaly_maps" / f"{name}.tiff"))
         assert anomaly_map.dtype == np.float32 and anomaly_map.shape == (IMAGE_SIZE[part],) * 2
         maps.append(anomaly_map)
@@ -86,19 +82,19 @@ def test_saved_maps_are_those_that_were_measured(fused, part):
         mask = Image.open(mask) if mask.exists() else Image.new("L", (72, 56))
         masks.append(np.asarray(mask.resize(anomaly_map.shape, Image.Resampling.NEAREST)) >= 128)
     maps, masks = np.ravel(maps), np.ravel(masks)
-    metrics = figures_of(folder)
+    metrics = figures_of(fused, part)
     assert metrics["pixel_auroc"] == pytest.approx(roc_auc_score(masks, maps), abs=1e-6)
     assert metrics["pixel_ap"] == pytest.approx(average_precision_score(masks, maps), abs=1e-6)
     if part == "ma2patch":  # the paper does not scale its maps
         assert metrics["as_published"] == {key: metrics[key] for key in metrics["as_published"]}
 
 
-@pytest.mark.parametrize("part", ["ma_clu", "ma2patch", "pc", "fusion"])
+@pytest.mark.parametrize("part", PARTS)
 def test_scores(fused, part):
-    rows = read_scores(fused / "result" / "belt" / part)
-    branches = ["ma_clu", "ma2patch", "pc"] if part == "fusion" else []
+    rows = read_scores(fused, part)
+    branches = list(NAMES) if part == "fusion" else []
     assert list(rows[0]) == ["path", "label", "score", *branches]
-    assert [row["path"] for row in rows] == [f"test/{name}.png" for name in NAMES]
+    assert [row["path"] for row in rows] == [f"test/{name}.png" for name in FRAMES]
     assert [row["label"] for row in rows] == ["0"] * 3 + ["1"] * 4
     for row in rows:
         for column in ("score", *branches):
@@ -106,11 +102,10 @@ def test_scores(fused, part):
 
 
 def test_fused_score_is_made_of_the_columns_and_the_maps(fused):
-    folder = fused / "result" / "belt" / "fusion"
-    for row in read_scores(folder):
+    maps = fused / "result" / "belt" / "fusion" / "anomaly_maps"
+    for row in read_scores(fused, "fusion"):
         rest = float(row["score"]) - 0.01 * float(row["ma_clu"]) - float(row["pc"])
-        name = row["path"].removeprefix("test/").removesuffix(".png")
-        highest = np.asarray(Image.open(folder / "anomaly_maps" / f"{name}.tiff")).max()
+        highest = np.asarray(Image.open(maps / row["path"].removeprefix("test/").replace(".png", ".tiff"))).max()
         assert highest <= rest + 1e-9 < 2 * highest  # the maximum is taken before the last blur
 
 
@@ -140,6 +135,10 @@ def test_config(fused):
     assert config["branches"]["ma_clu"]["training"]["images"] == 6
     assert config["branches"]["pc"]["training"]["images"] == 3
     assert set(config["seconds"]["branches"]) == {"fusion", "ma_clu", "ma2patch", "pc"}
+
+
+def test_the_report_says_that_the_networks_are_untrained(fused):
+    assert "untrained" in (fused / "result/belt/fusion/report.html").read_text(encoding="utf-8")
 
 
 def test_checkpoints_hold_tensors_and_json(trained):
@@ -188,18 +187,16 @@ def test_what_is_printed(workplace):
 
 
 def test_standardized_fusion_and_factors(workplace):
-    paper = read_scores(workplace / "result" / "belt" / "ma_clu")
     succeed(workplace, "test_fusion", "--fusion", "standardized", "--no-images")
     folder = workplace / "result" / "belt" / "fusion"
     assert not (folder / "heatmaps").exists() and not (folder / "report.html").exists()
     usad = USAD.load(workplace / "models" / "belt", fusion="standardized")
-    for row in read_scores(folder):
+    for row in read_scores(workplace, "fusion"):
         (prediction,) = usad(workplace / "data" / "belt" / row["path"])
         assert float(row["score"]) == pytest.approx(prediction.score, rel=1e-4)
     succeed(workplace, "test_fusion", "--lambda-obj", 0, "--lambda-map", 0, "--no-images")
-    for row in read_scores(folder):
+    for row in read_scores(workplace, "fusion"):
         assert float(row["score"]) == pytest.approx(float(row["pc"]), rel=1e-12)
-    assert len(paper) == 7
 
 
 def test_several_categories_and_their_average(workplace):
@@ -210,7 +207,7 @@ def test_several_categories_and_their_average(workplace):
         assert "average of 3 categories" in succeed(workplace, script, "--no-images", categories=categories).out
     for part in (*BRANCH_OF.values(), "fusion"):
         average = read_json(workplace / "result" / f"average_{part}.json")
-        metrics = [figures_of(workplace / "result" / name / part) for name in ("belt", "second", "third")]
+        metrics = [figures_of(workplace, part, name) for name in ("belt", "second", "third")]
         for key in FIGURES[:-2]:
             values = [figures[key] for figures in metrics if figures[key] is not None]
             assert len(values) == 2 and average[key] == pytest.approx(np.mean(values))
@@ -221,16 +218,16 @@ def test_without_anomalous_images_figures_are_null(workplace):
     for folder in ("test/rope", "ground_truth"):
         shutil.rmtree(workplace / "data" / "belt" / folder)
     succeed(workplace, "test_fusion")
-    metrics = figures_of(workplace / "result" / "belt" / "fusion")
+    metrics = figures_of(workplace, "fusion")
     for figures in (metrics, *metrics["branches"].values()):
         assert [figures[key] for key in FIGURES] == [None] * 8 + [3, 0]
-    assert len(read_scores(workplace / "result" / "belt" / "fusion")) == 3
+    assert len(read_scores(workplace, "fusion")) == 3
 
 
 def test_only_anomalous_images(workplace):
     shutil.rmtree(workplace / "data" / "belt" / "test" / "good")
     succeed(workplace, "test_fusion")
-    metrics = figures_of(workplace / "result" / "belt" / "fusion")
+    metrics = figures_of(workplace, "fusion")
     assert metrics["image_auroc"] is None and metrics["pixel_auroc"] is not None
     assert (metrics["n_images"], metrics["n_anomalous"]) == (4, 4)
 
@@ -271,9 +268,8 @@ def test_names_of_any_kind(tmp_path):
     long = "长" * 80 + ".png"
     (folder / "test/good/000.png").rename(folder / "test/good" / long)
     succeed(root, "train_pc", "--save-maps", categories=["皮带 no. 1"])
-    result = root / "result" / "皮带 no. 1" / "pc"
-    assert f"test/good/{long}" in [row["path"] for row in read_scores(result)]
-    assert (result / "anomaly_maps" / "good" / long).with_suffix(".tiff").exists()
+    assert f"test/good/{long}" in [row["path"] for row in read_scores(root, "pc", "皮带 no. 1")]
+    assert (root / "result/皮带 no. 1/pc/anomaly_maps/good" / long).with_suffix(".tiff").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are text here")
@@ -285,7 +281,7 @@ def test_file_names_that_are_not_text(tmp_path):
     except OSError:
         pytest.skip("this file system takes UTF-8 only")
     succeed(tmp_path, "train_pc")
-    assert len(read_scores(tmp_path / "result" / "belt" / "pc")) == 7
+    assert len(read_scores(tmp_path, "pc")) == 7
 
 
 # Each script as a process of its own
@@ -309,7 +305,7 @@ def test_defaults_below_the_current_folder(workplace, tmp_path, monkeypatch, scr
     assert code == 0, err
     assert "Traceback" not in err and len(err.splitlines()) <= 1  # a warning at most
     part = BRANCH_OF.get(script, "fusion")
-    assert set(figures_of(tmp_path / "result" / "belt" / part)) >= set(FIGURES)
+    assert set(figures_of(tmp_path, part)) >= set(FIGURES)
     if script in BRANCH_OF:
         name = f"belt/{part}.safetensors"
         saved = (root / name for root in (tmp_path / "trained_models", tmp_path / "saved_models"))
@@ -369,8 +365,3 @@ def test_nothing_unpickles():
             assert called not in ("eval", "exec", "pickle.load", "pickle.loads", "joblib.load", "dill.load"), path
             if called in ("np.load", "numpy.load"):
                 assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}, path
-
-
-def test_the_report_says_that_the_networks_are_untrained(fused):
-    page = (fused / "result" / "belt" / "fusion" / "report.html").read_text(encoding="utf-8")
-    assert "untrained" in page

@@ -1,12 +1,8 @@
 """reproduce_tables.py: every cell against direct computation, what is cached, and the baselines' processes."""
 
-from __future__ import annotations
-
-import csv
 import dataclasses
 import importlib.util
 import itertools
-import json
 import os
 import shutil
 import stat
@@ -22,7 +18,7 @@ from machine import wait_until
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, roc_auc_score
-from tiny import SMALL_NETWORKS, run_in_process, small_flags
+from tiny import NAMES, ROOT, SMALL_NETWORKS, read_json, read_rows, refusal, run_in_process, small_flags, succeed
 
 from datasets.loading import ImageDataset
 from datasets.mvtec import Category
@@ -35,23 +31,22 @@ from training.settings import SplitSettings
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.locks import folder_lock
 
-ROOT = Path(__file__).parents[1]
-NAMES = ("ma_clu", "ma2patch", "pc")
 ALL = " + ".join(NAMES)
 FIGURES = list(fusions.FIGURES)
 WEIGHTS = {"ma_clu": 0.01, "ma2patch": 0.0, "pc": 1.0}
 
 
-def reproduce(root: Path, *flags, category: str = "belt", code: int = 0):
-    finished = run_in_process("reproduce_tables", *small_flags(root, "reproduce_tables", category), *flags)
-    assert finished.code == code, finished.err
-    assert code == 0 or len(finished.err.splitlines()) == 1
-    return finished
+def reproduce(root: Path, *flags, category: str = "belt"):
+    return succeed(root, "reproduce_tables", *flags, categories=[category])
+
+
+def refused(root: Path, *flags) -> str:
+    return refusal("reproduce_tables", *small_flags(root, "reproduce_tables"), *flags)
 
 
 def rows_of(root: Path, table: str, section: int = 0, category: str = "belt") -> dict[str, dict]:
     """A table's rows by their label."""
-    content = json.loads((root / "result" / category / "tables" / f"{table}.json").read_text(encoding="utf-8"))
+    content = read_json(root / "result" / category / "tables" / f"{table}.json")
     return {row["label"]: row for row in content["sections"][section]["rows"]}
 
 
@@ -61,15 +56,13 @@ def means(row: dict, names=None) -> dict[str, float]:
 
 def fused(root: Path, *flags, models: str = "models") -> dict[str, float]:
     """The figures that test_fusion.py gives."""
-    arguments = [*small_flags(root, "test_fusion"), "--models-dir", root / models, *flags, "--no-images"]
-    assert run_in_process("test_fusion", *arguments).code == 0
-    metrics = json.loads((root / "result/belt/fusion/metrics.json").read_text(encoding="utf-8"))
+    succeed(root, "test_fusion", "--models-dir", root / models, *flags, "--no-images")
+    metrics = read_json(root / "result/belt/fusion/metrics.json")
     return {name: metrics[name] for name in FIGURES}
 
 
 def train(root: Path, models: str, script: str, *flags) -> None:
-    arguments = [*small_flags(root, script), "--models-dir", root / models, "--holdout-ratio", 0.25, "--no-eval"]
-    assert run_in_process(script, *arguments, *flags).code == 0
+    succeed(root, script, "--models-dir", root / models, "--holdout-ratio", 0.25, "--no-eval", *flags)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +117,7 @@ def test_ablation_of_branches(ablated, direct):
 def test_ablation_agrees_with_the_fusions_own_run(ablated):
     rows = rows_of(ablated, "ablation")
     assert means(rows[ALL], FIGURES) == pytest.approx(fused(ablated), abs=1e-6)
-    metrics = json.loads((ablated / "result/belt/fusion/metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(ablated / "result/belt/fusion/metrics.json")
     for name, own in metrics["branches"].items():
         assert means(rows[name], FIGURES) == pytest.approx({key: own[key] for key in FIGURES}, abs=1e-6)
 
@@ -148,8 +141,7 @@ def test_ablation_of_score_terms(ablated, direct):
 
 def test_markdown_and_csv_hold_the_same(ablated):
     folder = ablated / "result/belt/tables"
-    with open(folder / "ablation.csv", encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = read_rows(folder / "ablation.csv")
     rows = [*rows_of(ablated, "ablation").values(), *rows_of(ablated, "ablation", 1).values()]
     text = (folder / "ablation.md").read_text(encoding="utf-8")
     assert len(lines) == len(rows) == 14
@@ -256,7 +248,7 @@ def test_seeds(place):
 
 def test_standardized(place):
     reproduce(place, "--tables", "ablation", "--fusion", "standardized")
-    content = json.loads((place / "result/belt/tables/ablation.json").read_text(encoding="utf-8"))
+    content = read_json(place / "result/belt/tables/ablation.json")
     assert [section["title"] for section in content["sections"]] == ["Branches"]
     row = means(rows_of(place, "ablation")[ALL], FIGURES)
     assert row == pytest.approx(fused(place, "--fusion", "standardized"), abs=1e-6)
@@ -329,7 +321,7 @@ def test_broken_images_are_named_or_left_out(workplace):
     assert finished.code == 2 and "2 images" in finished.err and "train/good/001.png" in finished.err
     reproduce(workplace, *flags, "--skip-unreadable")
     assert rows_of(workplace, "ablation")["pc"]["figures"]["n_images"]["values"] == [6]
-    config = json.loads((workplace / "result/belt/tables/config.json").read_text(encoding="utf-8"))
+    config = read_json(workplace / "result/belt/tables/config.json")
     assert sorted(config["left_out"]) == ["test/good/001.png", "train/good/001.png"]
 
 
@@ -338,11 +330,11 @@ def test_broken_images_are_named_or_left_out(workplace):
 
 def test_one_run_at_a_time_and_no_strangers_folder(workplace):
     with folder_lock(workplace / "result/belt/tables"):
-        assert "another run" in reproduce(workplace, code=2).err
+        assert "another run" in refused(workplace)
     stranger = workplace / "result/belt/tables/ablation.md"
     stranger.parent.mkdir(exist_ok=True)
     stranger.write_text("mine", encoding="utf-8")
-    assert "tables" in reproduce(workplace, code=2).err and stranger.read_text(encoding="utf-8") == "mine"
+    assert "tables" in refused(workplace) and stranger.read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize(
@@ -360,21 +352,21 @@ def test_one_run_at_a_time_and_no_strangers_folder(workplace):
     ],
 )
 def test_bad_flags(trained, flags, said):
-    assert said in reproduce(trained, *flags, code=2).err
+    assert said in refused(trained, *flags)
     assert not (trained / "result/belt/tables").exists()
 
 
 def test_checkpoints_of_another_kind_or_without_statistics_are_refused(workplace):
-    assert run_in_process("train_pc", *small_flags(workplace, "train_pc"), "--no-eval").code == 0
-    finished = reproduce(workplace, "--tables", "ablation", "--fusion", "standardized", code=2)
-    assert "--holdout-ratio" in finished.err and not (workplace / "result/belt/tables").exists()
+    succeed(workplace, "train_pc", "--no-eval")
+    said = refused(workplace, "--tables", "ablation", "--fusion", "standardized")
+    assert "--holdout-ratio" in said and not (workplace / "result/belt/tables").exists()
     folder = workplace / "models/belt"
     shutil.copy(folder / "ma_clu.safetensors", folder / "pc.safetensors")
-    assert "not of 'pc'" in reproduce(workplace, code=2).err
+    assert "not of 'pc'" in refused(workplace)
     tensors, metadata = load_checkpoint(folder / "ma_clu.safetensors")
     for change in ({"settings": {"depth": 3}}, {"training": {"train_ratio": "all"}}, {"backbone": None}):
         save_checkpoint(folder / "ma_clu.safetensors", tensors, metadata | change)
-        assert "ma_clu.safetensors: its metadata" in reproduce(workplace, code=2).err
+        assert "ma_clu.safetensors: its metadata" in refused(workplace)
 
 
 # Baselines and speed

@@ -1,10 +1,8 @@
 """Broken images in a data set: one list of all, or a run on the rest that says what it left out."""
 
-from __future__ import annotations
-
 import pytest
 from safetensors.torch import load_file
-from tiny import SMALL_NETWORKS, draw_category, read_json, run_in_process, small_flags, succeed
+from tiny import SMALL_NETWORKS, draw_category, read_json, refusal, run_in_process, small_flags, succeed
 
 from datasets.mvtec import Category
 from models import BRANCHES
@@ -109,7 +107,6 @@ def test_a_file_that_vanishes_ends_the_run_with_1(tmp_path, monkeypatch):
     gone = belt / "train" / "good" / "003.png"
     gone.unlink()
     for workers in (0, 1):
-        flags = ["--train-ratio", 1, "--no-eval", "--workers", workers]
-        finished = run_in_process("train_pc", *small_flags(tmp_path, "train_pc"), *flags)
-        assert finished.code == 1 and finished.err == f"error: {gone}: No such file or directory\n"
+        flags = [*small_flags(tmp_path, "train_pc"), "--train-ratio", 1, "--no-eval", "--workers", workers]
+        assert refusal("train_pc", *flags, code=1) == f"error: {gone}: No such file or directory\n"
     assert not (tmp_path / "models").exists()

@@ -1,11 +1,7 @@
 """--webhook: one POST for each alarm, whatever the server does, and no frame waits for it."""
 
-from __future__ import annotations
-
 import base64
-import http.server
 import json
-import threading
 import time
 
 import numpy as np
@@ -13,6 +9,7 @@ import pytest
 from machine import wait_until
 from PIL import Image
 from stub_model import RedModel
+from stub_server import Answer, Server
 
 from prediction import webhook
 from prediction.options import PredictionSettings
@@ -23,41 +20,27 @@ from utils.errors import InputError
 SECRET = "Gr3nzw@ll"
 
 
-class Server:
+class Recorder(Answer):
+    def do_POST(self) -> None:
+        server = self.server
+        server.headers.append((self.path, dict(self.headers)))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = server.answers.pop(0) if server.answers else 200
+        if callable(answer):
+            answer(self)
+            return
+        if answer == 200:
+            server.got.append(body["frame"])
+            server.bodies.append(body)
+        self.reply(answer, Location="/elsewhere")
+
+
+class Hook(Server):
     """Answers POSTs as `answers` say, one by one, then with 200; an answer is a code or a function of the handler."""
 
     def __init__(self, *answers) -> None:
-        server, self.answers, self.got, self.bodies, self.headers = self, list(answers), [], [], []
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                server.headers.append((self.path, dict(self.headers)))
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                answer = server.answers.pop(0) if server.answers else 200
-                if callable(answer):
-                    return answer(self)
-                if answer == 200:
-                    server.got.append(body["frame"])
-                    server.bodies.append(body)
-                self.send_response(answer)
-                self.send_header("Location", "/elsewhere")
-                self.end_headers()
-                return None
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.host = f"127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.answers, self.got, self.bodies, self.headers = list(answers), [], [], []
+        super().__init__(Recorder)
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +69,8 @@ def hang(_) -> None:
     ids=["well", "busy", "babbling", "slow", "broken off"],
 )
 def test_alarms_arrive_once_and_in_order(answers, capsys):
-    with Server(*answers) as server:
-        hook = Webhook(f"http://{server.host}/hook")
+    with Hook(*answers) as server:
+        hook = Webhook(f"{server.url}/hook")
         start = time.perf_counter()
         for number in range(5):
             hook.send(alarm(number))
@@ -100,8 +83,8 @@ def test_alarms_arrive_once_and_in_order(answers, capsys):
 
 @pytest.mark.parametrize("code", [302, 307, 400, 404])
 def test_a_refused_alarm_is_told_and_the_next_is_sent(code, capsys):
-    with Server(code) as server:
-        hook = Webhook(f"http://{server.host}/hook")
+    with Hook(code) as server:
+        hook = Webhook(f"{server.url}/hook")
         hook.send(alarm(1))
         hook.send(alarm(2))
         hook.close()
@@ -111,8 +94,8 @@ def test_a_refused_alarm_is_told_and_the_next_is_sent(code, capsys):
 
 def test_a_server_that_is_down_costs_alarms_that_are_counted_and_no_time(monkeypatch, capsys):
     monkeypatch.setattr(webhook, "MOST_WAITING", 10)
-    with Server() as server:
-        address = f"http://{server.host}/hook"
+    with Hook() as server:
+        address = f"{server.url}/hook"
     hook = Webhook(address)
     hook.send(alarm(0))
     wait_until(hook._waiting.empty)  # it is being tried
@@ -139,7 +122,7 @@ def test_a_proxy_that_is_no_address(monkeypatch, capsys):
 
 
 def test_the_password_is_sent_and_never_shown(capsys):
-    with Server(404) as server:
+    with Hook(404) as server:
         hook = Webhook(f"http://mine:Gr3nzw%40ll@{server.host}/{SECRET}?token={SECRET}")
         hook.send(alarm(1))
         hook.close()
@@ -170,8 +153,8 @@ def test_each_change_to_an_alarm_is_sent_with_its_row(tmp_path, capsys):
         image = np.full((12, 16, 3), (250 * red, 30, 30), np.uint8)
         (tmp_path / "in").mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "in" / f"{index}.png")
-    with Server(503) as server:
-        sources, address = (str(tmp_path / "in"),), f"http://{server.host}/hook?key={SECRET}"
+    with Hook(503) as server:
+        sources, address = (str(tmp_path / "in"),), f"{server.url}/hook?key={SECRET}"
         settings = PredictionSettings(
             sources, tmp_path / "out", smooth=2, overlays=None, json_lines=True, webhook=address
         )
@@ -181,4 +164,4 @@ def test_each_change_to_an_alarm_is_sent_with_its_row(tmp_path, capsys):
     text = (tmp_path / "out/config.json").read_text()
     config = json.loads(text)
     assert config["webhook"] == {"sent": 2, "given_up": 0} and SECRET not in text
-    assert config["settings"]["webhook"] == f"http://{server.host}"
+    assert config["settings"]["webhook"] == server.url

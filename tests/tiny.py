@@ -1,7 +1,5 @@
 """Tiny drawn data, and the scripts' command lines on it."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import importlib
@@ -18,6 +16,9 @@ import pytest
 from PIL import Image
 
 from utils.command_line import run
+
+ROOT = Path(__file__).parents[1]  # of the project
+NAMES = ("ma_clu", "ma2patch", "pc")  # of the branches
 
 
 class Finished(NamedTuple):
@@ -49,6 +50,33 @@ def run_in_process(script: str, *arguments) -> Finished:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return Finished(end.value.code, out.getvalue(), err.getvalue())
+
+
+def end_well(script: str, *arguments) -> Finished:
+    """Run a script that must succeed."""
+    finished = run_in_process(script, *arguments)
+    assert finished.code == 0, finished.err
+    return finished
+
+
+def refusal(script: str, *arguments, code: int = 2) -> str:
+    """Run a script that must end with this code and one line; returns the line."""
+    finished = run_in_process(script, *arguments)
+    assert finished.code == code and len(finished.err.splitlines()) == 1, finished
+    return finished.err
+
+
+def pretend(folder: Path, name: str, version: str) -> Path:
+    """Make a package look installed in `folder`; returns the folder that says so."""
+    information = folder / f"{name}-{version}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return information
+
+
+def golden(name: str):
+    """Stored numbers of the authors' program."""
+    return np.load(ROOT / f"tests/data/{name}.npz")
 
 
 def draw_frame(rng, width: int, height: int) -> np.ndarray:
@@ -98,13 +126,28 @@ def small_flags(root: Path, script: str, *categories: str) -> list:
 
 def succeed(root: Path, script: str, *flags, categories=()) -> Finished:
     """Run a script with its small flags and others; it must end well."""
-    finished = run_in_process(script, *small_flags(root, script, *categories), *flags)
-    assert finished.code == 0, finished.err
-    return finished
+    return end_well(script, *small_flags(root, script, *categories), *flags)
 
 
 def read_json(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def small_files(most: int):
+    """No file may grow beyond so many bytes."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its name there."""
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

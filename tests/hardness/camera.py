@@ -3,11 +3,8 @@
 A process of its own looks at a stub camera with a model without a network, so that a frame takes a millisecond.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,20 +16,23 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+from machine import resident
 from stub_camera import COLOR, StubCamera
 from stub_model import RedModel
 from tqdm import tqdm
 
+from datasets.frames import FROZEN, GREY, LOST, OK, RESIZED, SILENT, UNREADABLE
+
 FAULTS = {  # what the camera does, and the statuses that tell of it
-    "drop": {"lost"},
-    "hang": {"silent"},
-    "freeze": {"frozen"},
-    "garbage": {"unreadable", "silent"},
-    "cut": {"unreadable", "silent"},
-    "large": {"resized"},
-    "grey": {"grey"},
-    "mono": {"grey"},
-    "down": {"lost"},
+    "drop": (LOST,),
+    "hang": (SILENT,),
+    "freeze": (FROZEN,),
+    "garbage": (UNREADABLE, SILENT),
+    "cut": (UNREADABLE, SILENT),
+    "large": (RESIZED,),
+    "grey": (GREY,),
+    "mono": (GREY,),
+    "down": (LOST,),
 }
 FREEZE, GIVE_UP, LASTS = 1.0, 10.0, 2.0  # seconds: limits of the watch, and how long a fault goes on once it is noticed
 WARM = 500  # frames after which memory may not grow
@@ -84,7 +84,7 @@ def look_on(process: subprocess.Popen, measured: Measured, frames: int) -> Itera
     """The rows that the process writes."""
     for line in tqdm(process.stdout, total=frames, desc="camera", disable=None):
         row = json.loads(line)
-        if row["status"] == "ok":
+        if row["status"] == OK:
             measured.frames += 1
             if abs(row["score"] - (COLOR[0] + 20) / 255) > 0.1:  # of blue, it would be 0.5
                 measured.wrong.append(f"frame {row['frame']} has other colours: {row}")
@@ -96,12 +96,9 @@ def look_on(process: subprocess.Popen, measured: Measured, frames: int) -> Itera
 def disturb(stub: StubCamera, fault: str, rows: Iterator[dict], measured: Measured) -> None:
     """One fault, from its beginning to the first good row after its end."""
     start = time.time()
-    if fault in ("drop", "down"):
-        getattr(stub, fault)()
-    else:
-        stub.mode = fault
+    stub.disturb(fault)
     told = set()
-    while not FAULTS[fault] <= told:
+    while not told.issuperset(FAULTS[fault]):
         row = next(rows)
         told.add(row["status"])
     measured.noticed[fault] = moment(row) - start
@@ -111,15 +108,14 @@ def disturb(stub: StubCamera, fault: str, rows: Iterator[dict], measured: Measur
             next(rows)
         else:
             time.sleep(left)
-    if fault == "down":
-        stub.up()
-    stub.mode, well = "ok", max(end, moment(row))
-    while fault == "large" and (row["status"] != "resized" or moment(row) < well):  # good, but still large
+    stub.recover(fault)
+    well = max(end, moment(row))
+    while fault == "large" and (row["status"] != RESIZED or moment(row) < well):  # good, but still large
         row = next(rows)
-    while row["status"] != "ok" or moment(row) < well:
+    while row["status"] != OK or moment(row) < well:
         row = next(rows)
     measured.recovered[fault] = moment(row) - well
-    if told - FAULTS[fault] - {"ok"}:
+    if told - {*FAULTS[fault], OK}:
         measured.wrong.append(f"{fault} is told as {told}")
     if measured.noticed[fault] > FREEZE + 2 or measured.recovered[fault] > 5:
         measured.wrong.append(
@@ -131,12 +127,6 @@ def disturb(stub: StubCamera, fault: str, rows: Iterator[dict], measured: Measur
 def moment(row: dict) -> float:
     """When the row's picture was read, or what happened instead was noticed; seconds as of time.time()."""
     return datetime.fromisoformat(row["time"]).timestamp()
-
-
-def resident(process: int) -> float:
-    """Memory in MB."""
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE") / 1e6
 
 
 def words(measured: Measured) -> str:
@@ -156,22 +146,8 @@ def main(address: str, out: str, give_up: str) -> None:
     from prediction.options import PredictionSettings
     from prediction.run import predict
 
-    settings = PredictionSettings(
-        (address,),
-        Path(out),
-        90,
-        1,
-        1,
-        None,
-        None,
-        0,
-        "anomalous",
-        True,
-        FREEZE,
-        float(give_up) if give_up else None,
-        False,
-        None,
-    )
+    limit = float(give_up) if give_up else None
+    settings = PredictionSettings((address,), Path(out), json_lines=True, freeze=FREEZE, give_up=limit)
     predict(settings, RedModel, None, {})
 
 

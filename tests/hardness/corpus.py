@@ -1,10 +1,7 @@
 """Good files of every kind that may come from strangers: the starting points of the fuzzers."""
 
-from __future__ import annotations
-
 import io
 import json
-import pickle
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -15,36 +12,17 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from sklearn.cluster import KMeans
 
 from models.branches.branch import Branch
 from models.fusion.operating_point import FORMAT
 from models.networks.backbones import BackboneSpec, empty_backbone
 from models.networks.libraries import full_network, load_weights
 from models.networks.weights import random_state_dict, read_state_dict
-from models.published.checkpoints import KMEANS_FILE as KMEANS
-from models.published.checkpoints import MA2PATCH, MA_CLU, PATCHCORE
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 
 SIZE = (23, 17)  # of the images, width and height
 NETWORK = "test_resnet"
-
-
-def published(folder: Path, dims: tuple[int, int, int] = (6, 8, 10), seed: int = 3) -> Path:
-    """The authors' four files, for networks of so many channels."""
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
-    for name, dim in zip((MA_CLU, MA2PATCH), dims[:2], strict=True):
-        matrix = torch.eye(dim)
-        mean = torch.randn(dim, generator=generator)
-        torch.save({"mean_vector": mean, "cov_matrix": matrix, "inv_cov_matrix": matrix}, folder / name)
-    bank = torch.randn(20, dims[2], generator=generator)
-    torch.save({"memory_bank": bank, "k_nearest": 3, "backbone": "wide_resnet50_2"}, folder / PATCHCORE)
-    points = np.random.default_rng(seed).normal(size=(40, dims[0]))
-    kmeans = {"kmeans": KMeans(2, random_state=seed, n_init=1).fit(points), "foreground_cluster": 0}
-    (folder / KMEANS).write_bytes(pickle.dumps(kmeans))
-    return folder
 
 
 def weights(folder: Path) -> tuple[Path, Path]:

@@ -3,8 +3,6 @@
 Whatever the file, its reader must return or raise InputError. `campaign` counts the cases in which it does not.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing
@@ -21,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hardness import mutations
+from published_files import Published
 
 from datasets.coalad import extract
 from datasets.images import Decoding, read_mask, read_picture
 from models import BRANCHES
 from models.fusion.operating_point import OperatingPoint
-from models.published.checkpoints import FILES, read_published
+from models.published.checkpoints import FILES, KMEANS_FILE, read_published
 from utils.errors import InputError
 
 SECONDS, BYTES = 10, 2 << 30  # limits: processor time, and memory beyond that of a clean run
@@ -50,7 +49,7 @@ def targets(folder: Path, models: Path) -> dict[str, Target]:
     from hardness import corpus
 
     branches = dict(BRANCHES)
-    published = corpus.published(folder / "published")
+    published = Published(6, 8, 10).write(folder / "published")
     network = corpus.weights(folder / "weights")
     read_weights = corpus.weights_reader()
     return {
@@ -65,12 +64,12 @@ def targets(folder: Path, models: Path) -> dict[str, Target]:
             lambda path: OperatingPoint.read(path.parent),
         ),
         "published tensors": Target(
-            [published / name for name in FILES if name != corpus.KMEANS],
+            [published / name for name in FILES if name != KMEANS_FILE],
             [mutations.of_bytes, mutations.of_zip],
             lambda path: read_published(path.parent),
         ),
         "published k-means": Target(
-            [published / corpus.KMEANS], [mutations.of_bytes], lambda path: read_published(path.parent)
+            [published / KMEANS_FILE], [mutations.of_bytes], lambda path: read_published(path.parent)
         ),
         "weights (.pth)": Target([network[0]], [mutations.of_bytes, mutations.of_zip], read_weights),
         "weights (.safetensors)": Target([network[1]], [mutations.of_bytes, mutations.of_safetensors], read_weights),

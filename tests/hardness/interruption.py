@@ -1,7 +1,5 @@
 """Scripts killed, interrupted and terminated at random moments: what is on disk then, and after the next run."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing
@@ -15,8 +13,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
-from hardness import corpus
-from tiny import SMALL_NETWORKS, draw_category, small_flags
+from published_files import Published
+from tiny import SMALL_NETWORKS, contents, draw_category, small_flags
 
 from utils.command_line import run
 
@@ -27,19 +25,17 @@ FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir"}
 
 def commands(root: Path, seed: int) -> dict[str, list]:
     """The command line of every script on tiny data; the seed decides what they write."""
+    run = ["--workers", 1, "--save-maps"]
     trained = {
-        script: [*small_flags(root, script), "--seed", seed, "--holdout-ratio", 0.25, "--workers", 1, "--save-maps"]
-        for script in SMALL_NETWORKS
+        script: [*small_flags(root, script), "--seed", seed, "--holdout-ratio", 0.25, *run] for script in SMALL_NETWORKS
     }
-    tested = ["--data-root", root / "data", "--models-dir", root / "models", "--category", "belt", "--device", "cpu"]
-    factors = ["--lambda-obj", seed / 100, "--workers", 1, "--save-maps", "--results-dir", root / "result"]
     looked = ["--models-dir", root / "models", "--category", "belt", "--device", "cpu", "--out", root / "predictions"]
     frames = root / "data" / "belt" / "test"
     drawn = ["--train", 3, "--good", 1, "--anomalous", 2, "--size", 64, "--workers", 2, "--seed", seed]
     networks = [text for name in ("ma-clu", "ma2patch", "pc") for text in (f"--{name}-weights", "random")]
     return {
         **trained,
-        "test_fusion": [*tested, *factors],
+        "test_fusion": [*small_flags(root, "test_fusion"), "--lambda-obj", seed / 100, *run],
         "predict": [*looked, frames, "--threshold", seed, "--pixel-threshold", 0.1, "--overlays", "all"],
         "make_demo_data": ["--data-root", root / "data", "--category", "demo", *drawn],
         "convert_published": [root / f"published {seed}", "--models-dir", root / "converted", *networks],
@@ -93,7 +89,7 @@ class Bench:
         self.events: dict[str, int] = {}
         draw_category(self.work / "data" / "belt")
         for seed in (5, 22):
-            corpus.published(self.work / f"published {seed}", (384, 768, 1536), seed)
+            Published(384, 768, 1536, seed=seed).write(self.work / f"published {seed}")
         for name, flags in commands(self.work, 5).items():
             self.finish(name, flags)
         shutil.copytree(self.work, self.before)
@@ -187,11 +183,8 @@ class Bench:
 
 def read_all(root: Path) -> dict[Path, bytes]:
     """All files that are not hidden."""
-    paths = (path for path in root.rglob("*") if path.is_file())
-    found = {path.relative_to(root): path for path in paths}
-    return {
-        name: path.read_bytes() for name, path in found.items() if not any(part.startswith(".") for part in name.parts)
-    }
+    found = {Path(name): content for name, content in contents(root).items()}
+    return {name: content for name, content in found.items() if not any(part[0] == "." for part in name.parts)}
 
 
 def is_whole(path: Path, content: bytes) -> bool:

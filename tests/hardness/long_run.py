@@ -1,7 +1,5 @@
 """predict.py over many frames: memory, open files and the time a frame takes must not grow."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -9,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from machine import resident
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
@@ -47,12 +46,10 @@ def measure(folder: Path, models: Path, count: int) -> list[Sample]:
     command = [sys.executable, ROOT / "predict.py", frames, *flags, "--threshold", 1e9, "--json-lines"]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     samples, start = [], time.monotonic()
-    proc = Path("/proc") / str(process.pid)
     for number, _ in enumerate(tqdm(process.stdout, total=count, desc="frames", disable=None), 1):
         if number % WINDOW == 0:
-            pages = int((proc / "statm").read_text().split()[1])
-            megabytes = pages * os.sysconf("SC_PAGESIZE") / 1e6
-            samples.append(Sample(number, megabytes, len(list((proc / "fd").iterdir())), time.monotonic() - start))
+            files = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+            samples.append(Sample(number, resident(process.pid), files, time.monotonic() - start))
             start = time.monotonic()
     _, errors = process.communicate()
     if process.returncode:

@@ -1,7 +1,5 @@
 """Damaged and lying variants of good files: wrong bytes, and structures that claim wrong things."""
 
-from __future__ import annotations
-
 import io
 import json
 import random

@@ -8,8 +8,6 @@ python tests/hardness/run.py --kills 0 --signals 0 --frames 0 --cases 0         
 Exit code 1 if anything was lost, crashed, hung, or went where it should not. Linux.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import sys
@@ -21,7 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch starts; forked processes 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from hardness import camera, fuzzing, interruption, long_run  # noqa: E402
-from tiny import SMALL_NETWORKS, draw_category, run_in_process, small_flags  # noqa: E402
+from tiny import SMALL_NETWORKS, draw_category, succeed  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from utils.command_line import Parser, number, run  # noqa: E402
@@ -98,8 +96,7 @@ def train(root: Path) -> Path:
     """The three branches on tiny data; returns the models' folder."""
     draw_category(root / "data" / "belt")
     for script in SMALL_NETWORKS:
-        finished = run_in_process(script, *small_flags(root, script), "--no-eval")
-        assert finished.code == 0, finished.err
+        succeed(root, script, "--no-eval")
     return root / "models"
 
 
