@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
+from stand_in import Batches, noise, normalised
 
 from models.branches.border import STEP, border_effect, by_distance, coarse, distances, interior
+from models.branches.patchcore import PatchCore, aligned_features
+from models.networks import DEMO_NETWORK
+from models.networks.backbones import BackboneSpec, build_backbone
+from utils.errors import InputError
 
 SIDE = 32
 EVERYWHERE = torch.ones(SIDE, SIDE, dtype=torch.bool)
@@ -68,3 +74,40 @@ def test_distances():
     assert line[:12].tolist() == [5.75, 5.25, 4.75, 4.25, 3.75, 3.25, 2.75, 2.25, 1.75, 1.25, 1.0, 1.0]
     assert torch.equal(line, line.flip(0)) and by_distance([], 1.0, 8).unique().tolist() == [1.0]
     assert torch.equal(coarse(torch.ones(2, 6 * STEP, 6 * STEP)), torch.ones(2, 6, 6))
+
+
+def test_aligned_features_stand_where_the_network_computed_them():
+    fine, coarse_map = torch.zeros(1, 2, 16, 16), torch.zeros(1, 1, 8, 8)
+    fine[0, 0, 5, 11] = fine[0, 1, 0, 0] = coarse_map[0, 0, 4, 3] = 1.0
+    features = aligned_features([fine, coarse_map])[0].T.unflatten(1, (16, 16))
+    assert features[0].argmax() == 5 * 16 + 11
+    rows, columns = torch.where(features[2] > 0.99 * features[2].max())
+    assert set(rows.tolist()) == {8, 9} and set(columns.tolist()) == {6, 7}
+    for layer in (features[0], features[1]):  # beyond the border lies nothing: its places have their neighbours' values
+        assert torch.equal(layer[0], layer[1]) and torch.equal(layer[:, -1], layer[:, -2])
+    ones = aligned_features([torch.ones(1, 2, 16, 16), torch.ones(1, 1, 8, 8)])
+    torch.testing.assert_close(ones, torch.ones(1, 256, 3))
+
+
+@pytest.mark.parametrize("seed", [7, 8, 9])
+@pytest.mark.parametrize("blur", [0, 1, 3])
+def test_the_bundled_networks_features_vary_at_the_border_as_elsewhere(blur, seed):
+    """On frames that look the same everywhere. Uncopied, moduli vary by a quarter to a half more there."""
+    grain = np.random.default_rng(seed).random((24, 208, 208, 3))
+    grain = gaussian_filter(grain, (0, blur, blur, 0))[:, 40:-40, 40:-40]
+    frames = normalised(torch.from_numpy(grain).permute(0, 3, 1, 2).float())
+    backbone = build_backbone(BackboneSpec("maps", DEMO_NETWORK, 128, weights="demo"))
+    ring = distances(16) < 1
+    for layer in backbone(frames):
+        deviations = layer - layer.mean((0, 2, 3), keepdim=True)
+        variances = [deviations[..., places].square().mean((0, 2)) for places in (ring, ~ring)]
+        assert 0.8 < (variances[0] / variances[1]).mean() < 1.2
+
+
+def test_a_whitened_bank_of_patches_that_were_not_aligned_is_refused():
+    """It would be compared with other features, and everything would look strange."""
+    branch = PatchCore(build_backbone(BackboneSpec("maps", "test_resnet", 64, weights="random")), 0.1, whiten=True)
+    branch.fit(Batches.of(noise(64, count=4)))
+    former = {name.replace("aligned_", "whitening_"): tensor for name, tensor in branch.state().items()}
+    with pytest.raises(InputError):
+        branch.load_state(former)
