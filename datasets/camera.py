@@ -27,7 +27,8 @@ class CameraLost(OSError):
 class Camera:
     """A camera's number, or the address of a stream.
 
-    `freeze`: seconds with nothing new after which it connects again. `give_up`: without a picture, until CameraLost.
+    `freeze`: seconds with nothing new after which it connects again. `give_up`: seconds without a picture after which
+    `frames` raises CameraLost; None: never.
     """
 
     paths = problems = ()
@@ -35,7 +36,7 @@ class Camera:
     def __init__(self, address: str, freeze: float | None = None, give_up: float | None = None) -> None:
         self.address = address
         self.name = f"camera {address}" if address.isdigit() else redact(address)
-        self.freeze = freeze or FREEZE_SECONDS
+        self.freeze = FREEZE_SECONDS if freeze is None else freeze
         self.give_up = give_up
         self._every = 1
         self._numbers = itertools.count()

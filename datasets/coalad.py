@@ -30,10 +30,10 @@ STORAGE_ERRORS = {
 
 
 def ensure_coalad(data_root: str | os.PathLike) -> Path:
-    """Return `data_root`/coal_ad; if there is no such folder, download CoalAD beside it and unpack it in one step.
+    """Return `data_root`/coal_ad; if there is no such folder, download CoalAD and unpack it beside it first.
 
-    Raises InputError if ModelScope does not deliver CoalAD, and ConnectionError if the transfer breaks off; the next
-    call continues it.
+    Raises InputError if ModelScope does not deliver CoalAD, ConnectionError if the transfer breaks off (the next call
+    continues it), and other OSErrors as the disk reports them.
     """
     target = Path(data_root) / CATEGORY
     if os.path.lexists(target):

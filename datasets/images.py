@@ -125,10 +125,14 @@ def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture
 
 
 def _check_size(image: Image.Image, path: str | os.PathLike, decoding: Decoding, reducible: bool = True) -> Note:
-    """Have a large image decoded at a reduced scale; raises UnreadableError where that saves no memory."""
+    """Have an image above the limit decoded at a reduced scale; returns what is to be noted.
+
+    Raises UnreadableError where that is impossible, or saves no memory, as of a progressive JPEG.
+    """
     (width, height), limit = image.size, decoding.max_megapixels
-    if width * height <= limit * 1e6:  # a JPEG or PNG of several pages has previews or movements of one picture
-        return Note.PAGES if image.format == "TIFF" and image.is_animated else Note(0)
+    if width * height <= limit * 1e6:
+        several = image.format == "TIFF" and image.is_animated  # those of a JPEG or PNG are previews or movements
+        return Note.PAGES if several else Note(0)
     for scale in (2, 4, 8) if reducible and not image.info.get("progressive") else ():
         if width * height <= limit * 1e6 * scale**2 and image.draft(None, (width // scale, height // scale)):
             return Note.REDUCED

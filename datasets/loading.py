@@ -154,4 +154,7 @@ def _end_silently(worker: int) -> None:
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    return next((sample for sample in samples if "error" in sample), None) or default_collate(samples)
+    for sample in samples:
+        if "error" in sample:
+            return sample
+    return default_collate(samples)

@@ -43,6 +43,7 @@ class Sample:
         return self.name.split("/")[1]
 
     def read(self) -> Picture:
+        """See `datasets.images.read_picture`."""
         return read_picture(self.path, self.decoding)
 
     def read_mask(self, size: tuple[int, int] | None = None) -> tuple[np.ndarray, Note]:
@@ -104,7 +105,7 @@ class Category:
     def _samples(
         self, part: str, places: Sequence[Path], none: str, masks_of: Callable[[Path], tuple[Path, ...]] | None = None
     ) -> list[Sample]:
-        """Those not left out, sorted by name; raises an InputError that begins with `none` if there are none."""
+        """Samples of `places`, but for those left out, sorted by name; where none is left an InputError begins with `none`."""
         samples = []
         for name, place in sorted((f"{part}/{place.as_posix()}", place) for place in places):
             if name not in self.left_out:
@@ -184,7 +185,8 @@ def split_training(
 ) -> tuple[list[Sample], list[Sample]]:
     """Training images to fit on, and held-out images, which depend only on the list, the ratio and the seed.
 
-    A train ratio below 1 takes the first int(ratio n) of the shuffled list, in its order, as the authors' program does.
+    A train ratio of 1 keeps the list's order; one below takes the first int(ratio n) of the shuffled list, in its
+    order, as the authors' program does.
     Raises InputError if no image is left to fit on, or fewer than two are held out.
     """
     count = len(samples)

@@ -17,7 +17,10 @@ MAX_SIDE = 2048  # of the stored region; it is scaled to each frame anyway
 
 
 class RegionOfInterest:
-    """`inside`, bool [H, W], is True where frames are looked at; nothing else reaches a network."""
+    """`inside`, bool [H, W], is True where frames are looked at; nothing else reaches a network.
+
+    Raises InputError if it is False everywhere.
+    """
 
     def __init__(self, inside: np.ndarray) -> None:
         self.inside = np.array(inside, bool)

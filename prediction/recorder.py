@@ -83,7 +83,7 @@ class VideoFile:
 
     def __init__(self, stem: Path, fps: float, size: tuple[int, int]) -> None:
         self.frames, self.size = 0, size
-        odd = any(side % 2 for side in size)  # FFmpeg's encoders, behind OpenCV, would cut it
+        odd = any(side % 2 for side in size)  # FFmpeg's encoders, behind OpenCV, cut odd sizes
         backend, codec, suffix = (cv2.CAP_OPENCV_MJPEG, "MJPG", ".avi") if odd else (cv2.CAP_ANY, "mp4v", ".mp4")
         self.path = stem.with_name(stem.name + suffix)
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ def predict(
 
 
 def look(sources: list[Source] | list[Incoming], batch_size: int, recorder: Recorder) -> BaseException | None:
-    """All frames of the sources, in order; returns what ended a camera or a watched folder."""
+    """All frames of the sources, in order; returns what ended a camera or a watched folder, often a signal."""
     settings, model = recorder.settings, recorder.model
     decoding = Decoding(settings.max_megapixels, model.bit_depth)
     try:

@@ -225,7 +225,10 @@ class Scene:
 
 
 def draw_scene(seed: tuple[int, ...], size: int, kind: str | None = None) -> tuple[Array, Array]:
-    """A frame [H, W, 3] BGR uint8 and its mask [H, W] uint8, 255 where a defect of `kind`, if any, is visible."""
+    """A frame [H, W, 3] BGR uint8 and its mask [H, W] uint8, 255 where a defect of `kind`, if any, is visible.
+
+    A seed gives always the same frame, and without a `kind` the same one without the defect.
+    """
     scene = Scene(seed, size)
     relief = scene.build(kind)
     return scene.photograph(relief), relief.mask.astype(np.uint8) * 255

@@ -29,7 +29,10 @@ def save_checkpoint(path: str | os.PathLike, tensors: dict[str, Tensor], metadat
 
 
 def load_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and metadata. Raises InputError for another program's file, or values not finite."""
+    """Tensors (on the CPU) and metadata.
+
+    Raises InputError: not there, not safetensors, another program's, values that are not finite.
+    """
     with _opened(path) as (file, metadata):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator here)
     for name, tensor in tensors.items():

@@ -81,7 +81,7 @@ def gathered(value: Any) -> list[Any]:
 
 
 def check() -> None:
-    """Raise an error where another process has failed; that one prints why."""
+    """Raise RuntimeError where another process has failed; that one prints why."""
     if _store is not None and _store.check([FAILURES]):
         raise RuntimeError("another process has failed")
 

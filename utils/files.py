@@ -18,7 +18,10 @@ PROGRAM = "usad"  # the mark by which a later run knows its own files
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, of the same suffix; it replaces `path` in one step unless writing fails."""
+    """Yield a temporary path beside `path`, of the same suffix; it replaces `path` in one step unless writing fails.
+
+    Folders are made. Image writers choose the format by the suffix.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     stem = path.stem[:30]  # file systems limit the length of names
@@ -103,8 +106,9 @@ def is_foreign(folder: Path, key: str = "program", marks: Collection[str] = (PRO
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object at `path`; empty if there is none."""
+    """The JSON object at `path`; empty if there is none that can be read."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}

@@ -24,8 +24,9 @@ class CapturedPasses:
     """A function of a batch on a GPU, replayed as a CUDA graph: one launch, and no kernel waits for Python.
 
     A batch size is captured when it occurs for the second time; the first lets cuDNN choose its algorithms. A smaller
-    batch of more than half that size is filled up. What cannot be captured runs as usual. `compute` may keep its times
-    with `stopwatches`; all it reads beside its argument stays where and what it is.
+    batch of more than half that size is filled up, so the last one needs no graph of its own. What cannot be captured
+    runs as usual. `compute` may keep its times with `stopwatches`; all it reads beside its argument stays where and
+    what it is.
     """
 
     def __init__(self, compute: Callable[[Tensor], Any], stopwatches: Collection[Stopwatch] = ()) -> None:
@@ -54,16 +55,19 @@ class CapturedPasses:
             size = count
         captured = self.graphs[size]
         captured.inputs[:count].copy_(batch)
-        for stopwatch in self.stopwatches:  # a replay overwrites their time stamps
-            stopwatch.settle()
+        self._settle()
         captured.graph.replay()
         for stopwatch, laps in zip(self.stopwatches, captured.laps, strict=True):
             stopwatch.laps += laps
         return tree_map_only(Tensor, lambda output: output[:count].clone(), captured.outputs)
 
-    def _capture(self, batch: Tensor) -> Graph:
+    def _settle(self) -> None:
+        """Have the stopwatches read the time stamps that a replay would overwrite."""
         for stopwatch in self.stopwatches:
             stopwatch.settle()
+
+    def _capture(self, batch: Tensor) -> Graph:
+        self._settle()
         graph, inputs = torch.cuda.CUDAGraph(), batch.clone()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         try:

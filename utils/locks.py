@@ -12,7 +12,7 @@ from utils.files import leftovers
 
 
 def folder_lock(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Keep others out of `folder`, and remove what a killed run left unfinished; raises InputError for a live one."""
+    """Keep others out of `folder`, and remove what a killed run left; raises InputError for a live one."""
     return _lock(folder / ".lock", folder, lambda: leftovers(folder.rglob("*")))
 
 
@@ -23,7 +23,10 @@ def file_lock(path: Path) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _lock(lock_path: Path, target: Path, unfinished: Callable[[], Iterable[Path]]) -> Iterator[None]:
-    """Hold the lock; afterwards its file is gone, and so is a folder made only for it. Only the main process does."""
+    """Hold the lock; afterwards its file is gone, and so is a folder made only for it.
+
+    Of several processes only the main one locks: it alone writes. The system releases the lock of a killed one.
+    """
     if not distributed.is_main_process():
         yield
         return

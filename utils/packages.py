@@ -23,7 +23,7 @@ def installed_version(name: str) -> str | None:
 
 
 def check_packages(requirements: Path = REQUIREMENTS) -> None:
-    """Raise InputError for an installed package outside its range in `requirements`; a run may not need the others."""
+    """Raise InputError for an installed package out of its range in `requirements`; missing ones may not be needed."""
     lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
     for wanted in filter(None, (line.partition("#")[0].strip() for line in lines)):
         requirement = Requirement(wanted)

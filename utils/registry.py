@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Registry(UserDict):
-    """Name -> "module:attribute", for instance "models.branches.patchcore:PatchCore"."""
+    """Name -> "module:attribute", such as "models.branches.patchcore:PatchCore"; names are known without imports."""
 
     def __getitem__(self, name: str) -> Any:
         module, _, attribute = self.data[name].partition(":")

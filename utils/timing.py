@@ -13,7 +13,7 @@ MOST_LAPS = 256  # before they are added up
 
 class Lap(NamedTuple):
     stage: str
-    start: Any  # the device's own time stamps, when it comes to them
+    start: Any  # stamped by the device when it comes to the stage
     end: Any
 
 

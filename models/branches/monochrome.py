@@ -15,7 +15,7 @@ from torch import Tensor
 from models.networks.backbones import Backbone
 
 COLOURLESS = 0.5  # grey levels by which red and blue may deviate; rounding alone makes up to 0.45
-TINT = 4  # grey levels: codecs err by one or two, which must count little
+TINT = 6  # grey levels: codecs err by one or two, which must count little
 QUALITY = 75  # of the JPEG
 BLOCK = 16  # pixels: JPEG rounds the colours of 16 x 16 pixels together
 FRAMES = 16  # of the training images, on which the change is measured
