@@ -105,7 +105,7 @@ class Category:
     def _samples(
         self, part: str, places: Sequence[Path], none: str, masks_of: Callable[[Path], tuple[Path, ...]] | None = None
     ) -> list[Sample]:
-        """Samples of `places`, but for those left out, sorted by name; where none is left an InputError begins with `none`."""
+        """Samples of `places` but for those left out, sorted by name; without any an InputError begins with `none`."""
         samples = []
         for name, place in sorted((f"{part}/{place.as_posix()}", place) for place in places):
             if name not in self.left_out:
