@@ -69,7 +69,8 @@ class Category:
     def test_samples(self) -> list[Sample]:
         """Test images in sorted path order; every folder except `good` is a defect.
 
-        Raises InputError if there are none, if two differ in their suffix alone, or if some of a defect have no masks.
+        Raises InputError if there are none, if two images of a folder share a stem (and so their masks and results), or
+        if some images of a defect have masks and others have none.
         """
         test, truth = self.folder / "test", self.folder / "ground_truth"
         if not test.is_dir():

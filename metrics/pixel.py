@@ -37,9 +37,11 @@ class PixelMetrics(Metric):
     def update(
         self, maps: np.ndarray, masks: np.ndarray, anomalous: np.ndarray, scores: Any = None, inside: Any = None
     ) -> None:
-        """An anomalous image with an empty mask has no region; all its pixels are background.
+        """Add finite anomaly maps [B, H, W] (float32), defect masks [B, H, W] (bool) and image labels [B] (bool).
 
-        Raises ValueError on shapes that do not fit.
+        Arrays or CPU tensors; other number types are rounded to float32; image scores play no part. An anomalous image
+        with an empty mask has no region; all its pixels are background. A normal image's mask is empty. Raises
+        ValueError on shapes that do not fit.
         """
         maps, masks = np.asarray(maps, np.float32), np.asarray(masks, bool)
         anomalous = np.asarray(anomalous, bool)

@@ -36,7 +36,11 @@ class PublishedPro:
         self.n_regions += n_regions
 
     def compute(self) -> float | None:
-        """The score, in [0, 1]; None where the protocol divides by zero or has no curve."""
+        """The score, in [0, 1].
+
+        None where the protocol divides by zero or has no curve: no region, no background, fewer than two
+        points below the FPR limit, or no false positive at any of them (as with constant maps).
+        """
         n_background = int(self.background.sum())
         if not (self.n_regions and n_background):
             return None
@@ -52,7 +56,10 @@ class PublishedPro:
 
 
 def region_areas(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """For each defect pixel of mask [H, W], in row order, the pixels in its 8-connected region; how many regions."""
+    """The 8-connected regions of mask [H, W] (bool).
+
+    Returns, for each defect pixel in row order, the pixels in its region; and the number of regions.
+    """
     if not mask.any():
         return np.zeros(0, np.int64), 0
     count, labels = cv2.connectedComponents(np.ascontiguousarray(mask).view(np.uint8), connectivity=8)

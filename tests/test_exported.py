@@ -123,7 +123,7 @@ def test_half_the_size(home, tmp_path):
     expected, found = (OnnxModel.load(file)(pictures) for file in (home / "belt.onnx", path))
     scores = [[[score for score, _ in one.branches.values()] for one in every] for every in (expected, found)]
     assert scores[0] != scores[1]
-    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-2)
+    np.testing.assert_allclose(scores[1], scores[0], rtol=exporting.TOLERANCES["fp16"].score)
 
 
 def test_integers_are_refused(home, tmp_path):

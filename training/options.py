@@ -42,7 +42,7 @@ SMALL_DEFAULTS = {
 def add_data_flags(parser: Parser) -> None:
     """Where images are read from and results go."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data-root", type=Path, default=Path("data"), help="of <category>/train, test, ground_truth")
+    group.add_argument("--data-root", type=Path, default=Path("data"), help="holds <category>/train, test …")
     text = "folders in MVTec layout, or 'all'; only coal_ad is downloaded (default: coal_ad)"
     group.add_argument("--category", type=category_name, nargs="+", default=["coal_ad"], help=text)
     group.add_argument("--results-dir", type=Path, default=Path("result"), help="default: result")
@@ -62,8 +62,8 @@ def data_settings(args: argparse.Namespace) -> DataSettings:
 
 
 def add_models_flag(parser: Parser, default: str = "saved_models") -> None:
-    """Where checkpoints are."""
-    text = f"holds <category>/<branch>.safetensors (default: {default})"
+    """Where checkpoints are, or where a training puts its own."""
+    text = f"of the checkpoints, <models-dir>/<category>/<branch>.safetensors (default: {default})"
     parser.add_argument("--models-dir", type=Path, default=Path(default), help=text)
 
 
@@ -201,12 +201,12 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
     text = "bring each image to one mean colour and one contrast first (the demo network does that by itself)"
     group.add_argument("--normalize-contrast", action=argparse.BooleanOptionalAction, default=False, help=text)
     group = parser.add_argument_group("fit")
-    text = "of the camera whose images are stored in 16 bits, 8 to 16 (default: 16)"
+    text = "of the camera whose images are stored in 16 bits, 8 to 16; the checkpoint keeps it (default: 16)"
     group.add_argument("--bit-depth", type=number(int, 8, 16), default=16, metavar="BITS", help=text)
-    text = "region of interest: white where frames are looked at, scaled to each frame (default: the whole frame)"
+    text = "region of interest: white where frames are looked at; the checkpoint keeps it (default: the whole frame)"
     group.add_argument("--roi", type=Path, metavar="IMAGE", help=text)
     group.add_argument("--train-ratio", type=share, default=train_ratio, help=f"default: {train_ratio:g}")
-    text = "share of the training images kept out of the fit, for --fusion standardized and thresholds (default: 0)"
+    text = "share of the normal images kept out of the fit, for --fusion standardized and thresholds (default: 0)"
     group.add_argument("--holdout-ratio", type=number(float, 0, 0.9), default=0.0, help=text)
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=22)
     add_run_flags(parser)

@@ -69,11 +69,15 @@ class Branch(abc.ABC):
     def fit(self, loader: Iterable[dict[str, Any]]) -> None:
         """Learn what is normal from batches whose "image" is [B, 3, S, S], ImageNet-normalised; "index" is [B].
 
-        Each process sees its share. The main one learns from what `collect` merges (utils/gather.py).
+        With several processes each sees its share. The main process learns from what `collect` merges
+        (utils/gather.py), and its `state` is sent to the others.
         """
 
     def update(self, loader: Iterable[dict[str, Any]]) -> None:
-        """Learn from further images as if `fit` had seen them, too; a branch need not have this."""
+        """Learn from further images as if `fit` had seen them, too; a branch need not have this.
+
+        Of several processes only the main one may add what was learned before to what `collect` merges.
+        """
         raise NotImplementedError
 
     def predict(self, images: Tensor) -> Part:
@@ -183,9 +187,11 @@ class Branch(abc.ABC):
         precision: str = "auto",
         flag: str | None = None,
     ) -> Branch:
-        """Read a checkpoint and the network that it was fitted with; `weights`, given by `flag`, may have moved.
+        """Read a checkpoint and the network that it was fitted with.
 
-        Raises InputError for another branch's checkpoint, a damaged one, or other weights.
+        `weights`, which people give with `flag`, says where weights given as a file are now; `precision` "auto" is the
+        one of the training where the device has it. Raises InputError for another branch's checkpoint, a damaged one,
+        or other weights.
         """
         tensors, metadata = load_checkpoint(path)
         if metadata.get("branch") != cls.name:

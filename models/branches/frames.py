@@ -15,7 +15,11 @@ from utils.files import digest_of_lines
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFrames:
-    """Digests of the names of all frames that a branch has had, and of those among them that it holds out."""
+    """Digests of the names of all frames that a branch has had, and of those among them that it holds out.
+
+    A frame is known by its name, so that a data set can be moved and a million frames need not be read to find the new
+    ones. A digest takes 8 bytes, whatever the name.
+    """
 
     known: frozenset[int] = frozenset()
     held_out: frozenset[int] = frozenset()

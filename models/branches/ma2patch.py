@@ -29,10 +29,14 @@ class MA2Patch(Branch):
         self.covariance = covariance
         self.gaussian: Gaussian | None = None
 
-    def update(self, loader: Iterable[dict[str, Any]]) -> None:
-        self.fit(loader, self.gaussian)
+    def fit(self, loader: Iterable[dict[str, Any]]) -> None:
+        self._learn(loader)
 
-    def fit(self, loader: Iterable[dict[str, Any]], before: Gaussian | None = None) -> None:
+    def update(self, loader: Iterable[dict[str, Any]]) -> None:
+        self._learn(loader, self.gaussian)
+
+    def _learn(self, loader: Iterable[dict[str, Any]], before: Gaussian | None = None) -> None:
+        """Fit on the images, and on those of the Gaussian `before`."""
         fit = RunningMoments(self.covariance)
         noise = CodecNoise(lambda images: self.extract(images).mean(1), self.backbone)
         for batch in loader:

@@ -43,11 +43,14 @@ class MACLU(Branch):
         self.centers: Tensor | None = None  # [2, D]: foreground, background
         self.sizes: Tensor | None = None  # [2], patches that each cluster has had
 
-    def update(self, loader: Iterable[dict[str, Any]]) -> None:
-        self.fit(loader, (self.centers, self.sizes) if is_main_process() else (), self.gaussian)
+    def fit(self, loader: Iterable[dict[str, Any]]) -> None:
+        self._learn(loader)
 
-    def fit(self, loader: Iterable, clusters: Sequence[Tensor] = (), gaussian: Gaussian | None = None) -> None:
-        """On the images, and on those that gave the `clusters` (centres and sizes) and the `gaussian`."""
+    def update(self, loader: Iterable[dict[str, Any]]) -> None:
+        self._learn(loader, (self.centers, self.sizes) if is_main_process() else (), self.gaussian)
+
+    def _learn(self, loader: Iterable, clusters: Sequence[Tensor] = (), gaussian: Gaussian | None = None) -> None:
+        """Fit on the images, and on those that gave the `clusters` (centres and sizes) and the `gaussian`."""
         fit = RunningMoments(self.covariance)
         patches = PatchStore(len(loader.dataset), self.patch_budget, 0, *clusters)
         noise = CodecNoise(lambda images: self.extract(images)[0], self.backbone)

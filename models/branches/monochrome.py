@@ -2,7 +2,9 @@
 
 In the frames of a monochrome or infrared camera red and blue follow from green. Their features have no variance in the
 directions of colour until a codec tints a frame by one grey level; divided by almost nothing, that would be an alarm.
-So some frames go through a codec when a branch is fitted, and the change of the features is added to their covariance.
+So some frames go through a codec when a branch is fitted, and the change of the features is added to their covariance;
+and the statistics of scores and maps are of held-out frames before and after a codec. Frames of colour cameras do not
+need this: they have noise of their own.
 """
 
 from collections.abc import Callable, Mapping
@@ -58,7 +60,11 @@ class CodecNoise:
 
 
 def as_coded(pixels: Tensor, index: Tensor, backbone: Backbone) -> tuple[list[int], Tensor]:
-    """Which of the images [B, 3, S, S] (0 to 1) have no colour, and those as JPEG, normalised; `index` [B]: seeds."""
+    """Which of the images [B, 3, S, S] (0 to 1) have no colour, and those as a coarse JPEG gives them.
+
+    The latter are [b, 3, S, S], normalised for the backbone.
+    `index` [B], the images' numbers among all, are the seeds of the codec's errors.
+    """
     frames = (255 * pixels).cpu()
     rows = [row for row, frame in enumerate(frames) if is_colourless(frame)]
     if not rows:

@@ -9,8 +9,11 @@ from torch import Tensor
 class PatchStore:
     """Keeps the patches of `images` training images, at most `budget` GB (10^9 bytes) of float32.
 
-    Beyond it each image keeps the same number of patches (or one more), drawn with a seed of its own, so that batches
-    and processes do not matter. Rows [m, D] of an earlier fit may come first; each stands for `counts` [m] patches.
+    Within the budget all patches stay, in order. Beyond it each image keeps the same number of patches (or one more),
+    drawn with a seed of its own, so that the choice depends neither on the batches nor on the other processes. With
+    tiles, images may differ in how many patches of them are looked at; those with few keep all.
+
+    Rows [m, D] of an earlier fit may come first; each stands for some `counts` [m] of patches.
     """
 
     def __init__(

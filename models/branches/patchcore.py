@@ -168,10 +168,11 @@ def patch_features(maps: Sequence[Tensor], neighborhood: int = 3) -> Tensor:
 
 
 def aligned_features(maps: Sequence[Tensor], neighborhood: int = 3) -> Tensor:
-    """As `patch_features`, but each feature stands where the network computed it.
+    """As `patch_features`, but each feature stands in its cell of the frame: none is stretched towards the border.
 
-    `patch_features` moves places towards the border and averages those between two cells a second time. Here all are
-    averaged twice. A place whose neighbourhood reaches beyond the border, where padding is, takes the next place's.
+    There, places between two cells are averaged a second time; here all are. A place whose neighbourhood reaches beyond
+    the border, where padding is, takes the next place's. Cells of different maps are laid over each other whole: the
+    first or last pixel of a cell, from which a network's strides count, differs by network and is half a cell off.
     """
     grid = maps[0].shape[-2:]
     aligned = []

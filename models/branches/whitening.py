@@ -13,7 +13,7 @@ from utils.checkpoint import take
 
 FLOOR = 1e-2  # added to the eigenvalues of the correlation matrix: what hardly varies is not amplified to noise
 LEAST_DEVIATION = 1e-5  # of the largest of all channels; what varies less is rounding
-PREFIX = "aligned_"  # of its tensors in a checkpoint; before patches were aligned it was another
+PREFIX = "aligned_"  # of its tensors in a checkpoint: a bank of patches that were not aligned has another
 ROWS = 1 << 16  # patches at a time
 
 

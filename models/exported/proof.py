@@ -81,8 +81,9 @@ def difference(expected: Prediction, found: Prediction) -> Tolerance:
 def settle_thresholds(original: Model, exported: Model, proof: Iterable[Compared], rounding: float) -> None:
     """Raise the thresholds of `exported` above all frames that are quiet by the original.
 
-    The thresholds of an operating point lie just above a held-out frame, which rounding, relative, can lift over them:
-    so near to a threshold a frame counts as quiet.
+    The thresholds of an operating point lie just above a held-out frame, which rounding, relative, can lift over them,
+    even by PyTorch with other batches: so near to a threshold a frame counts as quiet. Raises InputError, naming the
+    frame, if there still is an alarm by one of the two alone.
     """
     for name, of in (("threshold", "score"), ("pixel_threshold", "peak")):
         limit = getattr(original, name)

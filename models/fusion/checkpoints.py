@@ -14,9 +14,10 @@ def checkpoint_path(folder: Path, branch: str) -> Path:
 
 
 def checkpoint_paths(folder: Path) -> dict[str, Path]:
-    """The checkpoints in `folder` by branch name: the paper's three and those of other branches.
+    """The checkpoints in `folder` by branch name.
 
-    Raises InputError that names every missing one.
+    The paper's three must be there; other registered branches are added if they have been trained. Raises InputError
+    that names every missing one.
     """
     paths = {name: checkpoint_path(folder, name) for name in BRANCHES}
     missing = [paths[name].name for name in METHOD if not paths[name].is_file()]
@@ -34,7 +35,11 @@ def checkpoint_digests(folder: Path) -> dict[str, str]:
 
 
 def default_fusion(folder: Path) -> str:
-    """Standardized if all checkpoints in `folder` have held-out statistics and `--weights` demo or imagenet."""
+    """The fusion for the checkpoints in `folder`: standardized if all have held-out statistics and `--weights` demo or
+    imagenet, else the paper's.
+
+    Raises InputError if one is missing or damaged.
+    """
     for metadata in map(read_metadata, checkpoint_paths(folder).values()):
         network = metadata.get("backbone")
         small = isinstance(network, dict) and network.get("weights") in ("demo", "imagenet")

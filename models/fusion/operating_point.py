@@ -121,9 +121,17 @@ def find_operating_point(
     """
     if not (np.isfinite(scores).all() and np.isfinite(peaks).all()):
         raise InputError("the fused score or map of a held-out image is not finite; check the weights")
-    thresholds = (quantile(values, false_alarm_rate) for values in (scores, peaks))
-    expected = exceedance(len(scores), false_alarm_rate)
-    return OperatingPoint(*thresholds, false_alarm_rate, len(scores), *expected, fusion, checkpoints)
+    expected, interval = exceedance(len(scores), false_alarm_rate)
+    return OperatingPoint(
+        threshold=quantile(scores, false_alarm_rate),
+        pixel_threshold=quantile(peaks, false_alarm_rate),
+        false_alarm_rate=false_alarm_rate,
+        images=len(scores),
+        expected_rate=expected,
+        interval=interval,
+        fusion=fusion,
+        checkpoints=checkpoints,
+    )
 
 
 def rank(count: int, rate: float) -> int:

@@ -55,7 +55,8 @@ class Model(abc.ABC):
     def __call__(self, images: ImageLike | Sequence[ImageLike], batch_size: int | None = None) -> list[Prediction]:
         """A path, picture, PIL image or RGB array [H, W, 3] of uint8, or a list of these -> a list of predictions.
 
-        Maps, boxes and areas are in each image's own pixels.
+        Maps, boxes and areas are in each image's own pixels. Raises InputError for a file that cannot be read, an array
+        of another kind, or scores that are not finite.
         """
         images = list(images) if isinstance(images, list | tuple) else [images]
         batch_size = batch_size or self.batch_size

@@ -24,7 +24,10 @@ SMALLEST_MAP = 3  # PatchCore pools 3 x 3 without padding
 
 
 class Backbone(nn.Module):
-    """A frozen network in evaluation mode: no gradients, outputs always float32; "tf32" is not set here.
+    """A frozen network in evaluation mode: no gradients, outputs always float32.
+
+    In half precision the weights are rounded once, after loading; normalisations and softmax still compute in float32.
+    "tf32" is a global switch of torch and not set here.
 
     A subclass's `extract` gives, in any precision, what `forward` returns, from images normalised for the network.
     """
@@ -50,7 +53,11 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Features of images [B, 3, S, S], normalised as ImageNet's. On a GPU the caller has to `check_finite`."""
+        """Features of images [B, 3, S, S], normalised as ImageNet's, where S is the spec's image size.
+
+        On a CPU the outputs are checked for values that are not finite. On a GPU the caller does it by `check_finite`,
+        because checking each batch would wait for the device.
+        """
         if images.shape[-2:] != (self.spec.image_size,) * 2:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, the backbone takes {self.spec.image_size}")
         with torch.no_grad():
@@ -125,7 +132,10 @@ class TokenBackbone(Backbone):
 
 
 class ViTTokens(TokenBackbone):
-    """A ViT's tokens after its final norm, if it has one, without registers. Without class token CLS is their mean."""
+    """A ViT's tokens after its final norm, without registers. If it has no class token, CLS is the patches' mean.
+
+    ViTs that normalise only after pooling (timm's "gap" family) give tokens as they come from the last block.
+    """
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
@@ -237,9 +247,11 @@ def build_backbone(
     precision: str = "auto",
     flag: str = "--weights",
 ) -> TokenBackbone | MapBackbone:
-    """The network of `spec` on `device`; `weights` overrides where its weights come from.
+    """Build the network of `spec`, load its weights and move it to `device`.
 
-    Raises InputError: unknown network, unsuitable size, weights that cannot be had or do not fit the fingerprint.
+    `weights` overrides where the weights come from. `precision` "auto" is fp32 on a CPU; on a GPU the spec's,
+    or the best there is if the spec has none. Raises InputError: unknown network, a size that does not suit
+    it, weights that cannot be had or do not fit, or other weights than those of the spec's fingerprint.
     """
     if weights is not None:
         spec = spec.with_weights(weights)
@@ -252,9 +264,9 @@ def build_backbone(
         state = state_dict_of(spec, lambda: libraries.full_network(spec.name), flag)
         mark = libraries.load_weights(backbone.net, spec.name, state, spec.source, spec.position_size)
     if spec.fingerprint not in (None, mark):
+        remedy = "train again" if spec.weights == "demo" else f"give the right file with {flag}, or train again"
         raise InputError(
-            f"fitted with weights {spec.fingerprint[:12]} of {spec.name}, but {spec.source} has {mark[:12]}; "
-            f"give the right file with {flag}, or train again"
+            f"fitted with weights {spec.fingerprint[:12]} of {spec.name}, but {spec.source} has {mark[:12]}; {remedy}"
         )
     precision = resolve_precision(spec.precision, precision, device)
     backbone.spec = dataclasses.replace(spec, fingerprint=mark, precision=precision)

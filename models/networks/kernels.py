@@ -42,9 +42,11 @@ def onednn_gains(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def onednn_pays(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's kernels, private names of torch, are right, and a linear layer is not slower by MARGIN.
+    """Whether oneDNN's kernels are right, and a linear layer with GELU is not clearly slower by them.
 
-    Two runs on one machine must decide alike, or their numbers differ in the last digit: so the best of several turns.
+    Two runs on one machine must decide alike, or their numbers differ in the last digit. So torch's own kernels have to
+    be faster by the factor MARGIN, in the best of several turns. torch has oneDNN's under private names: if they are
+    missing or take other arguments, the answer is no.
     """
     if dtype not in TOLERANCE or not torch.backends.mkldnn.is_available():
         return False
@@ -132,7 +134,11 @@ class OneDNN(TorchFunctionMode, contextlib.ContextDecorator):
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d) v for [B, H, N, d] each -> [B, H, N, d]; a thread takes one head of one image at a time."""
+    """softmax(q kᵀ / √d) v for [B, H, N, d] each -> [B, H, N, d]; the scores and their softmax are float32.
+
+    A thread takes one head of one image at a time: the scores [N, N] of a head then stay in the processor's cache, and
+    threads synchronise once a layer.
+    """
     images, heads, count, width = query.shape
     result = query.new_empty(images, count, heads, value.shape[-1])  # the order in which the next layer reads it
 

@@ -267,7 +267,10 @@ def load_weights(net: nn.Module, name: str, state: StateDict, source: str, posit
 
 
 def _in_timm_layout(name: str, state: StateDict) -> StateDict:
-    """`state` under timm's names, as far as timm's loader takes it, which shows from what becomes of a file of NaN."""
+    """`state` under timm's names and in its shapes, as far as timm's own loader makes anything of it.
+
+    timm does not say what the loader has found: that shows from what becomes of a file full of NaN.
+    """
     if "_conv_stem.weight" in state:  # the names of EfficientNet-PyTorch, whose tensors come in timm's order
         return dict(zip(outline(name).state_dict(), state.values(), strict=False))
     positions = state.get("pos_embed", torch.empty(0))

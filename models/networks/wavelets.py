@@ -30,7 +30,7 @@ EXTREME = 0.005  # share of an image's places beyond the low and the high extrem
 DEVIATION_WEIGHT, SECOND_DEVIATION_WEIGHT, SECOND_CLASS_WEIGHT = 0.3, 0.1, 0.3
 COPIED = 1  # places along the border of PatchCore's maps that take the next place's values
 CONSTANTS = (NOISE, SHADOW, COLOUR_GAIN, GREY_LEVEL, ORDINARY, FLAT, EXTREME)
-CONSTANTS += (DEVIATION_WEIGHT, SECOND_DEVIATION_WEIGHT, SECOND_CLASS_WEIGHT, COPIED)
+CONSTANTS += (DEVIATION_WEIGHT, SECOND_DEVIATION_WEIGHT, SECOND_CLASS_WEIGHT)
 
 
 class WaveletPyramid(nn.Module):
@@ -46,7 +46,8 @@ class WaveletPyramid(nn.Module):
         pairs = SCALES * (SCALES - 1) // 2
         self.widths = [3, 2 * COLOUR_SCALES, SCALES * ORIENTATIONS] + [pairs * ORIENTATIONS**2] * second_order
         self.register_buffer("filters", _gabor_filters())
-        self.register_buffer("constants", torch.tensor(CONSTANTS))  # so that the fingerprint depends on them
+        constants = CONSTANTS if second_order else (*CONSTANTS, COPIED)
+        self.register_buffer("constants", torch.tensor(constants))  # so that the fingerprint depends on them
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         grid = pixels.shape[-1] // STRIDE

@@ -92,7 +92,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def random_state_dict(build: Callable[[], nn.Module], seed: int) -> StateDict:
     """State dict of an untrained network, the same for a seed and versions of torch and timm.
 
-    LayerScale factors are one, since with DINOv2's 1e-5 an untrained CLS token would hardly depend on the image.
+    LayerScale factors are one instead of DINOv2's 1e-5, with which an untrained CLS token would hardly depend on the
+    image, and rounding would make up a hundredth of the differences.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -103,7 +104,9 @@ def random_state_dict(build: Callable[[], nn.Module], seed: int) -> StateDict:
 def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
     """Published weights of a network of timm or torchvision, downloaded once into the libraries' caches.
 
-    Raises InputError that names what was tried.
+    ViTs and most CNNs: the Hugging Face hub and its mirror (or HF_ENDPOINT alone), then ModelScope. Networks
+    that torchvision publishes in the same layout: its own URL (ImageNet-1k, first version), then timm's copy
+    through the hubs. Raises InputError that names what was tried.
     """
     sources = list(_sources(name))
     failures = []

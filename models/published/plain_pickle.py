@@ -45,7 +45,8 @@ class Call:
 def follow(data: bytes, admitted: Collection[str]) -> Any:
     """The value of a pickle of protocol 2 to 5 that uses no names but the `admitted` ones.
 
-    Raises ValueError, or IndexError or KeyError if its steps do not fit together.
+    Raises ValueError if it uses others, is damaged, or has more than MAX_STEPS; IndexError or KeyError if its steps do
+    not fit together.
     """
     stack: list[Any] = []
     marks: list[int] = []
