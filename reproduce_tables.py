@@ -22,9 +22,7 @@ def main() -> None:
     add_models_flag(parser)
     group = parser.add_argument_group("tables")
     group.add_argument("--tables", type=some_of(TABLES), default=list(TABLES), help=f"default: {','.join(TABLES)}")
-    text = (
-        "mean ± standard deviation over these; what depends on them is fitted again (default: the checkpoints' own)"
-    )
+    text = "mean ± standard deviation over these; what depends on them is fitted again (default: the checkpoints' own)"
     group.add_argument("--seeds", type=number(int, 0, 2**32 - 1), nargs="+", help=text)
     group.add_argument("--sweeps", type=some_of(SWEEPS), help=f"of the sensitivity table (default: {','.join(SWEEPS)})")
     group = parser.add_argument_group("baselines (anomalib)")
