@@ -201,6 +201,23 @@ def test_a_lock_leaves_nothing_and_frees_at_an_error(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("at", ["unlink", "rmdir"])
+def test_a_lock_leaves_nothing_when_a_signal_comes_as_a_failed_run_tidies_up(tmp_path, monkeypatch, at):
+    """As torchrun sends one to the others when the first process fails."""
+    original, calls = getattr(Path, at), []
+
+    def interrupted(path, *args, **kwargs):
+        calls.append(path)
+        if len(calls) == 1:
+            raise signals.Terminated
+        return original(path, *args, **kwargs)
+
+    with pytest.raises(signals.Terminated), folder_lock(tmp_path / "a" / "b"):
+        monkeypatch.setattr(Path, at, interrupted)
+        raise ZeroDivisionError
+    assert len(calls) > 1 and not list(tmp_path.iterdir())
+
+
 def test_a_lock_is_lifted_where_open_files_cannot_be_removed(tmp_path, monkeypatch):
     def unlink(path, missing_ok=False):
         raise PermissionError(13, "in use by a process", str(path))

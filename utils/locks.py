@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 from utils import distributed
 from utils.errors import InputError
 from utils.files import leftovers
+from utils.signals import Terminated
 
 
 def folder_lock(folder: Path) -> contextlib.AbstractContextManager[None]:
@@ -45,9 +46,17 @@ def _lock(lock_path: Path, target: Path, unfinished: Callable[[], Iterable[Path]
             path.unlink(missing_ok=True)
         yield
     finally:
-        with contextlib.suppress(PermissionError):  # Windows cannot remove an open file; FileLock does it there
-            lock_path.unlink(missing_ok=True)
-        lock.release()
-        with contextlib.suppress(OSError):  # not empty
-            for folder in made:
-                folder.rmdir()
+        try:
+            _leave(lock, made)
+        except (KeyboardInterrupt, Terminated):  # a signal while a run that has failed tidies up
+            _leave(lock, made)
+            raise
+
+
+def _leave(lock: FileLock, made: Iterable[Path]) -> None:
+    with contextlib.suppress(PermissionError):  # Windows cannot remove an open file; FileLock does it there
+        Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
+    with contextlib.suppress(OSError):  # not empty
+        for folder in made:
+            folder.rmdir()
