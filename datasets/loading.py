@@ -96,9 +96,7 @@ class ImageLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         samples, notes, error = self.dataset.samples, Notes(), None
         with tqdm(total=len(self.shard), desc=self.description, unit="image", leave=False, disable=None) as progress:
-            batches = iter(self.loader)  # the workers begin
-            if self.meanwhile:
-                self.meanwhile()
+            batches = self._batches()
             for batch in stoppable(batches):
                 distributed.check()
                 if error := batch.get("error"):
@@ -111,6 +109,13 @@ class ImageLoader:
             del batches  # the workers end: in the error's traceback they would live on
             raise error
         notes.say()
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        """For `stoppable`: a signal while the workers begin would leave an iterator that is half made."""
+        batches = iter(self.loader)  # the workers begin
+        if self.meanwhile:
+            self.meanwhile()
+        yield from batches
 
 
 def find_unreadable(samples: Sequence[Sample], workers: int) -> dict[str, str]:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from machine import PATIENCE, wait_until
 from tiny import ROOT, draw_category, end_well, refusal, small_flags, succeed
+from torch.utils.data import DataLoader
 
+from datasets.loading import ImageDataset, ImageLoader
 from models import PatchCore
 from utils import command_line, signals
 from utils.errors import InputError
@@ -57,6 +59,22 @@ def test_a_signal_while_a_batch_is_awaited(watched):
     with pytest.raises(signals.Terminated):
         finished.extend(signals.stoppable(batches()))
     assert finished == [0]
+
+
+@posix
+def test_a_signal_while_the_readers_begin(watched, monkeypatch):
+    """A torch iterator that is half made would complain on stderr as it ends."""
+    made = []
+
+    def begin(loader):
+        signal.raise_signal(signal.SIGTERM)
+        made.append(loader)
+        return iter([None])
+
+    monkeypatch.setattr(DataLoader, "__iter__", begin)
+    with pytest.raises(signals.Terminated):
+        list(ImageLoader(ImageDataset([], 16, "bicubic"), 1, 0, "test"))
+    assert made
 
 
 @posix
