@@ -24,6 +24,7 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 DEPTHS = range(8, 17)  # bits of the cameras whose images are stored in 16
 DISK_ERRORS = {errno.EIO, getattr(errno, "ESTALE", errno.EIO)}
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what decoders raise
+PHOTOMETRIC = 262  # a tag of TIFFs; 0: white is stored as 0
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # an EXIF tag, and its values that swap width and height
 
 
@@ -149,7 +150,7 @@ def _to_8_bits(image: Image.Image, path: str | os.PathLike, bit_depth: int) -> t
         return image, False
     if deep_color and bit_depth == 16:  # Pillow has dropped the low byte
         return image, max(high for _, high in image.convert("RGB").getextrema()) < 32
-    values = np.asarray(image) if grey else _read_deep_color(path)
+    values = _grey_values(image) if grey else _read_deep_color(path)
     top, low, high = 2**bit_depth - 1, int(values.min()), int(values.max())
     if low < 0 or high > top:
         remedy = f"train with --bit-depth {high.bit_length()}" if low >= 0 and high < 65536 else "convert it to 16 bits"
@@ -157,6 +158,12 @@ def _to_8_bits(image: Image.Image, path: str | os.PathLike, bit_depth: int) -> t
     small = Image.fromarray(levels(bit_depth)[values])
     small.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
     return small, high < (top + 1) // 8
+
+
+def _grey_values(image: Image.Image) -> np.ndarray:
+    """The numbers [H, W] of a grey image; Pillow leaves 16 bits inverted where a TIFF stores white as 0."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    return 65535 - values if image.mode.startswith("I;16") and tags.get(PHOTOMETRIC) == 0 else values
 
 
 @functools.cache
@@ -207,7 +214,7 @@ def read_mask(
 def _marked_by_value(mask: Image.Image) -> tuple[np.ndarray, bool]:
     """The marked pixels, and whether they are labels. A colour counts by its strongest channel, even pure blue."""
     if mask.mode[0] in "IF":
-        values = np.asarray(mask)
+        values = _grey_values(mask)
     elif mask.mode in ("1", "L", "LA"):
         values = np.asarray(mask.convert("L"))
     else:

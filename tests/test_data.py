@@ -124,6 +124,21 @@ def test_values_beyond_the_bit_depth_are_refused(tmp_path, bits, brightest, reme
             read_picture(tmp_path / name, Decoding(bit_depth=bits))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("seed", range(3))
+def test_white_stored_as_zero(tmp_path, dtype, seed):
+    values = np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, (6, 8), dtype, endpoint=True)
+    Image.fromarray(values).save(tmp_path / "plain.tif")
+    photometric, content = struct.pack("<HHIH", 262, 3, 1, 1), (tmp_path / "plain.tif").read_bytes()
+    assert content.count(photometric) == 1
+    (tmp_path / "inverted.tif").write_bytes(content.replace(photometric, struct.pack("<HHIH", 262, 3, 1, 0)))
+    plain, inverted = (np.asarray(read_picture(tmp_path / f"{name}.tif").image, int) for name in ("plain", "inverted"))
+    np.testing.assert_array_equal(inverted, 255 - plain)
+    marked, notes = read_mask([tmp_path / "inverted.tif"])
+    np.testing.assert_array_equal(marked, values <= np.iinfo(dtype).max // 2)
+    assert notes == Note(0)
+
+
 @pytest.mark.parametrize("brightest", [0, 1023, 4095, 8191, 8192])
 def test_dim_images_are_noted(tmp_path, brightest):
     for name, shape in (("grey.png", (4, 4)), ("rgb.tif", (4, 4, 3))):
