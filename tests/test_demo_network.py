@@ -138,7 +138,8 @@ def test_an_averaged_bank_against_a_loop():
 
 def test_whitening_gives_each_map_the_same_share():
     mixing = torch.eye(9, dtype=torch.float64) + 0.3 * torch.randn(9, 9, dtype=torch.float64)  # well conditioned
-    patches = (torch.randn(20_000, 9, dtype=torch.float64) @ mixing * torch.logspace(-2, 2, 9)).float()
+    scales = torch.cat([torch.logspace(-2, -1.5, 2), torch.logspace(1, 2, 7)])
+    patches = (torch.randn(20_000, 9, dtype=torch.float64) @ mixing * scales).float()
     whitened = Whitening.fit(patches, [2, 7])(patches).double()
     for block, width in ((slice(0, 2), 2), (slice(2, 9), 7)):
         correlation = np.corrcoef(patches[:, block].double().T)
@@ -156,6 +157,18 @@ def test_the_rounding_of_a_grey_cameras_colours_is_not_whitened_up():
     whitened = Whitening.fit(features, [3, 3])(features)
     assert whitened[:, :3].var(0).mean() == pytest.approx(1, rel=0.05)
     assert whitened[:, 3:].var(0).max() < 0.02
+
+
+@pytest.mark.parametrize("excited", [0, 1, 5])
+def test_a_channel_that_is_mostly_silent_does_not_outweigh_the_others(excited):
+    """Untrained networks have many. Divided by next to nothing, one excited patch would be the only finding."""
+    features = torch.randn(5_000, 6)
+    features[:, 5] = 0
+    features[:excited, 5] = 1e-3
+    whitening = Whitening.fit(features, [3, 3])
+    new = torch.zeros(2, 6)
+    new[1, 5] = 0.1
+    assert (whitening(new[1]) - whitening(new[0])).norm() < 6
 
 
 def test_constants_are_part_of_the_fingerprint(monkeypatch):

@@ -12,7 +12,8 @@ from models.branches.gaussian import RunningMoments
 from utils.checkpoint import take
 
 FLOOR = 1e-2  # added to the eigenvalues of the correlation matrix: what hardly varies is not amplified to noise
-LEAST_DEVIATION = 1e-5  # of the largest of all channels; what varies less is rounding
+ROUNDING = 1e-5  # of the largest deviation of all channels: what varies less is rounding
+SILENT = 0.02  # of the largest of its map: a channel that few patches excite is no measure for others
 PREFIX = "aligned_"  # of its tensors in a checkpoint: a bank of patches that were not aligned has another
 ROWS = 1 << 16  # patches at a time
 
@@ -49,12 +50,14 @@ class Whitening:
         moments.merge(before.moments if before else {})
         covariance = moments.scatter / moments.count
         deviations = covariance.diagonal().sqrt()
-        deviations = deviations.clamp(min=(LEAST_DEVIATION * deviations.max()).clamp(min=1e-6))
+        rounding = (ROUNDING * deviations.max()).clamp(min=1e-6)
         matrix = torch.zeros_like(covariance)
         for width, end in zip(widths, itertools.accumulate(widths), strict=True):
             block = slice(end - width, end)
-            deviation = deviations[block]
-            values, vectors = torch.linalg.eigh(covariance[block, block] / torch.outer(deviation, deviation))
+            deviation = deviations[block].clamp(min=(SILENT * deviations[block].max()).maximum(rounding))
+            correlation = covariance[block, block] / torch.outer(deviation, deviation)
+            correlation.fill_diagonal_(1)  # as if silent channels varied by what they are divided by
+            values, vectors = torch.linalg.eigh(correlation)
             scale = (len(covariance) / (len(widths) * width)) ** 0.5
             matrix[block, block] = scale * vectors / deviation[:, None] / (values.clamp(min=0) + FLOOR).sqrt()
         return cls(moments.mean, matrix, moments.state())
