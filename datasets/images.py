@@ -45,11 +45,16 @@ class Note(enum.IntFlag):
     DIM = 4  # 16 bits, of which under an eighth of the range is used
     REDUCED = 8  # decoded at a reduced scale
     PAGES = 16  # a TIFF of several pages
+    FULL = 32  # masks that mark everything
+
+
+OF_MASKS = Note.LABELS | Note.EMPTY | Note.FULL
 
 
 TEXTS = {
     Note.LABELS: "the masks hold labels, not black and white: every pixel that is not background counts as defect",
     Note.EMPTY: "the masks mark nothing, although they lie in a defect's folder: all their pixels count as normal",
+    Note.FULL: "the masks mark the whole frame; paint black what is no defect (not transparent)",
     Note.DIM: "16 bits, of which under an eighth of the range is used: train with the --bit-depth of the camera, for "
     "instance 10 or 12",
     Note.REDUCED: "larger than --max-megapixels allows: the JPEG decoder gives them at a reduced scale",
@@ -67,16 +72,16 @@ class Notes:
         """Take in the notes on an image and its masks."""
         for note in Note:
             if note & notes:
-                count, example = self._found.get(note, (0, str(mask if note in Note.LABELS | Note.EMPTY else image)))
+                count, example = self._found.get(note, (0, str(mask if note in OF_MASKS else image)))
                 self._found[note] = count + 1, example
 
     def say(self) -> None:
-        """Warn of what all processes have found: once a run, and of empty masks once for each data set."""
+        """Warn of what all processes have found: once a run, and of masks once for each data set."""
         parts = distributed.gathered(self._found)
         for note, text in TEXTS.items():
             if found := [part[note] for part in parts if note in part]:
                 count, example = sum(count for count, _ in found), found[0][1]
-                key = example if note is Note.EMPTY else note
+                key = (example, note) if note in OF_MASKS else note
                 warn_once(key, f"{count} files, for instance {example}: {text}")
 
 
@@ -196,6 +201,7 @@ def read_mask(
     for path in paths:
         with _opened(path) as mask:
             notes |= _check_size(mask, path, decoding, reducible=False)
+            deep_color = ";16" in str(mask.tile) and mask.mode[0] != "I"
             mask.load()
             ImageOps.exif_transpose(mask, in_place=True)
             size = size or mask.size
@@ -204,22 +210,30 @@ def read_mask(
                     f"mask {path} is {mask.size[0]}x{mask.size[1]} but its image is {size[0]}x{size[1]}; "
                     "draw it at the image's size"
                 )
-            found, labels = _marked_by_palette(mask) if mask.mode in ("P", "PA") else _marked_by_value(mask)
+            if mask.mode in ("P", "PA"):
+                found, labels = _marked_by_palette(mask)
+            else:
+                found, labels = _marked_by_value(mask, _read_deep_color(path) if deep_color else None)
         marked = found if marked is None else marked | found
         if labels:
             notes |= Note.LABELS
+    if marked.all():
+        notes |= Note.FULL
     return marked, notes if marked.any() else notes | Note.EMPTY
 
 
-def _marked_by_value(mask: Image.Image) -> tuple[np.ndarray, bool]:
+def _marked_by_value(mask: Image.Image, deep_color: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
     """The marked pixels, and whether they are labels. A colour counts by its strongest channel, even pure blue."""
-    if mask.mode[0] in "IF":
+    deep = deep_color is not None and deep_color.shape[1::-1] == mask.size  # not turned by EXIF
+    if deep:
+        values = deep_color.max(2)
+    elif mask.mode[0] in "IF":
         values = _grey_values(mask)
     elif mask.mode in ("1", "L", "LA"):
         values = np.asarray(mask.convert("L"))
     else:
         values = np.asarray(mask.convert("RGB")).max(2)
-    marked = values >= (32768 if mask.mode[0] == "I" else 128)
+    marked = values >= (32768 if deep or mask.mode[0] == "I" else 128)
     if marked.any() or "jpeg" in f"{mask.format} {mask.info.get('compression')}".lower():
         return marked, False
     marked = values != 0

@@ -76,6 +76,10 @@ class Category:
         if not test.is_dir():
             raise InputError(f"no folder {test}; add test images, or pass --no-eval when training")
         places = self._places("test")
+        if other := {kind for kind in (place.parts[0] for place in places) if kind != "good" == kind.casefold()}:
+            raise InputError(
+                f"{test / min(other)}: normal images belong in {test / 'good'}, in small letters; rename it"
+            )
         samples = self._samples("test", places, f"the folders in {test} have no", _Masks(truth, places).of)
         seen: dict[str, Sample] = {}
         for sample in samples:

@@ -36,10 +36,11 @@ class RegionOfInterest:
         """
         if not os.path.isfile(path):
             raise InputError(f"--roi {path}: no such file")
-        image = Image.fromarray(read_mask([path], decoding=decoding)[0])
-        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.NEAREST)
+        image = Image.fromarray(read_mask([path], decoding=decoding)[0]).convert("L")
+        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BOX)
+        levels = np.asarray(image)
         try:
-            region = cls(np.asarray(image))
+            region = cls(levels >= min(128, max(1, levels.max())))  # what is thin stays
         except InputError as error:
             raise InputError(f"--roi {path}: {error}") from None
         if region.inside.all():

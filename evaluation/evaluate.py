@@ -94,9 +94,11 @@ def evaluate(
     if results.gallery is not None:
         threshold = point and Threshold(point.threshold, point.pixel_threshold, point.source)
         write_test_report(folder, results, metrics, threshold or results.best_threshold(), config)
-    else:
-        for name in (REPORT, SHEET):
-            (folder / name).unlink(missing_ok=True)  # it would show the figures of an earlier run
+    stale = [] if results.gallery is not None else [folder / REPORT, folder / SHEET]  # they show an earlier run
+    stale += [] if images else (folder / "heatmaps").rglob("*.png")
+    stale += [] if save_maps else (folder / "anomaly_maps").rglob("*.tiff")
+    for path in stale:
+        path.unlink(missing_ok=True)
     print_metrics(model.name, metrics)
     print(f"{folder.parent.name}: results in {folder}", flush=True)
     return metrics

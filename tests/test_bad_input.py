@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -213,6 +214,11 @@ IMAGES = {  # below data/belt
         ["003_mask.png", "9x9"],
     ),
     "no image": (lambda belt: (belt / "test/good/000.png").write_text("text"), ["000.png", "cannot be read"]),
+    "good in other letters": (
+        lambda belt: (belt / "test/good").rename(belt / "test/Good"),
+        ["test/Good", "small letters"],
+    ),
+    "GOOD beside good": (lambda belt: shutil.copytree(belt / "test/good", belt / "test/GOOD"), ["test/GOOD", "rename"]),
     "floats": (lambda belt: Image.fromarray(np.ones((9, 9), np.float32)).save(belt / "test/good/x.tiff"), ["x.tiff"]),
 }
 CHECKPOINTS = {  # models/belt/pc.safetensors
@@ -371,6 +377,31 @@ def test_out_of_memory(capsys):
         run(lambda: torch.empty(10**15))
     assert end.value.code == 1
     assert capsys.readouterr().err.splitlines() == ["error: out of memory; lower --batch-size or --image-size"]
+
+
+@pytest.mark.parametrize("name", ["/torch_7_1_0", "</torch_7_1_0>"])
+def test_no_shared_memory_for_the_readers(capsys, name):
+    """A container has 64 MB by default."""
+
+    def main():
+        raise RuntimeError(f"unable to allocate shared memory(shm) for file {name}: No space left on device (28)")
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and "/dev/shm" in line and "--workers" in line
+
+
+def test_a_mistake_of_the_program_leaves_no_process_behind():
+    """At the end of the program they would be waited for."""
+    worker = multiprocessing.get_context("fork" if os.name == "posix" else "spawn").Process(
+        target=time.sleep, args=(60,)
+    )
+    worker.start()
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)
+    worker.join(10)
+    assert worker.exitcode not in (None, 0)
 
 
 def test_mistakes_of_the_program_keep_their_traceback():

@@ -303,6 +303,29 @@ def test_mask_kinds(tmp_path, kind):
     assert said == notes
 
 
+@pytest.mark.parametrize(
+    ("marked", "notes"), [(1, Note.LABELS), (255, Note.LABELS), (40000, Note(0)), (65535, Note(0))]
+)
+def test_masks_of_16_bit_colour(tmp_path, marked, notes):
+    values = np.zeros((*TRUTH.shape, 3), np.uint16)
+    values[TRUTH, 2] = marked
+    cv2.imwrite(str(tmp_path / "m.png"), values)
+    found, said = read_mask([tmp_path / "m.png"])
+    np.testing.assert_array_equal(found, TRUTH)
+    assert said == notes
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_masks_that_mark_everything_are_noted(tmp_path, mode):
+    """As editors leave white under what they show as transparent."""
+    mask = Image.new(mode, (8, 6), "white")
+    if mode == "RGBA":
+        mask.putalpha(0)
+    mask.save(tmp_path / "m.png")
+    found, said = read_mask([tmp_path / "m.png"])
+    assert found.all() and said == Note.FULL
+
+
 def test_jpeg_masks_have_no_labels(tmp_path):
     """What is dark in them is noise."""
     big = Image.fromarray(TRUTH.astype(np.uint8).repeat(16, 0).repeat(16, 1))

@@ -117,6 +117,19 @@ def fourth(monkeypatch):
     monkeypatch.setitem(BRANCHES, "brightness", f"{HERE}:Brightness")
 
 
+@pytest.mark.parametrize(
+    ("branch", "flag", "value"),
+    [
+        *(("pc", *given) for given in (("--coreset-ratio", 2), ("--coreset-ratio", 0), ("--neighbors", 0))),
+        *((branch, "--covariance", "foo") for branch in ("ma_clu", "ma2patch")),
+    ],
+)
+def test_settings_out_of_range_are_refused(workplace, branch, flag, value):
+    network = ["--weights", "random", "--backbone", "test_resnet" if branch == "pc" else "test_vit", "--image-size", 64]
+    flags = [*small_flags(workplace, "train_any"), *network, flag, value]
+    assert flag in refusal("training.__main__", branch, *flags)
+
+
 def test_a_fourth_branch_from_training_to_tables(workplace, fourth):
     three = fuse(workplace, "--no-images")
     assert set(three["branches"]) == {"ma_clu", "ma2patch", "pc"}  # folders of three checkpoints stay valid

@@ -96,6 +96,16 @@ def test_each_file_once_in_order_over_restarts(folder, out):
     ]
 
 
+def test_the_rows_of_a_watched_folder_stay_when_the_flag_is_forgotten(folder, out):
+    add(folder / "a.png", age=9)
+    add(folder / "b.png", age=8)
+    found = watch(folder, out, 1)
+    settings = dataclasses.replace(SETTINGS, sources=(str(folder / "a.png"),), out=out, watch=False)
+    with pytest.raises(InputError, match="give --watch, or choose another --out"):
+        predict(settings, RedModel, None, {"watch": False})
+    assert rows(out) == found
+
+
 def test_what_a_kill_cut_off_is_looked_at_again(folder, out):
     for index in range(4):
         add(folder / f"{index}.png", age=9 - index)

@@ -158,7 +158,9 @@ def test_call_in_batches_and_without_thresholds():
 
 
 def test_other_images_are_refused():
-    for image in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8), 7):
+    arrays = np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8)
+    empty = np.zeros((0, 4, 3), np.uint8), Image.new("RGB", (0, 4))
+    for image in (*arrays, *empty, *(Image.new(mode, (4, 4)) for mode in ("I", "I;16", "F")), 7):
         with pytest.raises(InputError):
             usad_with()([image])
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):

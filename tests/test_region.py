@@ -191,6 +191,14 @@ def test_other_regions_are_refused(trained, tmp_path):
             RegionOfInterest.from_text(text)
 
 
+@pytest.mark.parametrize("thickness", [1, 2, 3])
+def test_a_thin_region_of_a_large_picture_stays(tmp_path, thickness):
+    content = np.zeros((40, 4 * MAX_SIDE), np.uint8)
+    content[:, 101 : 101 + thickness] = 255
+    Image.fromarray(content).save(tmp_path / "roi.png")
+    assert 0 < RegionOfInterest.read(tmp_path / "roi.png").share < 2 / MAX_SIDE
+
+
 @pytest.mark.parametrize("outside", [0, 255])
 def test_a_region_that_is_the_whole_frame_is_warned_of(tmp_path, capsys, outside):
     """An editor may leave white under what it shows as transparent."""

@@ -139,8 +139,11 @@ def test_report_of_a_test_run(workplace):
     names = {"report.html", "sheet.jpg"}
     assert names <= {path.name for path in folder.iterdir()}
     assert not names & {path.name for path in (workplace / "result" / "belt" / "pc").iterdir()}
+    succeed(workplace, "test_fusion", "--save-maps")
+    assert list(folder.rglob("heatmaps/*/*.png")) and list(folder.rglob("anomaly_maps/*/*.tiff"))
     succeed(workplace, "test_fusion", "--no-images")
     assert not names & {path.name for path in folder.iterdir()}
+    assert not list(folder.rglob("*.png")) and not list(folder.rglob("*.tiff"))
 
 
 def test_given_threshold_is_not_called_orientation(tmp_path):

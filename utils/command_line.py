@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import difflib
 import gc
+import multiprocessing
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ from utils.signals import Terminated, leave_signals, stopped_by, watch_signals
 
 OUT_OF_MEMORY = "out of memory|can't allocate memory"  # what torch says of a GPU's, and of a CPU's
 CONNECTION_LOST = "[Cc]onnection (closed|reset)"  # what gloo and NCCL say when another process is gone
-LOST_WORKER = r"DataLoader worker .* (killed by signal|exited unexpectedly)"
+LOST_WORKER = r"DataLoader worker .* (killed by signal|exited unexpectedly)|unable to .* (shared memory|</?torch_)"
 _warned: set[Hashable] = set()  # the keys of `warn_once`
 
 
@@ -105,6 +106,8 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
         elif distributed.is_launched() and re.search(CONNECTION_LOST, str(error)):
             reason = "another process of this run is gone, killed or out of memory"
         elif distributed.first_to_fail():
+            for worker in multiprocessing.active_children():  # the traceback keeps them, and their end would be awaited
+                worker.kill()
             raise
     if reason is not None and distributed.first_to_fail():  # of several processes one says why
         for line in (*details, f"error: {reason}"):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from models.branches import COVARIANCES
 from utils.checkpoint import take
 from utils.errors import InputError
 
@@ -22,6 +23,8 @@ class RunningMoments:
     """
 
     def __init__(self, estimator: str = "empirical") -> None:
+        if estimator not in COVARIANCES:
+            raise InputError(f"--covariance {estimator} is not one of {', '.join(COVARIANCES)}")
         self.estimator = estimator  # of the covariance
         self.count = 0
         self.mean: Tensor | None = None  # [D]

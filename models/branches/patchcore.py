@@ -47,6 +47,8 @@ class PatchCore(Branch):
         average_bank: bool = False,
     ) -> None:
         super().__init__(backbone)
+        if not 0 < coreset_ratio <= 1 or neighbors < 1:
+            raise InputError("--coreset-ratio lies in (0, 1], and --neighbors is 1 or more")
         self.whiten = whiten
         self.average_bank = average_bank
         self.whitening: Whitening | None = None

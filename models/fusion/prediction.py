@@ -90,12 +90,16 @@ def as_picture(image: ImageLike, roi: RegionOfInterest | None = None, decoding: 
         picture = read_picture(image, decoding)
     elif isinstance(image, Picture):
         picture = image
-    elif isinstance(image, Image.Image):
+    elif isinstance(image, Image.Image) and image.mode[0] not in "IF" and all(image.size):  # 8 bits a channel
         picture = Picture(image.convert("RGB"), image.size)
-    elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+    elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
         picture = Picture(Image.fromarray(image), image.shape[1::-1])
     else:
-        kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        kind = type(image).__name__
+        if isinstance(image, np.ndarray):
+            kind = f"{image.dtype} {list(image.shape)}"
+        elif isinstance(image, Image.Image):
+            kind = f"a PIL image of mode {image.mode} and size {image.size}"
         raise InputError(f"an image is {kind}; give a path, a PIL image or an RGB array [H, W, 3] of uint8")
     return picture._replace(image=roi.apply(picture.image)) if roi else picture
 
