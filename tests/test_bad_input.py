@@ -214,11 +214,10 @@ IMAGES = {  # below data/belt
         ["003_mask.png", "9x9"],
     ),
     "no image": (lambda belt: (belt / "test/good/000.png").write_text("text"), ["000.png", "cannot be read"]),
-    "good in other letters": (
-        lambda belt: (belt / "test/good").rename(belt / "test/Good"),
-        ["test/Good", "small letters"],
-    ),
-    "GOOD beside good": (lambda belt: shutil.copytree(belt / "test/good", belt / "test/GOOD"), ["test/GOOD", "rename"]),
+    **{
+        name: (lambda belt, name=name: (belt / "test/good").rename(belt / "test" / name), [f"test/{name}", "rename"])
+        for name in ("Good", "GOOD")
+    },
     "floats": (lambda belt: Image.fromarray(np.ones((9, 9), np.float32)).save(belt / "test/good/x.tiff"), ["x.tiff"]),
 }
 CHECKPOINTS = {  # models/belt/pc.safetensors
@@ -394,9 +393,8 @@ def test_no_shared_memory_for_the_readers(capsys, name):
 
 def test_a_mistake_of_the_program_leaves_no_process_behind():
     """At the end of the program they would be waited for."""
-    worker = multiprocessing.get_context("fork" if os.name == "posix" else "spawn").Process(
-        target=time.sleep, args=(60,)
-    )
+    context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
+    worker = context.Process(target=time.sleep, args=(60,))
     worker.start()
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)
