@@ -103,6 +103,23 @@ def test_a_worker_that_a_signal_killed_is_no_error_of_its_own(capsys, number, co
 
 
 @posix
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("explicit", [True, False])
+def test_a_signal_that_becomes_another_error_is_a_signal(capsys, number, code, explicit):
+    """Python before 3.12 wraps what is raised while a class is made, as importing timm does a thousand times."""
+
+    def main():
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            raise RuntimeError("Error calling __set_name__") from (error if explicit else None)
+
+    with pytest.raises(SystemExit) as end:
+        command_line.run(main)
+    assert end.value.code == code and len(capsys.readouterr().err.splitlines()) == 1
+
+
+@posix
 def test_a_second_signal_does_not_wait(watched):
     with pytest.raises(KeyboardInterrupt):
         for _ in signals.stoppable(range(5)):

@@ -97,7 +97,7 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
         code = 1
         if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
             reason = "out of memory; lower --batch-size or --image-size"
-        elif re.search(LOST_WORKER, str(error)) and (number := stopped_by()):  # the signal reached a worker, too
+        elif (number := stopped_by()) and (re.search(LOST_WORKER, str(error)) or _is_of_a_signal(error)):
             code, reason = 128 + number, "interrupted" if number == signal.SIGINT else "terminated"
         elif re.search(LOST_WORKER, str(error)):
             reason = (
@@ -114,6 +114,13 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
             _say(line)
     leave_signals()
     sys.exit(code)
+
+
+def _is_of_a_signal(error: BaseException | None) -> bool:
+    """Whether the error was made of a signal's, as Python before 3.12 does while a class is made."""
+    while error and not isinstance(error, KeyboardInterrupt | Terminated):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _open_closed_streams() -> None:
