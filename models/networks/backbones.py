@@ -311,22 +311,3 @@ def _demo_backbone(spec: BackboneSpec) -> DemoTokens | DemoMaps:
         raise InputError(f"--image-size {spec.image_size}: the demo network takes {4 * SIZE_STEP}, {5 * SIZE_STEP} …")
     tokens = spec.kind == "tokens"
     return (DemoTokens if tokens else DemoMaps)(WaveletPyramid(second_order=tokens), spec)
-
-
-def own_normalization(spec: BackboneSpec) -> BackboneSpec:
-    """The spec with the normalisation that its network was trained with; untrained ones keep ImageNet's."""
-    if spec.weights in ("demo", "random"):
-        return spec
-    from models.networks import libraries
-
-    mean, std = libraries.normalization(spec.name)
-    return dataclasses.replace(spec, mean=mean, std=std)
-
-
-def size_step(spec: BackboneSpec) -> int:
-    """Input sizes must be multiples of this: a ViT's patch, else the 8 pixels between places of a stride-8 map."""
-    if spec.weights == "demo":
-        return SIZE_STEP
-    from models.networks import libraries
-
-    return libraries.patch_side(spec.name) or 8
