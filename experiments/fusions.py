@@ -13,7 +13,7 @@ from experiments.table import IN_FORCE, Cell, Row, Section, Table
 from experiments.variants import Variant
 from models import MACLU, USAD, PatchCore
 from models.branches.part import Part
-from models.networks.spec import size_step
+from models.networks.inputs import size_step
 from training.options import fusion_record
 
 DEFINED = "Figures are fractions; docs/figures.md defines each."

@@ -10,7 +10,6 @@ import torch
 
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks import MAX_SIDE
-from models.networks.wavelets import SIZE_STEP
 
 SOURCES = ("pretrained", "demo", "imagenet", "random")  # of weights that are not a file
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,22 +73,3 @@ def resolve_precision(recorded: str, asked: str, device: str) -> str:
     if recorded != "auto":
         return recorded
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def own_normalization(spec: BackboneSpec) -> BackboneSpec:
-    """The spec with the normalisation that its network was trained with; untrained ones keep ImageNet's."""
-    if spec.weights in ("demo", "random"):
-        return spec
-    from models.networks import libraries
-
-    mean, std = libraries.normalization(spec.name)
-    return dataclasses.replace(spec, mean=mean, std=std)
-
-
-def size_step(spec: BackboneSpec) -> int:
-    """Input sizes must be multiples of this: a ViT's patch, else the 8 pixels between places of a stride-8 map."""
-    if spec.weights == "demo":
-        return SIZE_STEP
-    from models.networks import libraries
-
-    return libraries.patch_side(spec.name) or 8
