@@ -148,8 +148,7 @@ def _check_size(image: Image.Image, path: str | os.PathLike, decoding: Decoding,
 
 def _to_8_bits(image: Image.Image, path: str | os.PathLike, bit_depth: int) -> tuple[Image.Image, bool]:
     """The image with 8 bits a channel, and whether it had 16 and uses less than an eighth of their range."""
-    grey = image.mode.startswith("I")
-    deep_color = not grey and ";16" in str(image.tile)
+    grey, deep_color = image.mode.startswith("I"), _has_deep_color(image)
     image.load()
     if not (grey or deep_color):
         return image, False
@@ -160,9 +159,19 @@ def _to_8_bits(image: Image.Image, path: str | os.PathLike, bit_depth: int) -> t
     if low < 0 or high > top:
         remedy = f"train with --bit-depth {high.bit_length()}" if low >= 0 and high < 65536 else "convert it to 16 bits"
         raise UnreadableError(f"{path} holds values from {low} to {high}, and {bit_depth} bits end at {top}; {remedy}")
-    small = Image.fromarray(levels(bit_depth)[values])
-    small.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
-    return small, high < (top + 1) // 8
+    return _as_lying(levels(bit_depth)[values], image), high < (top + 1) // 8
+
+
+def _as_lying(values: np.ndarray, image: Image.Image) -> Image.Image:
+    """Values that were read beside Pillow, [H, W] or [H, W, 3], as an image with the orientation of `image`."""
+    other = Image.fromarray(values)
+    other.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+    return other
+
+
+def _has_deep_color(image: Image.Image) -> bool:
+    """Whether an image that is not loaded yet has colours of 16 bits, of which Pillow would drop 8."""
+    return image.mode[0] != "I" and ";16" in str(image.tile)
 
 
 def _grey_values(image: Image.Image) -> np.ndarray:
@@ -201,8 +210,10 @@ def read_mask(
     for path in paths:
         with _opened(path) as mask:
             notes |= _check_size(mask, path, decoding, reducible=False)
-            deep_color = ";16" in str(mask.tile) and mask.mode[0] != "I"
+            deep_color = _has_deep_color(mask)
             mask.load()
+            if deep_color:
+                mask = _as_lying(_read_deep_color(path).max(2), mask)  # the strongest channel, as a grey image
             ImageOps.exif_transpose(mask, in_place=True)
             size = size or mask.size
             if mask.size != size:
@@ -210,10 +221,7 @@ def read_mask(
                     f"mask {path} is {mask.size[0]}x{mask.size[1]} but its image is {size[0]}x{size[1]}; "
                     "draw it at the image's size"
                 )
-            if mask.mode in ("P", "PA"):
-                found, labels = _marked_by_palette(mask)
-            else:
-                found, labels = _marked_by_value(mask, _read_deep_color(path) if deep_color else None)
+            found, labels = _marked_by_palette(mask) if mask.mode in ("P", "PA") else _marked_by_value(mask)
         marked = found if marked is None else marked | found
         if labels:
             notes |= Note.LABELS
@@ -222,18 +230,15 @@ def read_mask(
     return marked, notes if marked.any() else notes | Note.EMPTY
 
 
-def _marked_by_value(mask: Image.Image, deep_color: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
+def _marked_by_value(mask: Image.Image) -> tuple[np.ndarray, bool]:
     """The marked pixels, and whether they are labels. A colour counts by its strongest channel, even pure blue."""
-    deep = deep_color is not None and deep_color.shape[1::-1] == mask.size  # not turned by EXIF
-    if deep:
-        values = deep_color.max(2)
-    elif mask.mode[0] in "IF":
+    if mask.mode[0] in "IF":
         values = _grey_values(mask)
     elif mask.mode in ("1", "L", "LA"):
         values = np.asarray(mask.convert("L"))
     else:
         values = np.asarray(mask.convert("RGB")).max(2)
-    marked = values >= (32768 if deep or mask.mode[0] == "I" else 128)
+    marked = values >= (32768 if mask.mode[0] == "I" else 128)
     if marked.any() or "jpeg" in f"{mask.format} {mask.info.get('compression')}".lower():
         return marked, False
     marked = values != 0

@@ -218,7 +218,7 @@ def latency_words(latency: dict[str, float]) -> str:
 
 
 def check_output(settings: PredictionSettings, sources: list[Source] | list[Incoming]) -> None:
-    """Raise InputError if --out holds files that predict.py did not write, or one of the sources, or lies in one."""
+    """Raise InputError if --out lies in a source, or holds one, other programs' files, or rows that are to stay."""
     folder = settings.out
     check_writable(folder)
     out = folder.resolve()
@@ -230,6 +230,8 @@ def check_output(settings: PredictionSettings, sources: list[Source] | list[Inco
             raise InputError(f"SOURCE {path} lies in --out {folder}; choose another folder for the results")
     if is_foreign(folder, "script", SCRIPTS):
         raise InputError(f"--out {folder} holds files that {SCRIPTS[0]} did not make; choose another folder")
+    if goes_on(folder) and not settings.watch:
+        raise InputError(f"{folder} has the rows of a watched folder; give --watch, or choose another --out")
 
 
 def goes_on(folder: Path) -> bool:

@@ -60,8 +60,6 @@ def predict(
     with folder_lock(settings.out), contextlib.closing(camera) if camera else contextlib.nullcontext():
         if camera:
             camera.open(settings.every)
-        if goes_on(settings.out) and not settings.watch:
-            raise InputError(f"{settings.out} has the rows of a watched folder; give --watch, or choose another --out")
         model = load()
         take_thresholds(model, settings)
         shown = {"sources": [redact(source) for source in settings.sources], "webhook": webhook and webhook.name}

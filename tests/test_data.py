@@ -36,6 +36,13 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
+def with_orientation(png: bytes, orientation: int) -> bytes:
+    """A PNG file as OpenCV writes it, which cannot write EXIF data."""
+    exif = b"eXIf" + turned(orientation).tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(exif) - 4) + exif + struct.pack(">I", zlib.crc32(exif))
+    return png[:33] + chunk + png[33:]  # behind the header
+
+
 def with_alpha(image: Image.Image) -> Image.Image:
     image.putalpha(Image.fromarray(np.arange(120, dtype=np.uint8).reshape(12, 10)))
     return image
@@ -106,10 +113,7 @@ def test_bit_depth(tmp_path, bits, kind):
 
 def test_bit_depth_of_a_turned_image(tmp_path):
     values = camera_values(12, (9, 14, 3))
-    content = cv2.imencode(".png", values)[1].tobytes()
-    exif = b"eXIf" + turned(6).tobytes().removeprefix(b"Exif\0\0")
-    chunk = struct.pack(">I", len(exif) - 4) + exif + struct.pack(">I", zlib.crc32(exif))
-    (tmp_path / "a.png").write_bytes(content[:33] + chunk + content[33:])  # behind the header
+    (tmp_path / "a.png").write_bytes(with_orientation(cv2.imencode(".png", values)[1].tobytes(), 6))
     expected = np.rot90((values[..., ::-1] / 4095 * 255).round(), -1)
     np.testing.assert_array_equal(read_picture(tmp_path / "a.png", Decoding(bit_depth=12)).image, expected)
 
@@ -313,6 +317,10 @@ def test_masks_of_16_bit_colour(tmp_path, marked, notes):
     found, said = read_mask([tmp_path / "m.png"])
     np.testing.assert_array_equal(found, TRUTH)
     assert said == notes
+    content = (tmp_path / "m.png").read_bytes()
+    for orientation, quarters in ((3, 2), (6, -1)):
+        (tmp_path / "m.png").write_bytes(with_orientation(content, orientation))
+        np.testing.assert_array_equal(read_mask([tmp_path / "m.png"])[0], np.rot90(TRUTH, quarters))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])

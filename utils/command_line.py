@@ -5,7 +5,6 @@ import atexit
 import contextlib
 import difflib
 import gc
-import multiprocessing
 import os
 import re
 import signal
@@ -106,8 +105,7 @@ def run(main: Callable[[], None], torchrun: bool = False) -> NoReturn:
         elif distributed.is_launched() and re.search(CONNECTION_LOST, str(error)):
             reason = "another process of this run is gone, killed or out of memory"
         elif distributed.first_to_fail():
-            for worker in multiprocessing.active_children():  # the traceback keeps them, and their end would be awaited
-                worker.kill()
+            leave_signals()  # the traceback keeps the workers, and their end would be awaited
             raise
     if reason is not None and distributed.first_to_fail():  # of several processes one says why
         for line in (*details, f"error: {reason}"):
