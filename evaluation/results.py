@@ -38,8 +38,9 @@ class Results:
         self.samples = samples
         self.unmasked = defects_without_masks(samples)
         if self.unmasked:
-            example = next(sample.path for sample in samples if sample.kind in self.unmasked)
-            text = f"no masks of {', '.join(self.unmasked)} (for instance {example}): figures of pixels are null"
+            example = next(sample for sample in samples if sample.kind in self.unmasked)
+            name = f"ground_truth/{example.kind}/{example.path.stem}_mask.png"
+            text = f"no masks of {', '.join(self.unmasked)} (for instance {name}): figures of pixels are null"
             warn_once(text, f"{text}, those of images are computed")
         self.scores = {part: np.zeros(len(samples)) for part in parts}  # 0 for the images of other processes
         self.measured = {part: {name: metric() for name, metric in METRICS.items()} for part in self.scores}

@@ -69,7 +69,8 @@ def read_former(path: Path) -> Former:
     last, rows = {}, 0
     with (
         atomic_write(path) as temporary,
-        open(path, encoding="utf-8", errors="surrogateescape", newline="") as old,  # it may end within a character
+        # It may end within a character, and begin with Excel's mark.
+        open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as old,
         open(temporary, "w", encoding="utf-8", newline="") as new,
     ):
         writer = csv.writer(new, lineterminator="\n")

@@ -596,7 +596,7 @@ def test_without_masks_the_figures_of_pixels_are_null(workplace, masked):
         shutil.rmtree(belt / "ground_truth")
     kind = "wood" if masked else "rope"
     (line,) = succeed(workplace, "test_fusion", "--save-maps").err.splitlines()
-    assert line.startswith(f"warning: no masks of {kind} (for instance ")
+    assert line.startswith(f"warning: no masks of {kind} (for instance ground_truth/{kind}/000_mask.png): ")
     folder = workplace / "result/belt/fusion"
     for found in (figures(folder), figures(folder)["branches"]["pc"]):
         missing = {key for key, value in found.items() if value is None}
@@ -670,7 +670,8 @@ def test_few_training_images_with_the_demo_network(tmp_path, count):
         finished = run_in_process(script, *flags)
         said = finished.err.splitlines()
         if count == 1 and script != "train_pc":
-            assert finished.code == 2 and "add images to train/good" in said[-1]
+            assert finished.code == 2 and said[-1].startswith("error: belt: 1 training image(s): ")
+            assert "add images to train/good" in said[-1]
             continue
         assert finished.code == 0, finished.err
         expected = "2 are held out" if count == 7 else "none are held out: no thresholds"

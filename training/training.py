@@ -29,7 +29,7 @@ from training.settings import RunSettings, SplitSettings
 from training.update import Present, portion, present_checkpoint, replace, roll_back, settings_in
 from utils.command_line import warn
 from utils.distributed import is_main_process
-from utils.errors import InputError
+from utils.errors import InputError, UnreadableError
 from utils.gather import from_first, one_per_machine_first, require_same
 
 
@@ -168,7 +168,12 @@ def fit_branch(run: RunSettings, category: Category, split: SplitSettings, branc
     """Fit on the training share, then take statistics on the held-out images, if there are any."""
     samples = category.train_samples()
     fitted, held = split_training(samples, split.train_ratio, split.holdout_ratio, split.seed)
-    learn(run, branch, branch.fit, fitted, held)
+    try:
+        learn(run, branch, branch.fit, fitted, held)
+    except UnreadableError:
+        raise
+    except InputError as error:
+        raise InputError(f"{category.name}: {error}") from None
     branch.frames = TrainingFrames.named((sample.name for sample in samples), (sample.name for sample in held))
     branch.training = {"category": category.name, "images": len(fitted), "left_out": left_out_of(category)}
     branch.training |= dataclasses.asdict(split)

@@ -2,7 +2,8 @@
 
 Networks see padding beyond the border, and a map is blurred with its own mirror image. So on frames that look the same
 everywhere, the highest values lie along the border, and a threshold of the map would be one of padding. Values at each
-distance to the border are therefore brought to the mean and the tail of those further inside.
+distance to the border are therefore brought to the mean and the tail of those further inside; but not by more than the
+border itself explains, since a product may have an edge of its own, where defects are to be seen.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ STEP = 4  # pixels; maps are looked at this coarsely, since their blur leaves no
 REACH = 12  # steps from the border to where the effect has ended
 ENOUGH = 100  # values at one distance, to tell their tail
 LEAST = 1e-3  # factor of the tail
+MARGIN = 1.25  # times what the border itself explains: so few frames leave its effect open
 TAIL = 6  # the power whose mean stands for the tail: between the standard deviation (2) and the maximum
 
 
@@ -60,6 +62,24 @@ def border_effect(groups: Sequence[Tensor], inside: Tensor) -> tuple[list[float]
         shift.append(float(ring[0].mean()) if enough else 0.0)
         scale.append(float((_tail(ring) / within).clamp(min=LEAST)) if enough else 1.0)
     return shift, scale
+
+
+def continued(frames: Tensor) -> Tensor:
+    """Frames [B, 3, S, S] made of their middle half and its mirror images: at the border they show what is inside."""
+    for axis in (2, 3):
+        side = frames.shape[axis]
+        half = frames.narrow(axis, side // 4, side - side // 2)
+        frames = torch.cat([half, half.flip(axis)], axis).narrow(axis, 0, side)
+    return frames
+
+
+def limited(effect: tuple[list[float], list[float]], border: tuple[list[float], list[float]]) -> list[list[float]]:
+    """An effect at the border, as far as it is the border's own: the effect that it has on `continued` frames."""
+    pairs = zip(effect, border, (0.0, 1.0), strict=True)  # without an effect nothing is added, and the factor is 1
+    return [
+        [min(found, max(none, MARGIN * own)) for found, own in zip(values, limits, strict=True)]
+        for values, limits, none in pairs
+    ]
 
 
 def by_distance(values: Sequence[float], beyond: float, size: int) -> Tensor:

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.branches.border import STEP, border_effect, by_distance, coarse, interior
+from models.branches.border import STEP, border_effect, by_distance, coarse, continued, interior, limited
 from models.branches.branch import Branch
 from models.branches.monochrome import as_coded
 from models.branches.part import pixels_inside
@@ -21,6 +21,15 @@ LEAST = 1e-12  # standard deviation
 BORDER_IMAGES = 32  # on which the border's effect is measured: the held-out ones, and fitted ones where those are few
 
 
+class Predicted(NamedTuple):
+    """What a branch predicts for the images of a loader, those of all processes; maps are coarse."""
+
+    images: int  # their number
+    scores: Tensor  # [n] float64
+    maps: Tensor  # [n, S // 4, S // 4] float64
+    continued: Tensor  # [m, S // 4, S // 4], of the first images without what lies at their border
+
+
 def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterable[dict[str, Any]] = ()) -> Statistics:
     """Mean and standard deviation of the branch's scores, its maps' values, and the tops of its standardised maps.
 
@@ -28,21 +37,20 @@ def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterab
     the border (models/branches/border.py), in standard deviations, of which standardised maps are free; it is measured
     on the images of `fitted`, too. `held_out` gives at least two images.
     """
-    images, scores, maps = predictions(branch, held_out)
-    *_, more = predictions(branch, fitted)
-    inside = torch.ones(maps.shape[1:], dtype=torch.bool)
+    held, more = predictions(branch, held_out), predictions(branch, fitted)
+    inside = torch.ones(held.maps.shape[1:], dtype=torch.bool)
     if branch.roi is not None:
         inside = pixels_inside(branch.roi, len(inside), inside.device)
-    mean, deviation = interior_moments(maps, inside)
-    groups = [(maps - mean) / deviation]
-    if len(more):
-        own_mean, own_deviation = interior_moments(more, inside)
-        groups.append((more - own_mean) / own_deviation)
+    groups = [on_own_scale(maps, inside) for maps in (held.maps, more.maps) if len(maps)]
     shift, scale = border_effect(groups, inside)
+    if branch.roi is None:  # what lies in the middle of a frame need not be in its region
+        middles = torch.cat([held.continued, more.continued])
+        shift, scale = limited((shift, scale), border_effect([on_own_scale(middles, inside)], inside))
+    mean, deviation = interior_moments(held.maps, inside)
     statistics = {
-        "images": images,
-        "score_mean": float(scores.mean()),
-        "score_std": max(float(scores.std()), LEAST),
+        "images": held.images,
+        "score_mean": float(held.scores.mean()),
+        "score_std": max(float(held.scores.std()), LEAST),
         "map_mean": mean,
         "map_std": deviation,
         "border_shift": shift,
@@ -50,20 +58,18 @@ def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterab
     }
     fields = map_statistics(statistics, branch.image_size, branch.image_size)
     mean, deviation = coarse(torch.stack(fields))
-    tops = mean_of_top((maps - mean) / deviation).double()
+    tops = mean_of_top((held.maps - mean) / deviation).double()
     statistics |= {"top_mean": float(tops.mean()), "top_std": max(float(tops.std()), LEAST)}
     if not all(math.isfinite(value) for entry in statistics.values() for value in np.atleast_1d(entry)):
         raise InputError(f"branch '{branch.name}' gives scores that are not finite on held-out images; check them")
     return statistics
 
 
-def predictions(branch: Branch, loader: Iterable[dict[str, Any]]) -> tuple[int, Tensor, Tensor]:
-    """The number of all processes' images, their scores [n] and coarse maps [n, S // 4, S // 4] (float64).
-
-    An image without colour counts twice, once as a codec gives it (models/branches/monochrome.py).
-    """
+def predictions(branch: Branch, loader: Iterable[dict[str, Any]]) -> Predicted:
+    """The branch's predictions; an image without colour counts twice, once as a codec gives it (monochrome.py)."""
     counts = [torch.zeros(1, dtype=torch.int64)]
-    scores, maps = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, *[branch.image_size // STEP] * 2)]
+    scores, none = [torch.zeros(0, dtype=torch.float64)], torch.zeros(0, *[branch.image_size // STEP] * 2)
+    maps, middles = [none], [none]
     for batch in loader:
         images = batch["image"].to(branch.device, non_blocking=True)
         counts.append(torch.tensor([len(images)]))
@@ -76,7 +82,11 @@ def predictions(branch: Branch, loader: Iterable[dict[str, Any]]) -> tuple[int, 
             part = branch.predict(some)
             scores.append(part.scores.double().cpu())
             maps.append(coarse(part.maps).cpu())
-    return int(all_rows(torch.cat(counts)).sum()), all_rows(torch.cat(scores)), all_rows(torch.cat(maps)).double()
+        first = images[batch["index"].to(images.device) < BORDER_IMAGES]
+        if len(first) and branch.roi is None:
+            middles.append(coarse(branch.predict(continued(first)).maps).cpu())
+    scores, maps, middles = (all_rows(torch.cat(rows)).double() for rows in (scores, maps, middles))
+    return Predicted(int(all_rows(torch.cat(counts)).sum()), scores, maps, middles)
 
 
 def interior_moments(maps: Tensor, inside: Tensor) -> tuple[float, float]:
@@ -84,6 +94,12 @@ def interior_moments(maps: Tensor, inside: Tensor) -> tuple[float, float]:
     chosen = inside & interior(len(inside))
     values = maps[:, chosen if chosen.any() else inside]
     return float(values.mean()), max(float(values.std(correction=0)), LEAST)
+
+
+def on_own_scale(maps: Tensor, inside: Tensor) -> Tensor:
+    """Maps [n, s, s] in standard deviations of their interior."""
+    mean, deviation = interior_moments(maps, inside)
+    return (maps - mean) / deviation
 
 
 def map_statistics(statistics: Statistics, image_size: int, size: int) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--seed", type=count, default=0, help="default: 0")
     parser.add_argument("--findings", type=Path, help="folder for hostile files that went wrong")
     args = parser.parse_args()
+    if 0 < args.frames < 2 * long_run.WINDOW:
+        parser.error(f"--frames takes 0, or {2 * long_run.WINDOW} and more: fewer do not show whether something grows")
     tally = Tally()
     try:
         with tempfile.TemporaryDirectory() as name:
