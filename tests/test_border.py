@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from stand_in import Batches, noise, normalised
 
-from models.branches.border import STEP, border_effect, by_distance, coarse, distances, interior
+from models.branches.border import STEP, beside_seams, border_effect, by_distance, coarse, distances, interior, rolled
+from models.branches.calibration import calibrate, on_own_scale
 from models.branches.patchcore import PatchCore, aligned_features
 from models.networks import DEMO_NETWORK
 from models.networks.backbones import BackboneSpec, build_backbone
@@ -111,3 +112,28 @@ def test_a_whitened_bank_of_patches_that_were_not_aligned_is_refused():
     former = {name.replace("aligned_", "whitening_"): tensor for name, tensor in branch.state().items()}
     with pytest.raises(InputError):
         branch.load_state(former)
+
+
+def test_in_rolled_frames_the_middle_lies_at_the_border():
+    frames = noise(10, 2)
+    assert torch.equal(rolled(frames)[..., 0, 0], frames[..., 5, 5]) and torch.equal(rolled(rolled(frames)), frames)
+    clear = beside_seams(64)
+    assert clear[19, 19] and clear[44, 44] and not clear[20:44].any() and not clear[:, 20:44].any()
+
+
+@pytest.mark.parametrize("margin", [0, 12])
+def test_what_a_product_has_at_its_edge_is_not_taken_out(margin):
+    """Rough edges, or none: only what the border itself does to a map counts as its effect."""
+    grain = np.random.default_rng(4).normal(0.5, 0.1, (40, 256, 256, 3))
+    inside = slice(margin, 256 - margin)
+    grain[:, inside, inside] = 0.5 + (grain[:, inside, inside] - 0.5) * (0.2 if margin else 1)
+    frames = normalised(torch.from_numpy(grain).permute(0, 3, 1, 2).float())
+    branch = PatchCore(build_backbone(BackboneSpec("maps", DEMO_NETWORK, 256, weights="demo")), 0.01, whiten=True)
+    branch.fit(Batches.of(frames[:8]))
+    maps, everywhere = coarse(branch.predict(frames[8:]).maps), torch.ones(64, 64, dtype=torch.bool)
+    shift, scale = border_effect([on_own_scale(maps, everywhere)], everywhere)
+    found = calibrate(branch, Batches.of(frames[8:]))
+    if margin:
+        assert found["border_shift"][0] < 0.2 * shift[0] and found["border_scale"][0] < 0.6 * scale[0]
+    else:
+        np.testing.assert_allclose(found["border_shift"] + found["border_scale"], shift + scale, atol=1e-4)

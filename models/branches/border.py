@@ -64,17 +64,19 @@ def border_effect(groups: Sequence[Tensor], inside: Tensor) -> tuple[list[float]
     return shift, scale
 
 
-def continued(frames: Tensor) -> Tensor:
-    """Frames [B, 3, S, S] made of their middle half and its mirror images: at the border they show what is inside."""
-    for axis in (2, 3):
-        side = frames.shape[axis]
-        half = frames.narrow(axis, side // 4, side - side // 2)
-        frames = torch.cat([half, half.flip(axis)], axis).narrow(axis, 0, side)
-    return frames
+def rolled(frames: Tensor) -> Tensor:
+    """Frames [B, 3, S, S] moved by half a side: at the border lies what was in the middle, where seams are now."""
+    return frames.roll((frames.shape[-1] // 2,) * 2, (2, 3))
+
+
+def beside_seams(side: int) -> Tensor:
+    """The places that the seams of rolled frames do not reach: bool [side, side]."""
+    clear = (torch.arange(side) - (side - 1) / 2).abs() >= reach(side)
+    return clear[:, None] & clear
 
 
 def limited(effect: tuple[list[float], list[float]], border: tuple[list[float], list[float]]) -> list[list[float]]:
-    """An effect at the border, as far as it is the border's own: the effect that it has on `continued` frames."""
+    """An effect at the border, as far as it is the border's own: the effect that it has on `rolled` frames."""
     pairs = zip(effect, border, (0.0, 1.0), strict=True)  # without an effect nothing is added, and the factor is 1
     return [
         [min(found, max(none, MARGIN * own)) for found, own in zip(values, limits, strict=True)]

@@ -8,7 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.branches.border import STEP, border_effect, by_distance, coarse, continued, interior, limited
+from models.branches.border import (
+    STEP,
+    beside_seams,
+    border_effect,
+    by_distance,
+    coarse,
+    interior,
+    limited,
+    rolled,
+)
 from models.branches.branch import Branch
 from models.branches.monochrome import as_coded
 from models.branches.part import pixels_inside
@@ -27,7 +36,7 @@ class Predicted(NamedTuple):
     images: int  # their number
     scores: Tensor  # [n] float64
     maps: Tensor  # [n, S // 4, S // 4] float64
-    continued: Tensor  # [m, S // 4, S // 4], of the first images without what lies at their border
+    rolled: Tensor  # [m, S // 4, S // 4], of the first images, what lay in their middle being at the border
 
 
 def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterable[dict[str, Any]] = ()) -> Statistics:
@@ -43,9 +52,10 @@ def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterab
         inside = pixels_inside(branch.roi, len(inside), inside.device)
     groups = [on_own_scale(maps, inside) for maps in (held.maps, more.maps) if len(maps)]
     shift, scale = border_effect(groups, inside)
-    if branch.roi is None:  # what lies in the middle of a frame need not be in its region
-        middles = torch.cat([held.continued, more.continued])
-        shift, scale = limited((shift, scale), border_effect([on_own_scale(middles, inside)], inside))
+    clear = beside_seams(len(inside))
+    if branch.roi is None and (clear & interior(len(inside))).any():  # no region, and a frame of some size
+        maps = torch.cat([held.rolled, more.rolled])
+        shift, scale = limited((shift, scale), border_effect([on_own_scale(maps, clear)], clear))
     mean, deviation = interior_moments(held.maps, inside)
     statistics = {
         "images": held.images,
@@ -69,7 +79,7 @@ def predictions(branch: Branch, loader: Iterable[dict[str, Any]]) -> Predicted:
     """The branch's predictions; an image without colour counts twice, once as a codec gives it (monochrome.py)."""
     counts = [torch.zeros(1, dtype=torch.int64)]
     scores, none = [torch.zeros(0, dtype=torch.float64)], torch.zeros(0, *[branch.image_size // STEP] * 2)
-    maps, middles = [none], [none]
+    maps, moved = [none], [none]
     for batch in loader:
         images = batch["image"].to(branch.device, non_blocking=True)
         counts.append(torch.tensor([len(images)]))
@@ -84,9 +94,9 @@ def predictions(branch: Branch, loader: Iterable[dict[str, Any]]) -> Predicted:
             maps.append(coarse(part.maps).cpu())
         first = images[batch["index"].to(images.device) < BORDER_IMAGES]
         if len(first) and branch.roi is None:
-            middles.append(coarse(branch.predict(continued(first)).maps).cpu())
-    scores, maps, middles = (all_rows(torch.cat(rows)).double() for rows in (scores, maps, middles))
-    return Predicted(int(all_rows(torch.cat(counts)).sum()), scores, maps, middles)
+            moved.append(coarse(branch.predict(rolled(first)).maps).cpu())
+    scores, maps, moved = (all_rows(torch.cat(rows)).double() for rows in (scores, maps, moved))
+    return Predicted(int(all_rows(torch.cat(counts)).sum()), scores, maps, moved)
 
 
 def interior_moments(maps: Tensor, inside: Tensor) -> tuple[float, float]:
