@@ -1,5 +1,6 @@
 """A folder that fills: each file once, when it is complete. One is known by its name and modification time."""
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
@@ -35,9 +36,9 @@ class Incoming:
         """Leave out what has rows: frame number and time of the last one by source, as texts of the table."""
         for source, (number, moment) in last.items():
             if "T" in moment:  # that of a file
-                self._done.add(hash((source, moment)))
+                self._done.add(hash((_place(source), moment)))
             else:
-                self._begun[source] = int(number)
+                self._begun[_place(source)] = int(number)
         self._files = len(last)
 
     def frames(self, every: int, decoding: Decoding = PLAIN) -> Iterator[Frame | None]:
@@ -57,7 +58,7 @@ class Incoming:
             except OSError:
                 continue  # it has just been taken away
             moment = datetime.fromtimestamp(stat.st_mtime, timezone.utc).isoformat(timespec="microseconds")
-            key = hash((safe_cell(path.as_posix()), moment))
+            key = hash((_place(path.as_posix()), moment))
             if key in self._done:
                 continue
             state = stat.st_size, stat.st_mtime_ns
@@ -86,7 +87,7 @@ class Incoming:
         """The frames of one file; none if it was taken away, or cannot be read yet."""
         source, number, picture = path.as_posix(), self._files, None
         reader = Video(path) if is_video(path) else Images([path])
-        begun = self._begun.pop(safe_cell(source), -1)
+        begun = self._begun.pop(_place(source), -1)
         for frame in reader.frames(1, decoding):
             if isinstance(reader, Images):
                 picture = frame.image
@@ -102,3 +103,8 @@ class Incoming:
         yield Frame(source, number, moment, picture, status)
         self._files += 1
         self._done.add(key)
+
+
+def _place(source: str) -> str:
+    """The same text for a file's path, relative or absolute, and for the cell of the table that holds it."""
+    return os.path.abspath(safe_cell(source))

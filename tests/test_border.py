@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 from stand_in import Batches, noise, normalised
 
 from models.branches.border import STEP, beside_seams, border_effect, by_distance, coarse, distances, interior, rolled
-from models.branches.calibration import calibrate, on_own_scale
+from models.branches.calibration import calibrate, interior_moments
 from models.branches.patchcore import PatchCore, aligned_features
 from models.networks import DEMO_NETWORK
 from models.networks.backbones import BackboneSpec, build_backbone
@@ -131,7 +131,8 @@ def test_what_a_product_has_at_its_edge_is_not_taken_out(margin):
     branch = PatchCore(build_backbone(BackboneSpec("maps", DEMO_NETWORK, 256, weights="demo")), 0.01, whiten=True)
     branch.fit(Batches.of(frames[:8]))
     maps, everywhere = coarse(branch.predict(frames[8:]).maps), torch.ones(64, 64, dtype=torch.bool)
-    shift, scale = border_effect([on_own_scale(maps, everywhere)], everywhere)
+    mean, deviation = interior_moments(maps, everywhere)
+    shift, scale = border_effect([(maps - mean) / deviation], everywhere)
     found = calibrate(branch, Batches.of(frames[8:]))
     if margin:
         assert found["border_shift"][0] < 0.2 * shift[0] and found["border_scale"][0] < 0.6 * scale[0]

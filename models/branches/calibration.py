@@ -50,13 +50,17 @@ def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterab
     inside = torch.ones(held.maps.shape[1:], dtype=torch.bool)
     if branch.roi is not None:
         inside = pixels_inside(branch.roi, len(inside), inside.device)
-    groups = [on_own_scale(maps, inside) for maps in (held.maps, more.maps) if len(maps)]
+    mean, deviation = interior_moments(held.maps, inside)
+    groups = [(held.maps - mean) / deviation]
+    if len(more.maps):
+        own_mean, own_deviation = interior_moments(more.maps, inside)
+        groups.append((more.maps - own_mean) / own_deviation)
     shift, scale = border_effect(groups, inside)
     clear = beside_seams(len(inside))
     if branch.roi is None and (clear & interior(len(inside))).any():  # no region, and a frame of some size
         maps = torch.cat([held.rolled, more.rolled])
-        shift, scale = limited((shift, scale), border_effect([on_own_scale(maps, clear)], clear))
-    mean, deviation = interior_moments(held.maps, inside)
+        own_mean, _ = interior_moments(maps, clear)
+        shift, scale = limited((shift, scale), border_effect([(maps - own_mean) / deviation], clear))
     statistics = {
         "images": held.images,
         "score_mean": float(held.scores.mean()),
@@ -104,12 +108,6 @@ def interior_moments(maps: Tensor, inside: Tensor) -> tuple[float, float]:
     chosen = inside & interior(len(inside))
     values = maps[:, chosen if chosen.any() else inside]
     return float(values.mean()), max(float(values.std(correction=0)), LEAST)
-
-
-def on_own_scale(maps: Tensor, inside: Tensor) -> Tensor:
-    """Maps [n, s, s] in standard deviations of their interior."""
-    mean, deviation = interior_moments(maps, inside)
-    return (maps - mean) / deviation
 
 
 def map_statistics(statistics: Statistics, image_size: int, size: int) -> tuple[Tensor, Tensor]:
