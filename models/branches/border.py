@@ -45,9 +45,10 @@ def reach(side: int) -> int:
 def border_effect(groups: Sequence[Tensor], inside: Tensor) -> tuple[list[float], list[float]]:
     """How values at each distance to the border differ: what is added, and the factor of the tail above the mean.
 
-    `groups` are coarse normal maps [n, s, s], the mean of each group's interior being 0, its standard deviation 1 or
-    the same for all; of the places only those `inside` [s, s] are looked at. What is added is that of the first group. All make up the
-    tail, for which one would often be too few. A distance with too few values is taken as the interior.
+    `groups` are coarse normal maps [n, s, s], each about the mean of its own interior, several each in standard
+    deviations of its own interior; of the places only those `inside` [s, s] are looked at. What is added is that of the
+    first group. All make up the tail, for which one would often be too few. A distance with too few values is taken as
+    the interior.
     """
     distance = distances(len(inside))
 
