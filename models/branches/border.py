@@ -2,8 +2,8 @@
 
 Networks see padding beyond the border, and a map is blurred with its own mirror image. So on frames that look the same
 everywhere, the highest values lie along the border, and a threshold of the map would be one of padding. Values at each
-distance to the border are therefore brought to the mean and the tail of those further inside; but not by more than the
-border itself explains, since a product may have an edge of its own, where defects are to be seen.
+distance to the border are therefore brought to the mean and the tail of those further inside; but only as far as the
+border itself is the reason, since a product may have an edge of its own, where defects are to be seen.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,9 @@ STEP = 4  # pixels; maps are looked at this coarsely, since their blur leaves no
 REACH = 12  # steps from the border to where the effect has ended
 ENOUGH = 100  # values at one distance, to tell their tail
 LEAST = 1e-3  # factor of the tail
-MARGIN = 1.25  # times what the border itself explains: so few frames leave its effect open
+MARGIN = 1.25  # times the border's own effect, which so few frames leave open
 TAIL = 6  # the power whose mean stands for the tail: between the standard deviation (2) and the maximum
+Effect = tuple[list[float], list[float]]  # by steps to the border: what is added to values, the factor of their tail
 
 
 def coarse(maps: Tensor) -> Tensor:
@@ -42,8 +43,8 @@ def reach(side: int) -> int:
     return min(REACH, side // 4)
 
 
-def border_effect(groups: Sequence[Tensor], inside: Tensor) -> tuple[list[float], list[float]]:
-    """How values at each distance to the border differ: what is added, and the factor of the tail above the mean.
+def border_effect(groups: Sequence[Tensor], inside: Tensor) -> Effect:
+    """How values at each distance to the border differ, the tail being what lies above their mean.
 
     `groups` are coarse normal maps [n, s, s], each about the mean of its own interior, several each in standard
     deviations of its own interior; of the places only those `inside` [s, s] are looked at. What is added is that of the
@@ -65,24 +66,30 @@ def border_effect(groups: Sequence[Tensor], inside: Tensor) -> tuple[list[float]
     return shift, scale
 
 
-def rolled(frames: Tensor) -> Tensor:
-    """Frames [B, 3, S, S] moved by half a side: at the border lies what was in the middle, where seams are now."""
-    return frames.roll((frames.shape[-1] // 2,) * 2, (2, 3))
+def rolled(frames: Tensor, step: int = STEP) -> Tensor:
+    """Frames [..., S, S] moved by half a side: at the border lies what was in the middle, where seams are now.
+
+    With a `step` of 1 coarse maps of theirs are moved likewise.
+    """
+    half = frames.shape[-1] // step // 2 * step
+    return frames.roll((half, half), (-2, -1))
 
 
-def beside_seams(side: int) -> Tensor:
-    """The places that the seams of rolled frames do not reach: bool [side, side]."""
-    clear = (torch.arange(side) - (side - 1) / 2).abs() >= reach(side)
-    return clear[:, None] & clear
+def limited(effect: Effect, at_border: Tensor, inside: Tensor) -> Effect:
+    """An effect of the border, as far as it shows where the same content lies inside and is moved to the border.
 
-
-def limited(effect: tuple[list[float], list[float]], border: tuple[list[float], list[float]]) -> list[list[float]]:
-    """An effect at the border, as far as it is the border's own: the effect that it has on `rolled` frames."""
-    pairs = zip(effect, border, (0.0, 1.0), strict=True)  # without an effect nothing is added, and the factor is 1
-    return [
-        [min(found, max(none, MARGIN * own)) for found, own in zip(values, limits, strict=True)]
-        for values, limits, none in pairs
-    ]
+    `at_border` [m, s, s] are coarse maps of rolled frames, `inside` [m, s, s] those of the frames themselves, rolled
+    afterwards; both in the unit of the effect.
+    """
+    side = at_border.shape[-1]
+    away = (torch.arange(side) - (side - 1) / 2).abs() >= reach(side)  # from the seams
+    shift, scale = [], []
+    for step, (added, factor) in enumerate(zip(*effect, strict=True)):
+        places = (distances(side) == step) & away[:, None] & away
+        moved, before = at_border[:, places].flatten(), inside[:, places].flatten()
+        shift.append(min(added, max(0.0, MARGIN * float(moved.mean() - before.mean()))))
+        scale.append(min(factor, max(1.0, MARGIN * float(_tail([moved]) / _tail([before]).clamp(min=LEAST)))))
+    return shift, scale
 
 
 def by_distance(values: Sequence[float], beyond: float, size: int) -> Tensor:

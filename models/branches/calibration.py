@@ -8,16 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.branches.border import (
-    STEP,
-    beside_seams,
-    border_effect,
-    by_distance,
-    coarse,
-    interior,
-    limited,
-    rolled,
-)
+from models.branches.border import STEP, border_effect, by_distance, coarse, interior, limited, rolled
 from models.branches.branch import Branch
 from models.branches.monochrome import as_coded
 from models.branches.part import pixels_inside
@@ -36,7 +27,7 @@ class Predicted(NamedTuple):
     images: int  # their number
     scores: Tensor  # [n] float64
     maps: Tensor  # [n, S // 4, S // 4] float64
-    rolled: Tensor  # [m, S // 4, S // 4], of the first images, what lay in their middle being at the border
+    rolled: Tensor  # [m, 2, S // 4, S // 4], of the first images rolled, and of themselves, rolled afterwards
 
 
 def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterable[dict[str, Any]] = ()) -> Statistics:
@@ -56,11 +47,9 @@ def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterab
         own_mean, own_deviation = interior_moments(more.maps, inside)
         groups.append((more.maps - own_mean) / own_deviation)
     shift, scale = border_effect(groups, inside)
-    clear = beside_seams(len(inside))
-    if branch.roi is None and (clear & interior(len(inside))).any():  # no region, and a frame of some size
-        maps = torch.cat([held.rolled, more.rolled])
-        own_mean, _ = interior_moments(maps, clear)
-        shift, scale = limited((shift, scale), border_effect([(maps - own_mean) / deviation], clear))
+    if branch.roi is None:  # what is moved out of a region is not looked at
+        pairs = torch.cat([held.rolled, more.rolled]) / deviation
+        shift, scale = limited((shift, scale), *pairs.unbind(1))
     statistics = {
         "images": held.images,
         "score_mean": float(held.scores.mean()),
@@ -82,8 +71,9 @@ def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterab
 def predictions(branch: Branch, loader: Iterable[dict[str, Any]]) -> Predicted:
     """The branch's predictions; an image without colour counts twice, once as a codec gives it (monochrome.py)."""
     counts = [torch.zeros(1, dtype=torch.int64)]
-    scores, none = [torch.zeros(0, dtype=torch.float64)], torch.zeros(0, *[branch.image_size // STEP] * 2)
-    maps, moved = [none], [none]
+    side = branch.image_size // STEP
+    scores, maps = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, side, side)]
+    pairs = [torch.zeros(0, 2, side, side)]
     for batch in loader:
         images = batch["image"].to(branch.device, non_blocking=True)
         counts.append(torch.tensor([len(images)]))
@@ -92,15 +82,16 @@ def predictions(branch: Branch, loader: Iterable[dict[str, Any]]) -> Predicted:
             _, coded = as_coded(branch.backbone.pixels(images), batch["index"], branch.backbone)
             if len(coded):
                 seen.append(coded)
-        for some in seen:
-            part = branch.predict(some)
-            scores.append(part.scores.double().cpu())
-            maps.append(coarse(part.maps).cpu())
-        first = images[batch["index"].to(images.device) < BORDER_IMAGES]
+        parts = [branch.predict(some) for some in seen]
+        scores += [part.scores.double().cpu() for part in parts]
+        own = [coarse(part.maps).cpu() for part in parts]
+        maps += own
+        first = (batch["index"] < BORDER_IMAGES).nonzero()[:, 0]
         if len(first) and branch.roi is None:
-            moved.append(coarse(branch.predict(rolled(first)).maps).cpu())
-    scores, maps, moved = (all_rows(torch.cat(rows)).double() for rows in (scores, maps, moved))
-    return Predicted(int(all_rows(torch.cat(counts)).sum()), scores, maps, moved)
+            moved = coarse(branch.predict(rolled(images[first])).maps).cpu()
+            pairs.append(torch.stack([moved, rolled(own[0][first], 1)], 1))
+    scores, maps, pairs = (all_rows(torch.cat(rows)).double() for rows in (scores, maps, pairs))
+    return Predicted(int(all_rows(torch.cat(counts)).sum()), scores, maps, pairs)
 
 
 def interior_moments(maps: Tensor, inside: Tensor) -> tuple[float, float]:
