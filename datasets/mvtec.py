@@ -73,8 +73,11 @@ class Category:
         if some images of a defect have masks and others have none.
         """
         test, truth = self.folder / "test", self.folder / "ground_truth"
-        if not test.is_dir():
-            raise InputError(f"no folder {test}; add test images, or pass --no-eval when training")
+        if not self.has_tests:
+            raise InputError(
+                f"no folder {test}; add test images, or do without: train with --no-eval, and find thresholds with "
+                "test_fusion.py --false-alarm-rate"
+            )
         places = self._places("test")
         if other := {kind for kind in (place.parts[0] for place in places) if kind != "good" == kind.casefold()}:
             raise InputError(
@@ -95,6 +98,10 @@ class Category:
                 f"{truth / bare[0].kind} away: without any masks the figures of images alone are computed"
             )
         return samples
+
+    @property
+    def has_tests(self) -> bool:
+        return (self.folder / "test").is_dir()
 
     def _places(self, part: str, kinds: Sequence[str] | None = None) -> list[Path]:
         """Paths of the images in the folders (`kinds`, or all) of `part`; warns of images elsewhere in `part`."""

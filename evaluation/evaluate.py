@@ -218,7 +218,7 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     if point := metrics.get("operating_point"):
         recall = "-" if point["recall"] is None else f"{point['recall']:.4f}"
         print(
-            f"at the threshold for {point['false_alarm_rate']:g} false alarms: recall {recall}, "
+            f"at the threshold for a false-alarm rate of {point['false_alarm_rate']:g}: recall {recall}, "
             f"{point['false_alarms']} false alarms among {metrics['n_images'] - metrics['n_anomalous']} normal images",
             flush=True,
         )

@@ -190,6 +190,18 @@ def test_thresholds_come_from_the_held_out_images_alone(root, models, tmp_path, 
     assert float(peaks[-allowed - 1]) == pytest.approx(stored.pixel_threshold, rel=1e-5)
 
 
+def test_thresholds_need_no_test_images(root, models, tmp_path):
+    shutil.copytree(root / "data/belt/train", tmp_path / "data/belt/train")
+    alone = ("--data-root", tmp_path / "data")
+    said = fuse(root, models, tmp_path / "alone", "--false-alarm-rate", "0.2", *alone, run=run_in_process).out
+    assert said.splitlines()[-1] == "belt: no folder test, so there is nothing to test"
+    assert not (tmp_path / "alone").exists()
+    found = OperatingPoint.read(models / "belt")
+    fuse(root, models, tmp_path / "tested", "--false-alarm-rate", "0.2")
+    assert OperatingPoint.read(models / "belt") == found
+    assert "--false-alarm-rate" in fuse(root, models, tmp_path / "alone", *alone, run=refusal)
+
+
 def test_metrics_at_the_point_and_predict_agree_with_the_scores(root, models, tmp_path):
     fuse(root, models, tmp_path, "--false-alarm-rate", "0.1")
     metrics = read_json(tmp_path / "belt/fusion/metrics.json")["operating_point"]

