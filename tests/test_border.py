@@ -123,7 +123,9 @@ def test_in_rolled_frames_the_middle_lies_at_the_border():
 def test_an_effect_is_limited_to_what_moved_content_shows():
     before, distance = normal_maps(100, seed=1), distances(SIDE)
     factor, added = (torch.tensor([*own, *[none] * 30])[distance] for own, none in (((1.5, 1.2), 1.0), ((1.0,), 0.0)))
-    shift, scale = limited(([3.0, 0.5] + [0.0] * 6, [5.0, 1.1] + [0.8] * 6), before * factor + added, before)
+    pairs = torch.stack([before * factor + added, before], 1)
+    few = torch.stack([pairs[:3, 0] + 9, pairs[:3, 1] - 5], 1)  # fitted frames, to which nothing inside is strange
+    shift, scale = limited(([3.0, 0.5] + [0.0] * 6, [5.0, 1.1] + [0.8] * 6), [pairs[3:], few])
     np.testing.assert_allclose(shift, [1.25] + [0.0] * 7, atol=0.1)
     np.testing.assert_allclose(scale, [1.25 * 1.5, 1.1] + [0.8] * 6, rtol=1e-4)
 

@@ -75,20 +75,22 @@ def rolled(frames: Tensor, step: int = STEP) -> Tensor:
     return frames.roll((half, half), (-2, -1))
 
 
-def limited(effect: Effect, at_border: Tensor, inside: Tensor) -> Effect:
+def limited(effect: Effect, groups: Sequence[Tensor]) -> Effect:
     """An effect of the border, as far as it shows where the same content lies inside and is moved to the border.
 
-    `at_border` [m, s, s] are coarse maps of rolled frames, `inside` [m, s, s] those of the frames themselves, rolled
-    afterwards; both in the unit of the effect.
+    `groups` are pairs of coarse maps [m, 2, s, s]: those of rolled frames, and those of the frames themselves, rolled
+    afterwards; in the units of the groups of `border_effect`.
     """
-    side = at_border.shape[-1]
+    side = groups[0].shape[-1]
     away = (torch.arange(side) - (side - 1) / 2).abs() >= reach(side)  # from the seams
     shift, scale = [], []
     for step, (added, factor) in enumerate(zip(*effect, strict=True)):
         places = (distances(side) == step) & away[:, None] & away
-        moved, before = at_border[:, places].flatten(), inside[:, places].flatten()
-        shift.append(min(added, max(0.0, MARGIN * float(moved.mean() - before.mean()))))
-        scale.append(min(factor, max(1.0, MARGIN * float(_tail([moved]) / _tail([before]).clamp(min=LEAST)))))
+        at_border, inside = ([pairs[:, part, places].flatten() for pairs in groups] for part in (0, 1))
+        own_shift = float(at_border[0].mean() - inside[0].mean())
+        own_scale = float(_tail(at_border) / _tail(inside).clamp(min=LEAST))
+        shift.append(min(added, max(0.0, MARGIN * own_shift)))
+        scale.append(min(factor, max(1.0, MARGIN * own_scale)))
     return shift, scale
 
 

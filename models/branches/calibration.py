@@ -41,15 +41,14 @@ def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterab
     inside = torch.ones(held.maps.shape[1:], dtype=torch.bool)
     if branch.roi is not None:
         inside = pixels_inside(branch.roi, len(inside), inside.device)
-    mean, deviation = interior_moments(held.maps, inside)
-    groups = [(held.maps - mean) / deviation]
-    if len(more.maps):
-        own_mean, own_deviation = interior_moments(more.maps, inside)
-        groups.append((more.maps - own_mean) / own_deviation)
-    shift, scale = border_effect(groups, inside)
+    groups = [part for part in (held, more) if len(part.maps)]
+    moments = [interior_moments(part.maps, inside) for part in groups]
+    scaled = [(part.maps - mean) / std for part, (mean, std) in zip(groups, moments, strict=True)]
+    shift, scale = border_effect(scaled, inside)
     if branch.roi is None:  # what is moved out of a region is not looked at
-        pairs = torch.cat([held.rolled, more.rolled]) / deviation
-        shift, scale = limited((shift, scale), *pairs.unbind(1))
+        pairs = [part.rolled / std for part, (_, std) in zip(groups, moments, strict=True)]
+        shift, scale = limited((shift, scale), pairs)
+    mean, deviation = moments[0]
     statistics = {
         "images": held.images,
         "score_mean": float(held.scores.mean()),
