@@ -1,7 +1,7 @@
 """Write a trained fusion as one ONNX file, for machines without PyTorch.
 
 python export_onnx.py --category my_belt --out my_belt.onnx      # saved_models/my_belt, proved on data/my_belt
-python predict_onnx.py my_belt.onnx belt/*.jpg                   # there, with requirements-edge.txt
+python predict_onnx.py my_belt.onnx belt/*.jpg           # on the other machine, with requirements-edge.txt
 
 The file gets its name only if it predicts what PyTorch does on normal frames of the category.
 """

@@ -6,11 +6,10 @@ python predict.py rtsp://user:password@camera/stream --json-lines | my_alarm    
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from prediction.options import add_prediction_flags, prediction_settings
-from training.options import add_run_flags, add_weights_flags, record, run_settings, weights_by_branch
+from training.options import add_models_flag, add_run_flags, add_weights_flags, record, run_settings, weights_by_branch
 from utils.command_line import Parser, category_name, run
 from utils.packages import importing
 
@@ -18,7 +17,7 @@ from utils.packages import importing
 def main() -> None:
     parser = Parser(__doc__)
     add_prediction_flags(parser)
-    parser.add_argument("--models-dir", type=Path, default=Path("saved_models"), help="default: saved_models")
+    add_models_flag(parser)
     parser.add_argument("--category", type=category_name, default="coal_ad", help="default: coal_ad")
     add_weights_flags(parser)
     add_run_flags(parser, workers=False)

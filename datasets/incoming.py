@@ -1,4 +1,4 @@
-"""A folder that fills: each file once, when it is complete. One is known by its name and modification time."""
+"""A folder that receives new files: each once, when it is complete. One is known by its name and modification time."""
 
 import os
 import time

@@ -16,7 +16,7 @@ from models.branches.part import Part
 from models.networks.inputs import size_step
 from training.options import fusion_record
 
-DEFINED = "Figures are fractions; docs/figures.md defines each."
+DEFINED = "Metrics are fractions; docs/metrics.md defines each."
 FIGURES = {
     "image_auroc": "image AUROC",
     "image_ap": "image AP",

@@ -1,4 +1,4 @@
-"""Figures of the pixels, exact on raw maps: nothing is clamped or rescaled. docs/figures.md defines them."""
+"""Metrics of the pixels, exact on raw maps: nothing is clamped or rescaled. docs/metrics.md defines them."""
 
 from array import array
 from collections.abc import Iterator, Mapping

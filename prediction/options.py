@@ -22,7 +22,7 @@ class PredictionSettings:
     json_lines: bool = False
     freeze: float | None = None  # seconds with nothing new after which a camera's connection is broken
     give_up: float | None = None  # seconds without a picture after which a camera's run ends; None: never
-    watch: bool = False  # the source is a folder that fills
+    watch: bool = False  # the source is a folder that receives new files
     webhook: str | None = None  # where alarms are sent
 
 
@@ -40,25 +40,27 @@ def add_prediction_flags(parser: Parser) -> None:
     group.add_argument(
         "--smooth", type=number(int, 1), default=1, help="frames in a row that turn the alarm on, or off (default: 1)"
     )
-    group.add_argument("--threshold", type=number(float, float("-inf")), help="of the score (default: usad.json's)")
-    group.add_argument("--pixel-threshold", type=number(float, float("-inf")), help="of the map (default: usad.json's)")
+    group.add_argument("--threshold", type=number(float, float("-inf")), help="of the score (default: the model's own)")
+    text = "of the map (default: the model's own)"
+    group.add_argument("--pixel-threshold", type=number(float, float("-inf")), help=text)
     group.add_argument(
         "--min-area", type=number(int, 0), default=0, help="pixels that a region needs to count (default: 0)"
     )
     group = parser.add_argument_group("on the line")
-    group.add_argument("--watch", action="store_true", help="look at each file of a folder that fills, until Ctrl-C")
+    text = "look at each file of a folder that receives new files, until Ctrl-C"
+    group.add_argument("--watch", action="store_true", help=text)
     group.add_argument("--webhook", metavar="URL", help="POST the row as JSON whenever the alarm turns on")
     group.add_argument(
         "--freeze",
         type=number(float, 0, above=True),
         metavar="SECONDS",
-        help="a camera: connect again when the picture has been the same, or none has come, for so long (default: 10)",
+        help="a camera: reconnect when the picture has been the same, or none has come, for so long (default: 10)",
     )
     group.add_argument(
         "--give-up",
         type=number(float, 0),
         metavar="SECONDS",
-        help="a camera: end with exit code 1 after so long without a picture",
+        help="a camera: end with exit code 1 after so long without a picture (default: never)",
     )
     group = parser.add_argument_group("output")
     group.add_argument(

@@ -1,4 +1,4 @@
-"""--watch: a folder that fills, over restarts."""
+"""--watch: a folder that receives new files, over restarts."""
 
 import dataclasses
 import os

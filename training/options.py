@@ -42,7 +42,8 @@ SMALL_DEFAULTS = {
 def add_data_flags(parser: Parser) -> None:
     """Where images are read from and results go."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data-root", type=Path, default=Path("data"), help="holds <category>/train, test …")
+    text = "holds <category>/train, test … (default: data)"
+    group.add_argument("--data-root", type=Path, default=Path("data"), help=text)
     text = "folders in MVTec layout, or 'all'; only coal_ad is downloaded (default: coal_ad)"
     group.add_argument("--category", type=category_name, nargs="+", default=["coal_ad"], help=text)
     group.add_argument("--results-dir", type=Path, default=Path("result"), help="default: result")
@@ -63,7 +64,7 @@ def data_settings(args: argparse.Namespace) -> DataSettings:
 
 def add_models_flag(parser: Parser, default: str = "saved_models") -> None:
     """Where checkpoints are, or where a training puts its own."""
-    text = f"of the checkpoints, <models-dir>/<category>/<branch>.safetensors (default: {default})"
+    text = f"folder of the checkpoints: <models-dir>/<category>/<branch>.safetensors (default: {default})"
     parser.add_argument("--models-dir", type=Path, default=Path(default), help=text)
 
 
@@ -120,7 +121,7 @@ def add_run_flags(parser: Parser, workers: bool = True) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=number(int, 1), help="images at a time (default: 4 on a CPU, 32 on a GPU)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    text = "auto: fp32 on a CPU, bf16 on a GPU that has it"
+    text = "auto: fp32 on a CPU, bf16 on a GPU that has it (default: auto)"
     group.add_argument("--precision", choices=PRECISIONS, default="auto", help=text)
     if workers:
         text = "processes that read images (default: 1 on a CPU, up to 8 on a GPU)"
@@ -167,7 +168,7 @@ def choose_device(name: str, precision: str) -> str:
 
 
 def add_output_flags(parser: Parser) -> None:
-    """What a test writes beside its figures."""
+    """What a test writes beside its metrics."""
     group = parser.add_argument_group("output")
     group.add_argument("--no-images", action="store_true", help="write no heat maps, report or sheet")
     group.add_argument("--save-maps", action="store_true", help="write the raw float32 maps as TIFF")
@@ -198,17 +199,17 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
     group.add_argument("--image-size", type=side, default=image_size, help=f"default: {image_size}")
     text = "cut each frame into N x N overlapping tiles of that size, for objects small beside the frame (default: 1)"
     group.add_argument("--tiles", type=number(int, 1, MAX_TILES), default=1, metavar="N", help=text)
-    text = "bring each image to one mean colour and one contrast first (the demo network does that by itself)"
+    text = "bring each image to one mean colour and contrast first; not with --weights demo, which does that by itself"
     group.add_argument("--normalize-contrast", action=argparse.BooleanOptionalAction, default=False, help=text)
     group = parser.add_argument_group("fit")
-    text = "of the camera whose images are stored in 16 bits, 8 to 16; the checkpoint keeps it (default: 16)"
+    text = "bits per pixel of the camera that wrote the 16-bit files, 8 to 16; the checkpoint keeps it (default: 16)"
     group.add_argument("--bit-depth", type=number(int, 8, 16), default=16, metavar="BITS", help=text)
     text = "region of interest: white where frames are looked at; the checkpoint keeps it (default: the whole frame)"
     group.add_argument("--roi", type=Path, metavar="IMAGE", help=text)
     group.add_argument("--train-ratio", type=share, default=train_ratio, help=f"default: {train_ratio:g}")
     text = "share of the normal images kept out of the fit, for --fusion standardized and thresholds (default: 0)"
     group.add_argument("--holdout-ratio", type=number(float, 0, 0.9), default=0.0, help=text)
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=22)
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=22, help="default: 22")
     add_run_flags(parser)
     add_output_flags(parser)
     parser.add_argument("--no-eval", action="store_true", help="stop after the checkpoint is written")
@@ -246,9 +247,9 @@ def parse_training(parser: Parser, **small_defaults: Any) -> argparse.Namespace:
 
 def add_token_flags(parser: Parser) -> None:
     """The flags of the branches that fit a Gaussian to a ViT's tokens."""
-    text = "input size at which position embeddings are first laid out (default: the image size)"
+    text = "input size for which position embeddings are first resampled (default: the image size)"
     parser.add_argument("--position-size", type=side, help=text)
-    text = "ledoit-wolf (shrinkage) suits fewer images than the network has channels"
+    text = "ledoit-wolf (shrinkage) suits fewer images than the network has channels (default: empirical)"
     parser.add_argument("--covariance", choices=COVARIANCES, default="empirical", help=text)
 
 
