@@ -6,6 +6,7 @@ python predict_onnx.py my_belt.onnx rtsp://user:password@camera/stream --json-li
 
 from pathlib import Path
 
+from datasets import MAX_BATCH
 from prediction.options import add_prediction_flags, prediction_settings
 from training.options import record
 from utils.command_line import Parser, number, run
@@ -16,7 +17,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("model", metavar="MODEL", type=Path, help="a file that export_onnx.py has written")
     add_prediction_flags(parser)
-    parser.add_argument("--batch-size", type=number(int, 1), help="frames at a time (default: 1)")
+    parser.add_argument("--batch-size", type=number(int, 1, MAX_BATCH), help="frames at a time (default: 1)")
     args = parser.parse_args()
     settings = prediction_settings(parser, args)
 

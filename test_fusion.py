@@ -23,7 +23,7 @@ def main() -> None:
     add_models_flag(parser)
     add_fusion_flags(parser)
     text = "find the thresholds for this rate on the held-out normal images, and store them for predict.py (usad.json)"
-    parser.add_argument("--false-alarm-rate", type=number(float, 0, 0.5, above=True), help=text)
+    parser.add_argument("--false-alarm-rate", type=number(float, 1e-6, 0.5), help=text)
     add_weights_flags(parser)
     add_run_flags(parser)
     add_output_flags(parser)

@@ -32,14 +32,14 @@ class Incoming:
         self._changed: dict[Path, tuple[tuple[int, int], float]] = {}  # size and time, and since when they are so
         self._is_there = True
 
-    def skip(self, last: Mapping[str, tuple[str, str]]) -> None:
-        """Leave out what has rows: frame number and time of the last one by source, as texts of the table."""
+    def skip(self, files: int, last: Mapping[str, tuple[str, str]]) -> None:
+        """Leave out what has rows: so many files, and frame number and time of the last row by source, as texts."""
         for source, (number, moment) in last.items():
             if "T" in moment:  # that of a file
                 self._done.add(hash((_place(source), moment)))
             else:
                 self._begun[_place(source)] = int(number)
-        self._files = len(last)
+        self._files = files
 
     def frames(self, every: int, decoding: Decoding = PLAIN) -> Iterator[Frame | None]:
         """The frames of all files, some without a picture, for ever; None when there is nothing new, for signals."""

@@ -87,6 +87,7 @@ def evaluate(
         scaled = by_part[AS_PUBLISHED]
         metrics[AS_PUBLISHED] = {key: scaled[key] for key in scaled if not key.startswith(("image_", "n_"))}
     timings = {**watch.seconds, **stage_seconds(model), "total": time.perf_counter() - start}
+    former = images_in(folder / "scores.csv")
     write_scores(folder / "scores.csv", results, others if fusion else [])
     write_json(folder / "metrics.json", metrics)
     config = {"program": PROGRAM, **config, **environment(model.device), "seconds": _rounded(timings)}
@@ -94,9 +95,11 @@ def evaluate(
     if results.gallery is not None:
         threshold = point and Threshold(point.threshold, point.pixel_threshold, point.source)
         write_test_report(folder, results, metrics, threshold or results.best_threshold(), config)
-    stale = [] if results.gallery is not None else [folder / REPORT, folder / SHEET]  # they show an earlier run
-    stale += [] if images else (folder / "heatmaps").rglob("*.png")
-    stale += [] if save_maps else (folder / "anomaly_maps").rglob("*.tiff")
+    stale = set() if results.gallery is not None else {folder / REPORT, folder / SHEET}  # they show an earlier run
+    gone = former - {sample.name for sample in samples}
+    for name, suffix, wanted in (("heatmaps", ".png", images), ("anomaly_maps", ".tiff", save_maps)):
+        found = set((folder / name).rglob(f"*{suffix}"))
+        stale |= found & {_result_path(folder / name, image, suffix) for image in gone} if wanted else found
     for path in stale:
         path.unlink(missing_ok=True)
     print_metrics(model.name, metrics)
@@ -164,11 +167,20 @@ def write_scores(path: Path, results: Results, branches: Sequence[str]) -> None:
     write_text(path, text.getvalue())
 
 
+def images_in(path: Path) -> set[str]:
+    """The images in the scores.csv of an earlier run; none if there is no such file."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return {row["path"] for row in csv.DictReader(file) if row["path"].startswith("test/")}
+    except (OSError, ValueError, KeyError, csv.Error):
+        return set()
+
+
 def write_map(folder: Path, sample: Sample, anomaly_map: np.ndarray) -> None:
     """The raw float32 map [S, S] as <folder>/<defect>/<stem>.tiff, in the same sub-folders as the image."""
     content = io.BytesIO()  # on a full disk Pillow would write half a TIFF without an error
     Image.fromarray(anomaly_map).save(content, "TIFF")
-    with atomic_write(_result_path(folder, sample, ".tiff")) as temporary:
+    with atomic_write(_result_path(folder, sample.name, ".tiff")) as temporary:
         temporary.write_bytes(content.getvalue())
 
 
@@ -177,7 +189,7 @@ def write_heatmaps(folder: Path, samples: Sequence[Sample], thumbnails: Thumbnai
     pairs = zip(samples, thumbnails, strict=True)
     bar = tqdm(pairs, desc="heat maps", total=len(samples), unit="image", leave=False, disable=None)
     for sample, image in stoppable(bar):
-        write_picture(_result_path(folder, sample, ".png"), strip(sample, image, scale))
+        write_picture(_result_path(folder, sample.name, ".png"), strip(sample, image, scale))
 
 
 def write_test_report(
@@ -201,8 +213,8 @@ def write_test_report(
         (folder / SHEET).unlink(missing_ok=True)
 
 
-def _result_path(folder: Path, sample: Sample, suffix: str) -> Path:
-    return (folder / Path(sample.name).relative_to("test")).with_suffix(suffix)
+def _result_path(folder: Path, image: str, suffix: str) -> Path:
+    return (folder / Path(image).relative_to("test")).with_suffix(suffix)
 
 
 def print_metrics(title: str, metrics: dict[str, Any]) -> None:

@@ -41,7 +41,8 @@ def reproduce(args: argparse.Namespace) -> None:
     def samples_of(category: Category) -> list[Sample]:
         return category.test_samples() + (category.train_samples() if fits else [])
 
-    with opened_categories(data, samples_of, run.workers, results="tables") as categories:
+    depths = {name: variants[0].variants["pc"].bit_depth for name, variants in fusions.items()}
+    with opened_categories(data, samples_of, run.workers, results="tables", bit_depths=depths) as categories:
         for category in categories:
             make_tables(args, category, run, fusions[category.name], baselines)
 
@@ -56,7 +57,6 @@ def make_tables(
     """Compute the cells of one category's tables, and write each table as soon as its cells are there."""
     folder = args.results_dir / category.name / "tables"
     mark_folder(folder)
-    category.decoding = dataclasses.replace(category.decoding, bit_depth=fusions[0].variants["pc"].bit_depth)
     measurements = Measurements(folder / "measured", category, run, weights_by_branch(args))
     makers = {
         "comparison": lambda: comparison(measurements, fusions, baselines),

@@ -58,6 +58,7 @@ class Measurements:
             "branch": variant.checkpoint_digest or self._fit_key(variant),
             "images": self.images_digest,
             "input_size": input_size,
+            "max_megapixels": self.category.decoding.max_megapixels,
             "precision": self.run.precision,
             "device": torch.device(self.run.device).type,
         }
@@ -101,7 +102,8 @@ class Measurements:
         return branch
 
     def _fit_key(self, variant: Variant) -> str:
-        return digest([variant.fit_needs(), self.training_digest, self.run.device, self.run.precision])
+        limit = self.category.decoding.max_megapixels
+        return digest([variant.fit_needs(), self.training_digest, limit, self.run.device, self.run.precision])
 
     def figures(self, found: Iterable[Part], roi: RegionOfInterest | None = None) -> dict[str, Any]:
         """Every figure of metrics.json for batches in the order of the test images."""

@@ -67,7 +67,7 @@ def predict(
         config = {"program": PROGRAM, "script": script, "finished": False, "settings": {**flags, **shown}}
         write_json(settings.out / "config.json", config)
         if former:
-            sources[0].skip(former.last)
+            sources[0].skip(former.files, former.last)
         else:
             clear_output(settings.out)
         start = time.perf_counter()

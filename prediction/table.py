@@ -18,6 +18,7 @@ COLUMNS = ("source", "frame", "time", "score", "anomalous", "area", "boxes", "st
 
 class Former(NamedTuple):
     rows: int
+    files: int  # of a watched folder that are done
     last: dict[str, tuple[str, str]]  # by source: frame number and time of its last row
 
 
@@ -66,7 +67,7 @@ def read_former(path: Path) -> Former:
 
     Raises InputError if the file has other columns or another encoding.
     """
-    last, rows = {}, 0
+    last, rows, files = {}, 0, 0
     with (
         atomic_write(path) as temporary,
         # It may end within a character, and begin with Excel's mark.
@@ -88,4 +89,5 @@ def read_former(path: Path) -> Former:
                     ) from None
                 last[row[0]] = row[1], row[2]
                 rows += 1
-    return Former(rows, last)
+                files += "T" in row[2]  # the time of a file that is done, not the seconds of a video
+    return Former(rows, files, last)

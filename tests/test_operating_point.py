@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from tiny import SMALL_NETWORKS, draw_category, end_well, read_json, read_rows, refusal, run_in_process, small_flags
 
+import training.testing
 from datasets.loading import ImageDataset
 from datasets.mvtec import Category
 from models import USAD
@@ -242,8 +243,23 @@ def test_a_stored_point_serves_later_tests_with_the_same_settings(root, models, 
     first = (tmp_path / "belt/fusion/metrics.json").read_text()
     fuse(root, models, tmp_path)
     assert (tmp_path / "belt/fusion/metrics.json").read_text() == first
-    fuse(root, models, tmp_path, "--lambda-map", "2")
+    said = fuse(root, models, tmp_path, "--lambda-map", "2", run=run_in_process).err
     assert "operating_point" not in read_json(tmp_path / "belt/fusion/metrics.json")
+    assert said.startswith("warning: ") and "usad.json is for another fusion, which predict.py goes by" in said
+
+
+def test_checkpoints_that_change_meanwhile_get_no_thresholds(root, models, tmp_path, monkeypatch):
+    """They would be those of the former ones."""
+    gather, path = training.testing.all_rows, models / "belt/pc.safetensors"
+
+    def changed(rows):
+        train(root, "train_pc", models, "--holdout-ratio", 0.5, "--neighbors", 2)
+        return gather(rows)
+
+    monkeypatch.setattr(training.testing, "all_rows", changed)
+    before = path.read_bytes()
+    assert "just been changed" in fuse(root, models, tmp_path, "--false-alarm-rate", "0.1", run=refusal)
+    assert path.read_bytes() != before and not (models / "belt/usad.json").exists()
 
 
 def test_other_checkpoints_are_noticed(root, models, tmp_path):

@@ -56,6 +56,18 @@ def test_files(fused, part):
     assert found == expected | ({"report.html", "sheet.jpg"} if part == "fusion" else set())
 
 
+def test_files_of_images_that_are_gone_go_too(fused, tmp_path):
+    root = shutil.copytree(fused, tmp_path / "copy")
+    folder, images = root / "result/belt/fusion", root / "data/belt"
+    for part, end in (("test", ".png"), ("ground_truth", "_mask.png")):
+        (images / part / f"rope/000{end}").rename(images / part / f"rope/new{end}")
+    succeed(root, "test_fusion", "--save-maps")
+    names = sorted({*FRAMES, "rope/new"} - {"rope/000"})
+    for kind in ("anomaly_maps", "heatmaps"):
+        found = (path.relative_to(folder / kind).with_suffix("") for path in (folder / kind).rglob("*.*"))
+        assert sorted(name.as_posix() for name in found) == names
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_metrics(fused, part):
     metrics, rows = figures_of(fused, part), read_scores(fused, part)

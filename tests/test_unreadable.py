@@ -1,5 +1,7 @@
 """Broken images in a data set: one list of all, or a run on the rest that says what it left out."""
 
+import cv2
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from tiny import SMALL_NETWORKS, draw_category, read_json, refusal, run_in_process, small_flags, succeed
@@ -89,6 +91,24 @@ def test_held_out_images_are_found_again(skipped):
     assert set(config["left_out"]) == set(broken)  # the training images, too, which the thresholds take
     finished = run_in_process("test_fusion", *small_flags(root, "test_fusion"), *flags)
     assert finished.code == 2 and len(finished.err.splitlines()) == 32  # without the flag; one warns of few images
+
+
+def test_files_are_read_with_the_checkpoints_bit_depth(tmp_path):
+    """A frame beyond it is left out by whatever follows the checkpoints, too."""
+    belt = draw_category(tmp_path / "data" / "belt")
+    frames = [path for part in ("train/good", "test/good", "test/rope") for path in (belt / part).iterdir()]
+    for path in frames:
+        cv2.imwrite(str(path), (cv2.imread(str(path)) / 255 * 4095).round().astype(np.uint16))
+    bright = np.full((56, 72), 60_000, np.uint16)
+    cv2.imwrite(str(belt / "test/good/000.png"), bright)
+    skip = ("--skip-unreadable",)
+    for script in SMALL_NETWORKS:
+        succeed(tmp_path, script, *HELD, "--bit-depth", 12, "--no-images", *skip)
+    cv2.imwrite(str(belt / "train/good/new.png"), bright)
+    succeed(tmp_path, "test_fusion", "--no-images", *skip)
+    succeed(tmp_path, "reproduce_tables", "--tables", "ablation", *skip)
+    said = succeed(tmp_path, "train_pc", "--update", "--no-eval", *skip)
+    assert "1 of 3 images cannot be read" in said.err and "no new frames" in said.out
 
 
 def test_nothing_readable_is_left(tmp_path):

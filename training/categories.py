@@ -1,7 +1,8 @@
 """The categories of a run: claimed and opened before the work, and searched for broken files if there are any."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from datasets.loading import leave_out_unreadable, list_all_unreadable
@@ -20,11 +21,13 @@ def opened_categories(
     workers: int,
     results: str | None,
     checkpoint_of: Callable[[str], Path] | None = None,
+    bit_depths: Mapping[str, int] | None = None,
 ) -> Iterator[list[Category]]:
     """The opened categories; during the block no other run writes to the same places.
 
     The run writes the folder `results` below each category's results, and the checkpoint that `checkpoint_of` gives for
-    a category's name; it reads what `samples_of` gives. A broken image ends the run with a list of all broken ones,
+    a category's name; it reads what `samples_of` gives, 16-bit files with the category's bit depth if that is among
+    `bit_depths`. A broken image ends the run with a list of all broken ones,
     unless they are left out. Raises InputError if it would replace files that USAD did not write.
     """
     with contextlib.ExitStack() as locks:
@@ -37,6 +40,9 @@ def opened_categories(
                 locks.enter_context(folder_lock(data.results_dir / name / results))
         with one_per_machine_first():
             categories = [open_category(data.root, name, data.decoding) for name in data.categories]
+        for category in categories:
+            depth = (bit_depths or {}).get(category.name, data.decoding.bit_depth)
+            category.decoding = dataclasses.replace(data.decoding, bit_depth=depth)
         with list_all_unreadable(categories, samples_of, workers, data.skip_unreadable):
             for category in categories:
                 samples = samples_of(category)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from datasets import MAX_MEGAPIXELS
+from datasets import MAX_BATCH, MAX_MEGAPIXELS
 from models.branches import BRANCHES, COVARIANCES, MAX_TILES, weights_flag
 from models.fusion import RULES
 from models.networks import DEMO_NETWORK, IMAGENET_NETWORKS, MAX_SIDE
@@ -119,7 +119,8 @@ def weights_by_branch(args: argparse.Namespace, branches: Iterable[str] = BRANCH
 def add_run_flags(parser: Parser, workers: bool = True) -> None:
     """What the networks run on and, with `workers`, how many processes read the images."""
     group = parser.add_argument_group("run")
-    group.add_argument("--batch-size", type=number(int, 1), help="images at a time (default: 4 on a CPU, 32 on a GPU)")
+    text = "images at a time (default: 4 on a CPU, 32 on a GPU)"
+    group.add_argument("--batch-size", type=number(int, 1, MAX_BATCH), help=text)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     text = "auto: fp32 on a CPU, bf16 on a GPU that has it (default: auto)"
     group.add_argument("--precision", choices=PRECISIONS, default="auto", help=text)
@@ -256,5 +257,5 @@ def add_token_flags(parser: Parser) -> None:
 def add_budget_flag(parser: Parser, default: float) -> None:
     """The flag of the branches that keep the patches of the training images."""
     text = "GB (10^9 bytes) for the training patches; beyond it each image gives an equal, seeded sample"
-    kind = number(float, 0, above=True)
+    kind = number(float, 1e-5, 1e6)
     parser.add_argument("--patch-budget", type=kind, default=default, help=f"{text} (default: {default:g})")

@@ -1,7 +1,6 @@
 """From the checkpoints of a category to the results of their fusion: the work of test_fusion.py."""
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 
 from datasets.mvtec import Category, Sample
 from evaluation.evaluate import average, average_path
-from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths
+from models.fusion.checkpoints import bit_depth_of, checkpoint_digests, checkpoint_paths
 from models.fusion.operating_point import FILE_NAME, OperatingPoint, find_operating_point
 from models.fusion.usad import USAD
 from training.categories import opened_categories
@@ -18,6 +17,7 @@ from training.settings import RunSettings
 from training.training import held_out_samples, test_loader, tested
 from utils.command_line import warn
 from utils.distributed import is_main_process
+from utils.errors import InputError
 from utils.gather import all_rows, one_per_machine_first, require_same
 
 
@@ -38,8 +38,8 @@ def test(args: argparse.Namespace) -> None:
             return category.test_samples()
         return category.train_samples() + (category.test_samples() if category.has_tests else [])
 
-    metrics = {}
-    with opened_categories(data, samples_of, run.workers, results=USAD.name) as categories:
+    metrics, depths = {}, {name: bit_depth_of(args.models_dir / name) for name in data.categories}
+    with opened_categories(data, samples_of, run.workers, results=USAD.name, bit_depths=depths) as categories:
         for category in categories:
             usad = fusion_of(args, category, run, options)
             if category.has_tests:
@@ -52,14 +52,16 @@ def test(args: argparse.Namespace) -> None:
 def fusion_of(args: argparse.Namespace, category: Category, run: RunSettings, options: dict[str, Any]) -> USAD:
     """The fusion of the category's checkpoints, with thresholds if a rate of false alarms is asked for."""
     checkpoints = args.models_dir / category.name
-    require_same("checkpoints in --models-dir", lambda: checkpoint_digests(checkpoints).values())
+    digests, point = checkpoint_digests(checkpoints), OperatingPoint.read(checkpoints)
+    require_same("checkpoints in --models-dir", digests.values)
     with one_per_machine_first():
         usad = USAD.load(checkpoints, run.device, run.precision, weights_by_branch(args), **options)
-    category.decoding = dataclasses.replace(category.decoding, bit_depth=usad.bit_depth)
     if len({branch.frames for branch in usad.branches if branch.frames.known}) > 1:
         warn(f"the branches of {category.name} were trained on different lists of files")
     if args.false_alarm_rate:
-        usad.set_operating_point(find_thresholds(usad, category, run, checkpoints, args.false_alarm_rate))
+        usad.set_operating_point(find_thresholds(usad, category, run, checkpoints, digests, args.false_alarm_rate))
+    elif point and point.checkpoints == digests and point.fusion != usad.settings():
+        warn(f"{checkpoints / FILE_NAME} is for another fusion, which predict.py goes by: {point.fusion}")
     return usad
 
 
@@ -79,18 +81,27 @@ def test_category(args: argparse.Namespace, category: Category, run: RunSettings
 
 
 def find_thresholds(
-    usad: USAD, category: Category, run: RunSettings, checkpoints: Path, false_alarm_rate: float
+    usad: USAD,
+    category: Category,
+    run: RunSettings,
+    checkpoints: Path,
+    digests: dict[str, str],
+    false_alarm_rate: float,
 ) -> OperatingPoint:
-    """Find the operating point on the held-out normal images and store it beside the checkpoints."""
+    """Find the operating point on the held-out normal images and store it beside the checkpoints.
+
+    Raises InputError if these no longer have the `digests` from before the fusion was loaded.
+    """
     samples = held_out_samples(category, usad.branches)
     found = [torch.zeros(0, 2, dtype=torch.float64)]
     for batch in test_loader(run, samples, usad, "held out"):
         part = usad.predict(batch["image"].to(usad.device, non_blocking=True))
         found.append(torch.stack([part.scores.double(), part.maps.amax((1, 2)).double()], 1).cpu())
     scores, peaks = all_rows(torch.cat(found)).numpy().T
-    digests = checkpoint_digests(checkpoints)
     point = find_operating_point(scores, peaks.astype("float32"), false_alarm_rate, usad.settings(), digests)
     if is_main_process():
+        if checkpoint_digests(checkpoints) != digests:
+            raise InputError(f"the checkpoints in {checkpoints} have just been changed by another run; start again")
         point.write(checkpoints)
     print(f"{category.name}: thresholds from {point.source}; in {checkpoints / FILE_NAME}")
     if point.shortfall:

@@ -68,8 +68,8 @@ def train(args: argparse.Namespace, name: str) -> None:
             samples = present[category.name].frames.not_fitted(samples)
         return samples + ([] if args.no_eval else category.test_samples())
 
-    metrics = {}
-    with opened_categories(data, samples_of, run.workers, results, checkpoint_of) as categories:
+    metrics, depths = {}, {category: before.bit_depth for category, before in present.items()}
+    with opened_categories(data, samples_of, run.workers, results, checkpoint_of, depths) as categories:
         for category, branch in learned(categories):
             path = checkpoint_of(category.name)
             if is_main_process():
@@ -131,7 +131,6 @@ def updated_branches(
     """The branch of each category that has new frames, which it has taken in."""
     for category in categories:
         before = present[category.name]
-        category.decoding = dataclasses.replace(category.decoding, bit_depth=before.bit_depth)
         new = portion(category, before)
         if new is None:
             print(f"{category.name}: no new frames in {category.folder / 'train' / 'good'}; nothing is changed")

@@ -78,7 +78,9 @@ def present_checkpoint(path: Path, args: argparse.Namespace, roi: RegionOfIntere
             continue
         moved = name == "weights" and not {value, stored[name]} & set(SOURCES)  # a file; its content is checked later
         if not moved and not (name == "roi" and roi == region):
-            kept = "another region of interest" if name == "roi" else stored.get(name)
+            kept = stored.get(name)
+            if name == "roi":
+                kept = "another region of interest" if region else "no region of interest"
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag} {value}: {path} has {kept}, and an update keeps it; leave it out, or train again")
     if stored.get("category") != path.parent.name:

@@ -47,6 +47,8 @@ class Parser(argparse.ArgumentParser):
         return [option for action in self._actions for option in action.option_strings]
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += " (one that begins with - is written --flag=-1e-3)"
         raise InputError(f"{self.prog}: {message}")
 
 

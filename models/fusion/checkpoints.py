@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from models.branches import BRANCHES, METHOD
+from models.branches.branch import bit_depth_in
 from utils.checkpoint import read_metadata
 from utils.errors import InputError
 from utils.files import sha256_of_file
@@ -32,6 +33,15 @@ def checkpoint_paths(folder: Path) -> dict[str, Path]:
 def checkpoint_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the checkpoints in `folder`, by file name."""
     return {path.name: sha256_of_file(path) for path in checkpoint_paths(folder).values()}
+
+
+def bit_depth_of(folder: Path) -> int:
+    """The bit depth that the checkpoints in `folder` were trained with. Raises InputError if they cannot be read."""
+    path = checkpoint_paths(folder)[METHOD[0]]
+    try:
+        return bit_depth_in(read_metadata(path))
+    except ValueError:
+        raise InputError(f"{path} has a bit depth that cannot be; train the branch again") from None
 
 
 def default_fusion(folder: Path) -> str:

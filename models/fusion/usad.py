@@ -87,6 +87,8 @@ class USAD(Model):
         branches = [BRANCHES[name].load(path, weights.get(name), device, precision) for name, path in paths.items()]
         try:
             usad = cls(branches, **options)
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from None
         except TypeError as error:
             raise InputError(f"{folder}: these are no fusion settings ({error})") from None
         if current and point.fusion == usad.settings():
