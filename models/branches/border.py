@@ -17,7 +17,7 @@ REACH = 12  # steps from the border to where the effect has ended
 ENOUGH = 100  # values at one distance, to tell their tail
 LEAST = 1e-3  # factor of the tail
 MARGIN = 1.25  # times the border's own effect, which so few frames leave open
-TAIL = 6  # the power whose mean stands for the tail: between the standard deviation (2) and the maximum
+TAIL = 3  # the power whose mean stands for the tail; a higher one hangs on a few values, and 32 frames have too few
 Effect = tuple[list[float], list[float]]  # by steps to the border: what is added to values, the factor of their tail
 
 
