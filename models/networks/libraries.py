@@ -5,13 +5,11 @@ Only public names of the two libraries are used. Importing them takes seconds: i
 
 from __future__ import annotations
 
-import copy
 import difflib
 import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,23 +94,6 @@ def _without_memory(make: Callable[[], nn.Module]) -> nn.Module:
     return net
 
 
-def _copied(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """What `make` gives is copied for the same arguments, which saves a quarter of a second, if it takes no memory."""
-    made: dict[tuple, nn.Module] = {}
-
-    @functools.wraps(make)
-    def copied(*args: Any) -> nn.Module:
-        if args not in made:
-            net = make(*args)
-            if not all(parameter.is_meta for parameter in net.parameters()):
-                return net
-            made[args] = net
-        return copy.deepcopy(made[args])
-
-    return copied
-
-
-@_copied
 def vit(name: str, image_size: int) -> nn.Module:
     """ViT for images of this size, no head, no pooling; weights not yet loaded."""
     options = {"num_classes": 0, "img_size": image_size, "dynamic_img_size": False}
@@ -165,7 +146,6 @@ def _blank(net: nn.Module, image_size: int) -> Tensor:
     return torch.zeros(1, 3, image_size, image_size, device=next(net.parameters()).device)
 
 
-@_copied
 def cnn(name: str, strides: tuple[int, ...] | None, image_size: int) -> FeatureMaps:
     """Network for maps of the given strides, or with None for the last one of stride 16 or less; weights not loaded.
 
