@@ -28,7 +28,8 @@ from benchmarks.bench import SEED, Bench, Pair, noise
 from models import BRANCHES
 from models.branches.coreset import greedy_k_center
 from models.branches.neighbors import NearestNeighbors, load_faiss
-from training.options import PRECISIONS, choose_device
+from models.networks import PRECISIONS
+from training.options import choose_device
 from utils.command_line import Parser, run, some_of
 from utils.errors import InputError
 from utils.files import atomic_write, write_json

@@ -14,6 +14,7 @@ from experiments.speed import speed
 from experiments.table import computed, write_table
 from experiments.variants import Variant
 from models.fusion.checkpoints import checkpoint_paths
+from models.fusion.paper import PaperProduct
 from training.categories import opened_categories
 from training.options import data_settings, fusion_options, fusion_record, record, run_settings, weights_by_branch
 from training.settings import RunSettings
@@ -28,7 +29,8 @@ def reproduce(args: argparse.Namespace) -> None:
     folders = {name: args.models_dir / name for name in data.categories}
     options, fusions = fusion_options(args, folders.values()), {}
     for name, folder in folders.items():
-        variants = {branch: Variant.of_checkpoint(branch, path) for branch, path in checkpoint_paths(folder).items()}
+        paths, calibrated = checkpoint_paths(folder), options["fusion"] != PaperProduct.name
+        variants = {branch: Variant.of_checkpoint(branch, path, calibrated) for branch, path in paths.items()}
         fusion = Fusion(variants, options, tuple(variants)).settled()
         fusions[name] = [fusion.changed("seed", seed) for seed in args.seeds or []] or [fusion]
     rule = fusion_record(fusions[data.categories[0]][0].settings)

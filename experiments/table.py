@@ -13,7 +13,7 @@ from utils.files import atomic_write, digest_of_lines, write_json, write_text
 from utils.processes import ProcessFailed
 from utils.safe_text import safe_cell
 
-VERSION = 3  # goes up when a figure is computed in another way, so that older cells are not used again
+VERSION = 4  # goes up when a figure is computed in another way, so that older cells are not used again
 PLOTTED = ("image_auroc", "pixel_auroc", "aupro")
 IN_FORCE = "the value in force"
 

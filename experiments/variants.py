@@ -16,7 +16,7 @@ from utils.checkpoint import read_metadata
 from utils.errors import InputError
 from utils.files import sha256_of_file
 
-SCORING = {"threshold"}  # settings that matter only when maps are made
+SCORING = {"threshold"}  # settings that matter only when maps are made, also those of the held-out statistics
 PUBLISHED_SHARE = {"pc": 0.5}  # of the training images, for converted checkpoints, which do not tell
 
 
@@ -32,9 +32,10 @@ class Variant:
     bit_depth: int = 16
     checkpoint: Path | None = None
     checkpoint_digest: str | None = None
+    calibrated: bool = False  # the fusion takes the held-out statistics
 
     @classmethod
-    def of_checkpoint(cls, name: str, path: Path) -> Variant:
+    def of_checkpoint(cls, name: str, path: Path, calibrated: bool = False) -> Variant:
         """The branch of that name as in the checkpoint; raises InputError if it cannot be read."""
         metadata = read_metadata(path)
         if metadata.get("branch") != name:
@@ -46,7 +47,7 @@ class Variant:
             training = {key: type(value)(metadata["training"].get(key, value)) for key, value in known.items()}
             network, split = BackboneSpec.from_dict(metadata["backbone"]), SplitSettings(**training)
             learned = BRANCHES[name], network, metadata["settings"], split, region_in(metadata), bit_depth_in(metadata)
-            variant = cls(*learned, path, sha256_of_file(path))
+            variant = cls(*learned, path, sha256_of_file(path), calibrated)
             variant.built()
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
@@ -83,12 +84,13 @@ class Variant:
         if network["weights"] != "random":
             del network["seed"]
         del network["file"]  # the fingerprint tells weights apart
+        free = () if self.calibrated else SCORING
         if split["train_ratio"] == 1 and not split["holdout_ratio"]:
             del split["seed"]
         return {
             "branch": self.branch.name,
             "network": network,
-            "settings": {name: value for name, value in self.settings.items() if name not in SCORING},
+            "settings": {name: value for name, value in self.settings.items() if name not in free},
             "split": split,
             "roi": self.roi and self.roi.to_text(),
             "bit_depth": self.bit_depth,

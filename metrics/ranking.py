@@ -65,4 +65,5 @@ def curves(tp: np.ndarray, fp: np.ndarray, n_positive: int, n_negative: int, own
     """
     recall = tp / n_positive
     roc = np.append(0.0, fp / n_negative), np.append(0.0, recall)
-    return {"roc": roc, "pr": (recall[own], (tp / (tp + fp))[own])}
+    precision = (tp / (tp + fp))[own]
+    return {"roc": roc, "pr": (np.append(0.0, recall[own]), np.append(precision[:1], precision))}

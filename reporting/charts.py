@@ -67,7 +67,10 @@ def histogram(axes: Axes, groups: Mapping[str, np.ndarray], threshold: float | N
     values = np.concatenate([*groups.values(), [] if threshold is None else [threshold]])
     log = values.min() > 0 and values.max() > 30 * np.median(values)
     position = np.log10 if log else np.asarray
-    edges = np.histogram_bin_edges(position(values), int(np.clip(4 * math.sqrt(values.size), 10, 60)))
+    low, high = position(values.min()), position(values.max())
+    if high - low < 1e-6 * max(1.0, abs(high)):  # frames that are the same but for rounding
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, int(np.clip(4 * math.sqrt(values.size), 10, 60)) + 1)
     for (label, own), color, dashes in zip(groups.items(), COLORS, DASHES, strict=False):
         counts, _ = np.histogram(position(own), edges)
         look = {"facecolor": f"{color}59", "edgecolor": color, "linewidth": 1.2, "linestyle": dashes}

@@ -677,6 +677,8 @@ def test_few_training_images_with_the_demo_network(tmp_path, count):
         expected = "2 are held out" if count == 7 else "none are held out: no thresholds"
         assert said[0].startswith(f"warning: belt: of only {count} training images {expected}")
     if count > 1:
+        flags = [*small_flags(tmp_path, "test_fusion"), "--pc-weights", "other.pth"]
+        assert "--pc-weights other.pth has no effect" in run_in_process("test_fusion", *flags).err
         succeed(tmp_path, "test_fusion", "--no-images")
         settings = read_json(tmp_path / "result/belt/fusion/config.json")["settings"]
         assert settings["fusion"] == ("standardized" if count == 7 else "paper")

@@ -257,9 +257,9 @@ def test_curves_are_exact_and_keep_their_ends():
     for name in ("pixel_roc", "pixel_pro"):
         assert thin[name][[0, -1]] == pytest.approx(np.array([[0, 0], [1, 1]]), abs=1e-12)
     recall, precision = full["pixel_pr"].T
-    assert recall[-1] == 1.0
+    assert recall[-1] == 1.0 and recall[0] == 0.0 and precision[0] == precision[1]
     assert auc(*full["pixel_roc"].T) == pytest.approx(figures["pixel_auroc"], abs=1e-12)
-    assert np.max(2 / (1 / recall + 1 / precision)) == pytest.approx(figures["pixel_f1_max"], abs=1e-12)
+    assert np.max(2 / (1 / recall[1:] + 1 / precision[1:])) == pytest.approx(figures["pixel_f1_max"], abs=1e-12)
     regions = regions_of(masks)
     for threshold in np.unique(maps)[::5]:  # every point of the PRO curve is one of plain counting
         predicted = maps >= threshold

@@ -153,6 +153,9 @@ def test_call_in_batches_and_without_thresholds():
     images = [frame(rng, red=index % 2) for index in range(5)]
     usad = usad_with()
     assert [r.score for r in usad(images, batch_size=2)] == [usad(image)[0].score for image in images]
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(InputError, match="batch_size"):
+            usad(images, batch_size=wrong)
     (result,) = USAD([RedBranch()])(images[1])
     assert result.anomalous is None and result.boxes is None and result.area is None
 

@@ -428,13 +428,14 @@ def test_the_same_numbers_give_the_same_report(tmp_path):
     assert pages[0].source == pages[1].source
 
 
-@pytest.mark.parametrize("spread", ["narrow", "wide", "constant", "negative"])
+@pytest.mark.parametrize("spread", ["narrow", "wide", "constant", "rounding", "negative"])
 def test_histogram_counts_every_image_once(spread):
     rng = np.random.default_rng(6)
     draw = {
         "narrow": lambda n: rng.normal(5, 1, n),
         "wide": lambda n: rng.lognormal(0, 3, n),
         "constant": lambda n: np.full(n, 3.0),
+        "rounding": lambda n: 3.0 + 1e-15 * rng.integers(0, 2, n),
         "negative": lambda n: rng.normal(-50, 1, n),
     }[spread]
     normal, anomalous = draw(40), draw(25)

@@ -252,6 +252,25 @@ def test_standardized(place):
     assert [section["title"] for section in content["sections"]] == ["Branches"]
     row = means(rows_of(place, "ablation")[ALL], FIGURES)
     assert row == pytest.approx(fused(place, "--fusion", "standardized"), abs=1e-6)
+    reproduce(place, "--tables", "sensitivity", "--sweeps", "threshold", "--fusion", "standardized")
+    train(place, "other", "train_ma_clu", "--threshold", 1.0)
+    for name in ("ma2patch", "pc"):
+        shutil.copy(place / f"models/belt/{name}.safetensors", place / "other/belt")
+    row = means(rows_of(place, "sensitivity")["1"], FIGURES)  # with held-out statistics of this threshold
+    assert row == pytest.approx(fused(place, "--fusion", "standardized", models="other"), abs=1e-6)
+
+
+@pytest.mark.parametrize("fusion", ["paper", "standardized"])
+def test_with_a_region_of_interest(workplace, fusion):
+    """Maps are those of test_fusion.py, in which nothing outside counts at the branch's size either."""
+    inside = np.zeros((56, 72), np.uint8)
+    inside[10:48, 8:] = 255
+    Image.fromarray(inside).save(workplace / "roi.png")
+    for script in SMALL_NETWORKS:
+        train(workplace, "models", script, "--roi", workplace / "roi.png")
+    reproduce(workplace, "--tables", "ablation", "--fusion", fusion)
+    row = means(rows_of(workplace, "ablation")[ALL], FIGURES)
+    assert row == pytest.approx(fused(workplace, "--fusion", fusion), abs=1e-6)
 
 
 def test_without_anomalous_images_figures_are_null(workplace):

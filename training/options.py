@@ -11,13 +11,12 @@ from typing import Any
 from datasets import MAX_BATCH, MAX_MEGAPIXELS
 from models.branches import BRANCHES, COVARIANCES, MAX_TILES, weights_flag
 from models.fusion import RULES
-from models.networks import DEMO_NETWORK, IMAGENET_NETWORKS, MAX_SIDE
+from models.networks import DEMO_NETWORK, IMAGENET_NETWORKS, MAX_SIDE, PRECISIONS
 from training.settings import DataSettings, RunSettings
 from utils import distributed
 from utils.command_line import Parser, add_size_flag, category_name, number
 from utils.errors import InputError
 
-PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 LAMBDA_OBJ = "ma_clu"  # the branch whose score --lambda-obj weighs
 PLACES = {"data_root", "category", "models_dir"}  # all that --rollback takes
 RUN_FLAGS = PLACES | {  # flags that are no settings of what is learned
@@ -234,8 +233,9 @@ def parse_training(parser: Parser, **small_defaults: Any) -> argparse.Namespace:
     for name, value in vars(args).items() if args.rollback else ():
         if value is not None and name not in PLACES | {"rollback"}:
             raise InputError(f"--{name.replace('_', '-')} has no effect with --rollback; leave it out")
-    if args.no_eval and (args.save_maps or args.no_images):
-        raise InputError("--save-maps and --no-images have no effect with --no-eval; drop one of them")
+    for flag, given in (("--save-maps", args.save_maps), ("--no-images", args.no_images)):
+        if args.no_eval and given:
+            raise InputError(f"{flag} has no effect with --no-eval; drop one of them")
     if args.update or args.weights not in SMALL_DEFAULTS:
         return args
     defaults = SMALL_DEFAULTS[args.weights] | small_defaults

@@ -55,9 +55,11 @@ class Model(abc.ABC):
     def __call__(self, images: ImageLike | Sequence[ImageLike], batch_size: int | None = None) -> list[Prediction]:
         """A path, picture, PIL image or RGB array [H, W, 3] of uint8, or a list of these -> a list of predictions.
 
-        Maps, boxes and areas are in each image's own pixels. Raises InputError for a file that cannot be read, an array
-        of another kind, or scores that are not finite.
+        Maps, boxes and areas are in each image's own pixels. Raises OSError for a missing file; InputError for
+        one that cannot be read, an array of another kind, scores that are not finite.
         """
+        if batch_size is not None and not (isinstance(batch_size, int) and batch_size > 0):
+            raise InputError(f"batch_size {batch_size} is not a whole number of at least 1")
         images = list(images) if isinstance(images, list | tuple) else [images]
         batch_size = batch_size or self.batch_size
         predictions = []

@@ -254,6 +254,8 @@ def build_backbone(
     it, weights that cannot be had or do not fit, or other weights than those of the spec's fingerprint.
     """
     if weights is not None:
+        if spec.weights == "demo" != weights:
+            raise InputError(f"{flag} {weights} has no effect with {spec.name}, the bundled network; leave it out")
         spec = spec.with_weights(weights)
     backbone = empty_backbone(spec)
     if spec.weights == "demo":

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
-from models.networks import MAX_SIDE
+from models.networks import MAX_SIDE, PRECISIONS
+from utils.errors import InputError
 
 SOURCES = ("pretrained", "demo", "imagenet", "random")  # of weights that are not a file
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,7 +66,12 @@ class BackboneSpec:
 
 
 def resolve_precision(recorded: str, asked: str, device: str) -> str:
-    """The precision to use; "auto" is fp32 on a CPU, elsewhere the recorded one or the best that the device has."""
+    """The precision to use; "auto" is fp32 on a CPU, elsewhere the recorded one or the best that the device has.
+
+    Raises InputError for another than PRECISIONS.
+    """
+    if asked not in PRECISIONS:
+        raise InputError(f"precision '{asked}' is not one of {', '.join(PRECISIONS)}")
     if asked != "auto":
         return asked
     if torch.device(device).type != "cuda":
