@@ -63,6 +63,16 @@ def spec(kind: str, name: str, image_size: int, **options) -> BackboneSpec:
     return BackboneSpec(kind, name, image_size, **{"weights": "random", **options})
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind, name", [("maps", "test_resnet"), ("maps", "resnet18"), ("tokens", "test_vit")])
+def test_networks_are_built_where_gradients_are_off(mode, kind, name):
+    network, images = spec(kind, name, 64), noise(64)
+    expected = build_backbone(network)(images)
+    with mode():
+        for ours, other in zip(build_backbone(network)(images), expected, strict=True):
+            assert torch.equal(ours, other)
+
+
 # ---- ViT tokens
 
 

@@ -160,6 +160,8 @@ def cnn(name: str, strides: tuple[int, ...] | None, image_size: int) -> FeatureM
     return maps
 
 
+@torch.inference_mode(False)  # gradients tell what is not used, whatever the caller computes without
+@torch.enable_grad()
 def _feature_maps(name: str, strides: tuple[int, ...] | None) -> FeatureMaps:
     net = outline(name).eval()
     size = timm.data.resolve_model_data_config(net)["input_size"][-1] if timm.is_model(name) else 512
