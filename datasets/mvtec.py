@@ -101,6 +101,7 @@ class Category:
 
     @property
     def has_tests(self) -> bool:
+        """Whether there is a folder of test images."""
         return (self.folder / "test").is_dir()
 
     def _places(self, part: str, kinds: Sequence[str] | None = None) -> list[Path]:

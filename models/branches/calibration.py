@@ -33,8 +33,8 @@ class Predicted(NamedTuple):
 def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterable[dict[str, Any]] = ()) -> Statistics:
     """Mean and standard deviation of the branch's scores, its maps' values, and the tops of its standardised maps.
 
-    The maps' are those of the interior, in squares of 4 x 4 pixels. `border_shift` and `border_scale` are the effect of
-    the border (models/branches/border.py), in standard deviations, of which standardised maps are free; it is measured
+    The maps' are those of the interior, in squares of 4 x 4 pixels. `border_shift` and `border_scale` are the border's
+    own effect (models/branches/border.py), in standard deviations, of which standardised maps are free; it is measured
     on the images of `fitted`, too. `held_out` gives at least two images.
     """
     held, more = predictions(branch, held_out), predictions(branch, fitted)
