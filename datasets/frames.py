@@ -18,6 +18,11 @@ GREY = "grey"  # a colour camera's pictures have no colour
 STATUSES = (OK, UNREADABLE, DONE, LOST, SILENT, FROZEN, RESIZED, GREY)
 
 
+def is_of_file(moment: str) -> bool:
+    """Whether a time in a watched folder's table is that of a file that is done, not the seconds of a video."""
+    return "T" in moment
+
+
 @dataclasses.dataclass(frozen=True)
 class Frame:
     """One picture and where it comes from; without a picture, what happened instead of it."""

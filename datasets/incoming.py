@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
-from datasets.frames import DONE, OK, UNREADABLE, Frame
+from datasets.frames import DONE, OK, UNREADABLE, Frame, is_of_file
 from datasets.images import PLAIN, Decoding, find_files
 from datasets.sources import KNOWN, Images, Video, is_video
 from utils.command_line import warn
@@ -35,7 +35,7 @@ class Incoming:
     def skip(self, files: int, last: Mapping[str, tuple[str, str]]) -> None:
         """Leave out what has rows: so many files, and frame number and time of the last row by source, as texts."""
         for source, (number, moment) in last.items():
-            if "T" in moment:  # that of a file
+            if is_of_file(moment):
                 self._done.add(hash((_place(source), moment)))
             else:
                 self._begun[_place(source)] = int(number)

@@ -42,6 +42,11 @@ class Sample:
         """The folder below test/ that it lies in: `good`, or a defect's name."""
         return self.name.split("/")[1]
 
+    @property
+    def expected_mask(self) -> str:
+        """Where its mask belongs, relative to the category."""
+        return Path("ground_truth", *Path(self.name).parts[1:]).with_name(f"{self.path.stem}_mask.png").as_posix()
+
     def read(self) -> Picture:
         """See `datasets.images.read_picture`."""
         return read_picture(self.path, self.decoding)
@@ -91,7 +96,7 @@ class Category:
                 raise InputError(f"{other.path} and {sample.path} differ only in their extension; rename one")
         unmasked = defects_without_masks(samples)
         if bare := [item for item in samples if item.label and not item.masks and item.kind not in unmasked]:
-            mask = truth / Path(bare[0].name).relative_to("test").with_name(f"{bare[0].path.stem}_mask.png")
+            mask = self.folder / bare[0].expected_mask
             others = f", nor for {len(bare) - 1} other images" if len(bare) > 1 else ""
             raise InputError(
                 f"no mask {mask} for {bare[0].path}{others}; add it (all black where nothing is to be marked), or move "

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,9 +38,8 @@ class Results:
         self.samples = samples
         self.unmasked = defects_without_masks(samples)
         if self.unmasked:
-            example = next(sample for sample in samples if sample.kind in self.unmasked)
-            name = Path("ground_truth", *Path(example.name).parts[1:-1], f"{example.path.stem}_mask.png").as_posix()
-            text = f"no masks of {', '.join(self.unmasked)} (for instance {name}): figures of pixels are null"
+            example = next(sample.expected_mask for sample in samples if sample.kind in self.unmasked)
+            text = f"no masks of {', '.join(self.unmasked)} (for instance {example}): figures of pixels are null"
             warn_once(text, f"{text}, those of images are computed")
         self.scores = {part: np.zeros(len(samples)) for part in parts}  # 0 for the images of other processes
         self.measured = {part: {name: metric() for name, metric in METRICS.items()} for part in self.scores}

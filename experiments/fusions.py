@@ -103,8 +103,7 @@ def fused(usad: USAD, measured: dict[str, Measured], batch_size: int, size: int)
         parts = {}
         for branch in usad.branches:
             scores, patches = (part[start : start + batch_size] for part in measured[branch.name][:2])
-            part = Part(scores, *branch.anomaly_map(patches)).inside(usad.roi)
-            parts[branch.name] = part.resized(size).inside(usad.roi)
+            parts[branch.name] = branch.part(scores, patches).resized(size).inside(usad.roi)
         yield usad.fuse(parts) if len(parts) > 1 else parts[branch.name]
 
 

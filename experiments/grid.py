@@ -13,7 +13,7 @@ from experiments.measurements import Measurements
 from experiments.speed import speed
 from experiments.table import computed, write_table
 from experiments.variants import Variant
-from models.fusion.checkpoints import checkpoint_paths
+from models.fusion.checkpoints import bit_depth_of, checkpoint_paths
 from models.fusion.paper import PaperProduct
 from training.categories import opened_categories
 from training.options import data_settings, fusion_options, fusion_record, record, run_settings, weights_by_branch
@@ -28,8 +28,9 @@ def reproduce(args: argparse.Namespace) -> None:
     run, data = run_settings(args), data_settings(args)
     folders = {name: args.models_dir / name for name in data.categories}
     options, fusions = fusion_options(args, folders.values()), {}
+    calibrated = options["fusion"] != PaperProduct.name
     for name, folder in folders.items():
-        paths, calibrated = checkpoint_paths(folder), options["fusion"] != PaperProduct.name
+        paths = checkpoint_paths(folder)
         variants = {branch: Variant.of_checkpoint(branch, path, calibrated) for branch, path in paths.items()}
         fusion = Fusion(variants, options, tuple(variants)).settled()
         fusions[name] = [fusion.changed("seed", seed) for seed in args.seeds or []] or [fusion]
@@ -43,7 +44,7 @@ def reproduce(args: argparse.Namespace) -> None:
     def samples_of(category: Category) -> list[Sample]:
         return category.test_samples() + (category.train_samples() if fits else [])
 
-    depths = {name: variants[0].variants["pc"].bit_depth for name, variants in fusions.items()}
+    depths = {name: bit_depth_of(folder) for name, folder in folders.items()}
     with opened_categories(data, samples_of, run.workers, results="tables", bit_depths=depths) as categories:
         for category in categories:
             make_tables(args, category, run, fusions[category.name], baselines)

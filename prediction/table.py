@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets.frames import STATUSES, Frame
+from datasets.frames import STATUSES, Frame, is_of_file
 from models.fusion.prediction import Prediction
 from utils.errors import InputError
 from utils.files import atomic_write
@@ -89,5 +89,5 @@ def read_former(path: Path) -> Former:
                     ) from None
                 last[row[0]] = row[1], row[2]
                 rows += 1
-                files += "T" in row[2]  # the time of a file that is done, not the seconds of a video
+                files += is_of_file(row[2])
     return Former(rows, files, last)

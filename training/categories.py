@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from datasets.images import Decoding
 from datasets.loading import leave_out_unreadable, list_all_unreadable
 from datasets.mvtec import Category, Sample, open_category
 from training.settings import DataSettings
@@ -27,9 +28,14 @@ def opened_categories(
 
     The run writes the folder `results` below each category's results, and the checkpoint that `checkpoint_of` gives for
     a category's name; it reads what `samples_of` gives, 16-bit files with the category's bit depth if that is among
-    `bit_depths`. A broken image ends the run with a list of all broken ones,
-    unless they are left out. Raises InputError if it would replace files that USAD did not write.
+    `bit_depths`. A broken image ends the run with a list of all broken ones, unless they are left out. Raises
+    InputError if it would replace files that USAD did not write.
     """
+
+    def decoding_of(name: str) -> Decoding:
+        depth = (bit_depths or {}).get(name, data.decoding.bit_depth)
+        return dataclasses.replace(data.decoding, bit_depth=depth)
+
     with contextlib.ExitStack() as locks:
         for name in data.categories:
             if checkpoint_of:
@@ -39,10 +45,7 @@ def opened_categories(
                 claim_folder(data.results_dir / name / results)
                 locks.enter_context(folder_lock(data.results_dir / name / results))
         with one_per_machine_first():
-            categories = [open_category(data.root, name, data.decoding) for name in data.categories]
-        for category in categories:
-            depth = (bit_depths or {}).get(category.name, data.decoding.bit_depth)
-            category.decoding = dataclasses.replace(data.decoding, bit_depth=depth)
+            categories = [open_category(data.root, name, decoding_of(name)) for name in data.categories]
         with list_all_unreadable(categories, samples_of, workers, data.skip_unreadable):
             for category in categories:
                 samples = samples_of(category)

@@ -16,7 +16,7 @@ from models.exported import EXPORT, FORMAT
 from models.exported.export import halve_weights, write_graph
 from models.exported.model import OnnxModel, open_session
 from models.exported.proof import Proof, Tolerance, prove, settle_thresholds
-from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths
+from models.fusion.checkpoints import bit_depth_of, checkpoint_digests
 from models.fusion.usad import USAD
 from models.networks.weights import licence
 from training.options import weights_by_branch
@@ -42,12 +42,11 @@ def export(args: argparse.Namespace) -> None:
 
     check_replaceable(args.out)
     checkpoints = args.models_dir / args.category
-    checkpoint_paths(checkpoints)  # raises if one is missing
-    category = Category(args.data_root, args.category, Decoding(args.max_megapixels))
+    decoding = Decoding(args.max_megapixels, bit_depth_of(checkpoints))  # raises if a checkpoint is missing
+    category = Category(args.data_root, args.category, decoding)
     load = partial(USAD.load, checkpoints, "cpu", "fp32", weights_by_branch(args))
     with file_lock(args.out), atomic_write(args.out) as graph:
         usad = load()
-        category.decoding = dataclasses.replace(category.decoding, bit_depth=usad.bit_depth)
         samples, held = normal_samples(category, usad)
         write_graph(load, graph)
         if args.precision == "fp16":

@@ -8,7 +8,7 @@ import torch
 
 from datasets.mvtec import Category, Sample
 from evaluation.evaluate import average, average_path
-from models.fusion.checkpoints import bit_depth_of, checkpoint_digests, checkpoint_paths
+from models.fusion.checkpoints import bit_depth_of, checkpoint_digests
 from models.fusion.operating_point import FILE_NAME, OperatingPoint, find_operating_point
 from models.fusion.usad import USAD
 from training.categories import opened_categories
@@ -27,10 +27,9 @@ def test(args: argparse.Namespace) -> None:
     With --false-alarm-rate a category without test images gets its thresholds alone.
     """
     run, data = run_settings(args), data_settings(args)
-    folders = [args.models_dir / name for name in data.categories]
-    for folder in folders:
-        checkpoint_paths(folder)  # raises if one is missing
-    options = fusion_options(args, folders)
+    folders = {name: args.models_dir / name for name in data.categories}
+    depths = {name: bit_depth_of(folder) for name, folder in folders.items()}  # raises if a checkpoint is missing
+    options = fusion_options(args, folders.values())
     average_file = average_path(data.results_dir, USAD.name)
 
     def samples_of(category: Category) -> list[Sample]:
@@ -38,7 +37,7 @@ def test(args: argparse.Namespace) -> None:
             return category.test_samples()
         return category.train_samples() + (category.test_samples() if category.has_tests else [])
 
-    metrics, depths = {}, {name: bit_depth_of(args.models_dir / name) for name in data.categories}
+    metrics = {}
     with opened_categories(data, samples_of, run.workers, results=USAD.name, bit_depths=depths) as categories:
         for category in categories:
             usad = fusion_of(args, category, run, options)

@@ -82,10 +82,11 @@ def limited(effect: Effect, groups: Sequence[Tensor]) -> Effect:
     afterwards; in the units of the groups of `border_effect`.
     """
     side = groups[0].shape[-1]
+    distance = distances(side)
     away = (torch.arange(side) - (side - 1) / 2).abs() >= reach(side)  # from the seams
     shift, scale = [], []
     for step, (added, factor) in enumerate(zip(*effect, strict=True)):
-        places = (distances(side) == step) & away[:, None] & away
+        places = (distance == step) & away[:, None] & away
         at_border, inside = ([pairs[:, part, places].flatten() for pairs in groups] for part in (0, 1))
         own_shift = float(at_border[0].mean() - inside[0].mean())
         own_scale = float(_tail(at_border) / _tail(inside).clamp(min=LEAST))

@@ -112,7 +112,10 @@ class Branch(abc.ABC):
 
     def score(self, features: Any) -> Part:
         """The output of `extract` -> scores [B] and maps [B, S, S] of tiles."""
-        scores, patches = self.patch_scores(features)
+        return self.part(*self.patch_scores(features))
+
+    def part(self, scores: Tensor, patches: Tensor) -> Part:
+        """The output of `patch_scores`, scores [B] and values [B, h, w], with the maps [B, S, S] made of the values."""
         return Part(scores, *self.anomaly_map(patches)).inside(self.roi)
 
     def extract(self, images: Tensor) -> Any:
