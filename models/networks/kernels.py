@@ -8,9 +8,9 @@ import contextlib
 import functools
 import itertools
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -71,18 +71,10 @@ def _slowdown(dtype: torch.dtype) -> float:
     rows, inputs, outputs = PROBE
     x, weight, bias = (torch.ones(*shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
     reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
-    turns = [
-        (_seconds(lambda: _linear(x, reordered, bias, "gelu")), _seconds(lambda: F.gelu(F.linear(x, weight, bias))))
-        for _ in range(TURNS)
-    ]
+    works = (lambda: _linear(x, reordered, bias, "gelu")), (lambda: F.gelu(F.linear(x, weight, bias)))
+    turns = [[timeit(work, number=1) for work in works] for _ in range(TURNS)]
     ours, torchs = (min(side) for side in zip(*turns, strict=True))
     return ours / torchs
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
