@@ -148,13 +148,9 @@ def _append(store: array, values: np.ndarray) -> None:
 
 def _area_below(x: np.ndarray, y: np.ndarray, limit: float) -> float:
     """Area under the polyline of points x [K] (rising) and y [K] for x up to `limit`, where y is interpolated."""
-    inside = int(np.searchsorted(x, limit, side="right"))
-    if inside == 0:
-        return 0.0
-    if inside < x.size:
-        x, y = x[: inside + 1].copy(), y[: inside + 1].copy()
-        y[-1] = y[-2] + (y[-1] - y[-2]) * (limit - x[-2]) / (x[-1] - x[-2])
-        x[-1] = limit
+    end = min(limit, x[-1])
+    inside = int(np.searchsorted(x, end, side="right"))
+    x, y = np.append(x[:inside], end), np.append(y[:inside], np.interp(end, x, y))
     return float(np.sum(np.diff(x) * (y[1:] + y[:-1])) / 2)
 
 
