@@ -102,9 +102,7 @@ class USAD(Model):
     def numbers(self, images: list[Image.Image]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         batch = torch.stack([to_tensor(image, self.image_size, "bicubic") for image in images])
         parts = self.predict_parts(batch.to(self.device))
-        return {
-            name: (part.scores.double().cpu().numpy(), part.maps.float().cpu().numpy()) for name, part in parts.items()
-        }
+        return {name: part.arrays() for name, part in parts.items()}
 
     def predict(self, images: Tensor) -> Part:
         """Images [B, 3, S, S] at `image_size` -> fused scores [B] and maps [B, S, S]."""
