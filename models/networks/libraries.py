@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks.weights import StateDict, fingerprint, reason
 from utils.errors import InputError
 from utils.packages import importing
@@ -41,19 +40,6 @@ def check_name(name: str) -> None:
         close = difflib.get_close_matches(name, known, n=4)
         hint = f"did you mean {', '.join(dict.fromkeys(close))}?" if close else "see timm.list_models()"
         raise InputError(f"--backbone {name}: timm and torchvision know no such network; {hint}")
-
-
-@functools.cache
-def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the colours, 0 to 1, for which timm or torchvision has this network's weights."""
-    if timm.is_model(name):
-        published = timm.get_pretrained_cfg(name)
-    elif name == "googlenet":  # torchvision's own converts ImageNet's normalisation to this one; ours does not
-        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    else:
-        weights = getattr(torchvision.models.get_model_weights(name), "IMAGENET1K_V1", None)
-        published = weights and weights.transforms()
-    return (tuple(published.mean), tuple(published.std)) if published else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 @functools.cache
