@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from models.networks.weights import StateDict, fingerprint, reason
+from models.networks.spec import BackboneSpec
+from models.networks.weights import StateDict, fingerprint, reason, state_dict_of
 from utils.errors import InputError
 from utils.packages import importing
 
@@ -200,12 +201,15 @@ def _strides_of_modules(net: nn.Module, image_size: int) -> dict[str, int]:
     return strides
 
 
-def load_weights(net: nn.Module, name: str, state: StateDict, source: str, position_size: int | None = None) -> str:
-    """Put `state`, as timm, torchvision or the authors publish it, into `net`; returns the fingerprint of what is used.
+def load_weights(net: nn.Module, spec: BackboneSpec, flag: str = "--weights") -> str:
+    """Put the weights of `spec`, as timm, torchvision or the authors publish them, into `net`, its network.
 
-    A ViT's position embeddings are resampled to `position_size` pixels, if given, then to the size of `net`. Raises
-    InputError that names what is missing or has another shape.
+    Returns the fingerprint of what is used. A ViT's position embeddings are resampled to the spec's position size, if
+    it has one, then to the size of `net`. Raises InputError that names what is missing or has another shape or, with
+    `flag`, weights that cannot be had.
     """
+    name, source = spec.name, spec.source
+    state = state_dict_of(spec, functools.partial(full_network, name), flag)
     target = net.net if isinstance(net, FeatureMaps) else net
     expected = target.state_dict()
     needed = [key for key in expected if not key.endswith(COUNTER)]
@@ -220,7 +224,7 @@ def load_weights(net: nn.Module, name: str, state: StateDict, source: str, posit
     mark = fingerprint(used)
     used = {key: value.float() if value.is_floating_point() else value for key, value in used.items()}
     if "pos_embed" in used:
-        used["pos_embed"] = _resample(used["pos_embed"], target, position_size)
+        used["pos_embed"] = _resample(used["pos_embed"], target, spec.position_size)
     wrong = [
         f"{key} {list(value.shape)}, expected {list(expected[key].shape)}"
         for key, value in used.items()
