@@ -139,8 +139,7 @@ class ViTTokens(TokenBackbone):
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
-        patch_height, patch_width = net.patch_embed.patch_size
-        self.grid = spec.image_size // patch_height, spec.image_size // patch_width
+        self.grid = net.patch_embed.grid_size
         self.dim = net.embed_dim
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
