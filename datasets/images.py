@@ -124,10 +124,14 @@ def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture
         image, dim = _to_8_bits(image, path, decoding.bit_depth)
         turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode in ("P", "PA") and "transparency" in image.info:
-            image = image.convert("RGBA")
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        return Picture(image, size[::-1] if turned else size, notes | Note.DIM if dim else notes)
+        return Picture(as_rgb(image), size[::-1] if turned else size, notes | Note.DIM if dim else notes)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of 8 bits a channel as RGB; alpha is dropped. Raises ValueError if Pillow cannot convert its mode."""
+    if image.mode in ("P", "PA") and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _check_size(image: Image.Image, path: str | os.PathLike, decoding: Decoding, reducible: bool = True) -> Note:
