@@ -46,11 +46,10 @@ class Note(enum.IntFlag):
     REDUCED = 8  # decoded at a reduced scale
     PAGES = 16  # a TIFF of several pages
     FULL = 32  # masks that mark everything
+    MASK_PAGES = 64  # a mask of several pages
 
 
-OF_MASKS = Note.LABELS | Note.EMPTY | Note.FULL
-
-
+OF_MASKS = Note.LABELS | Note.EMPTY | Note.FULL | Note.MASK_PAGES
 TEXTS = {
     Note.LABELS: "the masks hold labels, not black and white: every pixel that is not background counts as defect",
     Note.EMPTY: "the masks mark nothing, although they lie in a defect's folder: all their pixels count as normal",
@@ -59,6 +58,7 @@ TEXTS = {
     "instance 10 or 12",
     Note.REDUCED: "larger than --max-megapixels allows: the JPEG decoder gives them at a reduced scale",
     Note.PAGES: "of several pages only the first is looked at; save the others that count as files of their own",
+    Note.MASK_PAGES: "of masks of several pages only the first counts; save each page as a mask of its own",
 }
 
 
@@ -213,7 +213,8 @@ def read_mask(
     marked, notes = None, Note(0)
     for path in paths:
         with _opened(path) as mask:
-            notes |= _check_size(mask, path, decoding, reducible=False)
+            if _check_size(mask, path, decoding, reducible=False) == Note.PAGES:
+                notes |= Note.MASK_PAGES
             deep_color = _has_deep_color(mask)
             mask.load()
             if deep_color:
