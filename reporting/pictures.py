@@ -30,9 +30,10 @@ def colorize(anomaly_map: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
 
 
 def text_line(text: str, width: int, color: tuple[int, int, int] = LIGHT) -> np.ndarray:
-    """Text on a dark line [HEADER, width, 3]; what is not ASCII becomes escapes, since OpenCV's fonts differ."""
+    """Text on a dark line [HEADER, width, 3]; OpenCV before 5 has ASCII alone, and the rest becomes escapes."""
     line = np.full((HEADER, width, 3), DARK, np.uint8)
-    text = text.encode("ascii", "backslashreplace").decode()
+    encoding = "utf-8" if hasattr(cv2, "FontFace") else "ascii"
+    text = text.encode(encoding, "backslashreplace").decode()
     return cv2.putText(line, text, (6, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, color, 1, cv2.LINE_AA)
 
 
