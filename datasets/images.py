@@ -22,7 +22,7 @@ from utils.errors import UnreadableError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 DEPTHS = range(8, 17)  # bits of the cameras whose images are stored in 16
-DISK_ERRORS = {errno.EIO, getattr(errno, "ESTALE", errno.EIO)}
+DISK_ERRORS = {errno.EIO, errno.ESTALE}
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what decoders raise
 PHOTOMETRIC = 262  # a tag of TIFFs; 0: white is stored as 0
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # an EXIF tag, and its values that swap width and height
@@ -124,10 +124,10 @@ def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture
         image, dim = _to_8_bits(image, path, decoding.bit_depth)
         turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
         ImageOps.exif_transpose(image, in_place=True)
-        return Picture(as_rgb(image), size[::-1] if turned else size, notes | Note.DIM if dim else notes)
+        return Picture(to_rgb(image), size[::-1] if turned else size, notes | Note.DIM if dim else notes)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """An image of 8 bits a channel as RGB; alpha is dropped. Raises ValueError if Pillow cannot convert its mode."""
     if image.mode in ("P", "PA") and "transparency" in image.info:
         image = image.convert("RGBA")

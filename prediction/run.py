@@ -47,8 +47,7 @@ def predict(
     limits = settings.freeze, settings.give_up
     if settings.watch and (len(settings.sources) > 1 or not os.path.isdir(settings.sources[0])):
         raise InputError("--watch takes one SOURCE, a folder that exists")
-    incoming = [Incoming(Path(settings.sources[0]))] if settings.watch else None
-    sources = incoming or find_sources(settings.sources, *limits)
+    sources = [Incoming(Path(settings.sources[0]))] if settings.watch else find_sources(settings.sources, *limits)
     check_output(settings, sources)
     if isinstance(sources[0], ENDLESS):
         if batch_size:

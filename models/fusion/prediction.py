@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from datasets.images import BROKEN, PLAIN, Decoding, Picture, as_rgb, read_picture
+from datasets.images import BROKEN, PLAIN, Decoding, Picture, read_picture, to_rgb
 from datasets.region import RegionOfInterest
 from models.fusion.operating_point import OperatingPoint
 from utils.errors import InputError
@@ -97,7 +97,7 @@ def as_picture(image: ImageLike, roi: RegionOfInterest | None = None, decoding: 
         picture = image
     elif isinstance(image, Image.Image) and image.mode[0] not in "IF" and all(image.size):  # 8 bits a channel
         try:
-            rgb = as_rgb(ImageOps.exif_transpose(image))
+            rgb = to_rgb(ImageOps.exif_transpose(image))
         except BROKEN as error:
             raise InputError(f"a PIL image of mode {image.mode} cannot be made RGB ({error}); convert it") from None
         picture = Picture(rgb, rgb.size)
