@@ -97,4 +97,4 @@ def outline(region: np.ndarray, size: tuple[int, int]) -> list[list[list[float]]
 def draw_outline(picture: np.ndarray, loops: list[list[list[float]]], color: tuple[int, int, int]) -> np.ndarray:
     """A copy of the picture with the loops of an outline of its size."""
     lines = [np.round(loop).astype(np.int32) for loop in loops]
-    return cv2.polylines(np.ascontiguousarray(picture).copy(), lines, True, color, 2, cv2.LINE_AA)
+    return cv2.polylines(picture.copy(), lines, True, color, 2, cv2.LINE_AA)
