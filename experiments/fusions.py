@@ -48,7 +48,10 @@ class Fusion:
         branches = [self.variants[name].built() for name in self.parts]
         for branch in branches:
             branch.calibration = statistics.get(branch.name)
-        return USAD(branches, **self.settings)
+        settings = dict(self.settings)
+        if "score_weights" in settings:
+            settings["score_weights"] = {k: v for k, v in settings["score_weights"].items() if k in self.parts}
+        return USAD(branches, **settings)
 
     def settled(self) -> Fusion:
         """The same with every setting of the rule written out. Raises InputError if the rule lacks something."""

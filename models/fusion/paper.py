@@ -9,13 +9,14 @@ from torch import Tensor
 from models.branches.branch import Branch
 from models.branches.part import Part
 from models.branches.postprocess import gaussian_blur
-from models.fusion.rule import FusionRule
+from models.fusion.rule import FusionRule, require_known
 
 
 class PaperProduct(FusionRule):
     """M = product of the maps, each scaled to its own range; s = Σ weight · branch score + lambda_map · max M.
 
     The returned map is M after a 5x5 Gaussian blur. A branch's weight is its own unless `score_weights` names it.
+    Raises InputError if it names another branch.
     """
 
     name = "paper"
@@ -24,7 +25,9 @@ class PaperProduct(FusionRule):
         self, branches: Sequence[Branch], score_weights: dict[str, float] | None = None, lambda_map: float = 1.0
     ) -> None:
         super().__init__(branches)
-        self.score_weights = {branch.name: branch.score_weight for branch in branches} | (score_weights or {})
+        own = {branch.name: branch.score_weight for branch in branches}
+        require_known("score_weights: branch", score_weights or {}, own)
+        self.score_weights = own | (score_weights or {})
         self.lambda_map = lambda_map
 
     def fuse(self, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor]:

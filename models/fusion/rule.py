@@ -1,13 +1,14 @@
 """The base class of fusion rules: from the branches' parts to one score and one map."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from models.branches.branch import Branch
 from models.branches.part import Part
+from utils.errors import InputError
 
 
 class FusionRule(abc.ABC):
@@ -28,3 +29,10 @@ class FusionRule(abc.ABC):
     def settings(self) -> dict[str, Any]:
         """The constructor's keyword arguments, as plain JSON values."""
         return {}
+
+
+def require_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise InputError that names the first of the `names` that is not one of the `known`."""
+    for name in names:
+        if name not in known:
+            raise InputError(f"{what} '{name}' is not one of {', '.join(known)}")

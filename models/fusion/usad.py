@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from models.fusion import RULES
 from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths, default_fusion
 from models.fusion.operating_point import FILE_NAME, OperatingPoint
 from models.fusion.prediction import Model
+from models.fusion.rule import require_known
 from utils.errors import InputError
 from utils.gpu import CapturedPasses, side_by_side
 from utils.timing import Stopwatch
@@ -30,15 +32,20 @@ from utils.timing import Stopwatch
 class USAD(Model):
     """Fuses any branches; it knows only their names, scores and maps.
 
-    `fusion` names the rule, `settings` are its own. Raises InputError if the branches lack something that it needs.
+    `fusion` names the rule, `settings` are its own. Raises InputError if there is no branch, two have one name, or they
+    lack something that the rule needs.
     """
 
     name = "fusion"
 
     def __init__(self, branches: Sequence[Branch], fusion: str = "paper", **settings: Any) -> None:
-        if fusion not in RULES:
-            raise InputError(f"fusion '{fusion}' is not one of {', '.join(RULES)}")
+        require_known("fusion", [fusion], RULES)
+        if not branches:
+            raise InputError("a fusion needs at least one branch")
         self.branches = list(branches)
+        for name, count in Counter(self.parts()).items():
+            if count > 1:
+                raise InputError(f"'{name}' is the name of {count} of {', '.join(self.parts())}; each needs its own")
         self.image_size = max(branch.image_size for branch in branches)
         self.device = branches[0].device
         self.tiles = max(branch.tiles for branch in branches)  # along each side of a frame, at most
@@ -68,8 +75,10 @@ class USAD(Model):
         `weights` gives the present place of weights files by branch name. `options` are `fusion` and the rule's
         settings; without them those of the folder's usad.json hold, or else `default_fusion`. The stored thresholds are
         used if they were made for the same options. Raises InputError that names every missing checkpoint, or what is
-        wrong with one or with usad.json.
+        wrong with one, with usad.json or with an argument.
         """
+        weights = weights or {}
+        require_known("weights: branch", weights, BRANCHES)
         folder = Path(folder)
         paths = checkpoint_paths(folder)
         point = OperatingPoint.read(folder)
@@ -83,7 +92,6 @@ class USAD(Model):
             options = point.fusion
         if "fusion" not in options:
             options = options | {"fusion": default_fusion(folder)}
-        weights = weights or {}
         branches = [BRANCHES[name].load(path, weights.get(name), device, precision) for name, path in paths.items()]
         try:
             usad = cls(branches, **options)
