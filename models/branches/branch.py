@@ -153,8 +153,9 @@ class Branch(abc.ABC):
         return {self.name: self.stopwatch}
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments beside the backbone, as plain JSON values."""
-        return {}
+        """The constructor's arguments, plain JSON values kept under their names; the backbone has the image size."""
+        names = list(inspect.signature(type(self)).parameters)[1:]
+        return {name: getattr(self, name) for name in names if name != "image_size"}
 
     def state(self) -> dict[str, Tensor]:
         """What `fit` learned, as named tensors."""

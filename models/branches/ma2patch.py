@@ -77,9 +77,6 @@ class MA2Patch(Branch):
         distance = (center.square().sum(-1) + 1e-12).sqrt()
         return change.abs() / (distance + (distance.square() + change).clamp(min=1e-12).sqrt())
 
-    def settings(self) -> dict[str, Any]:
-        return {"covariance": self.covariance}
-
     def state(self) -> dict[str, Tensor]:
         return self.gaussian.state()
 

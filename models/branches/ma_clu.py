@@ -92,9 +92,6 @@ class MACLU(Branch):
         mean = (confidence * background).sum(1, keepdim=True) / count.clamp(min=1)
         return torch.where((confidence > self.threshold) & (count > 0), mean, confidence)
 
-    def settings(self) -> dict[str, Any]:
-        return {"threshold": self.threshold, "covariance": self.covariance, "patch_budget": self.patch_budget}
-
     def state(self) -> dict[str, Tensor]:
         sizes = {} if self.sizes is None else {"sizes": self.sizes}
         return {**self.gaussian.state(), "centers": self.centers, **sizes}

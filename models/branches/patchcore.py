@@ -138,16 +138,6 @@ class PatchCore(Branch):
         weight = 1 - 1 / torch.exp(farther / scale).sum(1)
         return weight * largest
 
-    def settings(self) -> dict[str, Any]:
-        return {
-            "coreset_ratio": self.coreset_ratio,
-            "neighbors": self.neighbors,
-            "patch_budget": self.patch_budget,
-            "seed": self.seed,
-            "whiten": self.whiten,
-            "average_bank": self.average_bank,
-        }
-
     def state(self) -> dict[str, Tensor]:
         counts = {} if self.counts is None else {"counts": self.counts}
         return {"bank": self.memory_bank.rows, **counts, **(self.whitening.state() if self.whitening else {})}

@@ -1,7 +1,6 @@
 """The paper's fusion: maps multiplied, scores added."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ class PaperProduct(FusionRule):
         self, branches: Sequence[Branch], score_weights: dict[str, float] | None = None, lambda_map: float = 1.0
     ) -> None:
         super().__init__(branches)
-        own = {branch.name: branch.score_weight for branch in branches}
+        own = {name: branch.score_weight for name, branch in self.branches.items()}
         require_known("score_weights: branch", score_weights or {}, own)
         self.score_weights = own | (score_weights or {})
         self.lambda_map = lambda_map
@@ -35,6 +34,3 @@ class PaperProduct(FusionRule):
         scores = sum(self.score_weights[name] * part.scores.double() for name, part in parts.items())
         scores = scores + self.lambda_map * product.amax((1, 2)).double()
         return scores, gaussian_blur(product, sigma=1.0, radius=2, edge_repeated=False)
-
-    def settings(self) -> dict[str, Any]:
-        return {"score_weights": self.score_weights, "lambda_map": self.lambda_map}
