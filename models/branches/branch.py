@@ -106,6 +106,13 @@ class Branch(abc.ABC):
         finally:
             self.roi = frame
 
+    def extracted(self, loader: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """Images, their numbers and their features, batch by batch; raises InputError if the network is not finite."""
+        for batch in loader:
+            images = batch["image"].to(self.device, non_blocking=True)
+            yield images, batch["index"], self.extract(images)
+        self.backbone.check_finite()
+
     def batches(self, loader: Any) -> Any:
         """The batches of frames in `loader` as `fit` and `update` take them."""
         return loader if self.tiles == 1 else TiledBatches(loader, self)

@@ -29,24 +29,19 @@ class MA2Patch(Branch):
         self.covariance = covariance
         self.gaussian: Gaussian | None = None
 
-    def fit(self, loader: Iterable[dict[str, Any]]) -> None:
-        self._learn(loader)
-
-    def update(self, loader: Iterable[dict[str, Any]]) -> None:
-        self._learn(loader, self.gaussian)
-
-    def _learn(self, loader: Iterable[dict[str, Any]], before: Gaussian | None = None) -> None:
+    def fit(self, loader: Iterable[dict[str, Any]], before: Gaussian | None = None) -> None:
         """Fit on the images, and on those of the Gaussian `before`."""
         fit = RunningMoments(self.covariance)
         noise = CodecNoise(lambda images: self.extract(images).mean(1), self.backbone)
-        for batch in loader:
-            images = batch["image"].to(self.device, non_blocking=True)
-            vectors = self.extract(images).mean(1)
+        for images, index, tokens in self.extracted(loader):
+            vectors = tokens.mean(1)
             fit.update(vectors)
-            noise.update(images, batch["index"], vectors)
-        self.backbone.check_finite()
+            noise.update(images, index, vectors)
         if collect(fit, noise):
             self.gaussian = fit.finish(noise.covariance(), before)
+
+    def update(self, loader: Iterable[dict[str, Any]]) -> None:
+        self.fit(loader, self.gaussian)
 
     def extract(self, images: Tensor) -> Tensor:
         """Patch tokens [B, N, D]."""

@@ -43,28 +43,22 @@ class MACLU(Branch):
         self.centers: Tensor | None = None  # [2, D]: foreground, background
         self.sizes: Tensor | None = None  # [2], patches that each cluster has had
 
-    def fit(self, loader: Iterable[dict[str, Any]]) -> None:
-        self._learn(loader)
-
-    def update(self, loader: Iterable[dict[str, Any]]) -> None:
-        self._learn(loader, (self.centers, self.sizes) if is_main_process() else (), self.gaussian)
-
-    def _learn(self, loader: Iterable, clusters: Sequence[Tensor] = (), gaussian: Gaussian | None = None) -> None:
+    def fit(self, loader: Iterable, clusters: Sequence[Tensor] = (), gaussian: Gaussian | None = None) -> None:
         """Fit on the images, and on those that gave the `clusters` (centres and sizes) and the `gaussian`."""
         fit = RunningMoments(self.covariance)
-        patches = PatchStore(len(loader.dataset), self.patch_budget, 0, *clusters)
+        patches = PatchStore(len(loader.dataset), self.patch_budget, *clusters)
         noise = CodecNoise(lambda images: self.extract(images)[0], self.backbone)
-        for batch in loader:
-            images = batch["image"].to(self.device, non_blocking=True)
-            cls, tokens = self.extract(images)
+        for images, index, (cls, tokens) in self.extracted(loader):
             fit.update(cls)
-            noise.update(images, batch["index"], cls)
-            patches.add(tokens, batch["index"])
-        self.backbone.check_finite()
+            noise.update(images, index, cls)
+            patches.add(tokens, index)
         if collect(fit, noise, patches):
             self.gaussian = fit.finish(noise.covariance(), gaussian)
             centers, self.sizes = _foreground_and_background(patches.rows(), patches.weights(), *clusters[:1])
             self.centers = centers.to(self.device)
+
+    def update(self, loader: Iterable[dict[str, Any]]) -> None:
+        self.fit(loader, (self.centers, self.sizes) if is_main_process() else (), self.gaussian)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """CLS token [B, E] and patch tokens [B, N, D]."""

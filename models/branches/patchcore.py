@@ -59,28 +59,22 @@ class PatchCore(Branch):
         self.memory_bank: NearestNeighbors | None = None
         self.counts: Tensor | None = None  # [m], patches whose mean each entry is
 
-    def fit(self, loader: Iterable[dict[str, Any]]) -> None:
-        self._learn(loader)
+    def fit(self, loader: Iterable, bank: Sequence[Tensor] = (), whitening: Whitening | None = None) -> None:
+        """Fit on the images, and on those of the `bank` (patches and what each stands for), which keeps its size."""
+        store = PatchStore(len(loader.dataset), self.patch_budget, *bank)
+        noise = CodecNoise(self.extract, self.backbone)
+        for images, index, patches in self.extracted(loader):
+            store.add(patches, index)
+            if self.whiten:
+                noise.update(images, index, patches)
+        if collect(store, noise):
+            self._select(store, noise.covariance(), whitening)
 
     def update(self, loader: Iterable[dict[str, Any]]) -> None:
         bank = self.memory_bank.rows
         patches = self.whitening.undone(bank) if self.whitening else bank
         counts = torch.ones(len(bank)) if self.counts is None else self.counts
-        self._learn(loader, (patches, counts) if is_main_process() else (), self.whitening)
-
-    def _learn(self, loader: Iterable, bank: Sequence[Tensor] = (), whitening: Whitening | None = None) -> None:
-        """Fit on the images, and on those of the `bank` (patches and what each stands for), which keeps its size."""
-        store = PatchStore(len(loader.dataset), self.patch_budget, 0, *bank)
-        noise = CodecNoise(self.extract, self.backbone)
-        for batch in loader:
-            images = batch["image"].to(self.device, non_blocking=True)
-            patches = self.extract(images)
-            store.add(patches, batch["index"])
-            if self.whiten:
-                noise.update(images, batch["index"], patches)
-        self.backbone.check_finite()
-        if collect(store, noise):
-            self._select(store, noise.covariance(), whitening)
+        self.fit(loader, (patches, counts) if is_main_process() else (), self.whitening)
 
     def _select(self, store: PatchStore, noise: Tensor | float, before: Whitening | None) -> None:
         """Make the bank a coreset of the training patches, whitened with `noise` [D, D]."""
