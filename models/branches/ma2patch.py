@@ -10,11 +10,9 @@ from models.branches.branch import Branch
 from models.branches.gaussian import Gaussian, RunningMoments
 from models.branches.monochrome import CodecNoise
 from models.branches.neighbors import exact_matmul
-from models.branches.postprocess import gaussian_blur, resize_maps
+from models.branches.postprocess import BLUR_SIGMA, gaussian_blur, resize_maps
 from models.networks.kernels import linear
 from utils.gather import collect
-
-BLUR_SIGMA = 4.0  # pixels of the input
 
 
 class MA2Patch(Branch):

@@ -10,13 +10,12 @@ from models.branches.branch import Branch
 from models.branches.gaussian import Gaussian, RunningMoments
 from models.branches.monochrome import CodecNoise
 from models.branches.patch_store import PatchStore
-from models.branches.postprocess import gaussian_blur, map_range, resize_maps
+from models.branches.postprocess import BLUR_SIGMA, gaussian_blur, map_range, resize_maps
 from utils.checkpoint import take
 from utils.distributed import is_main_process
 from utils.errors import InputError
 from utils.gather import collect
 
-BLUR_SIGMA = 4.0  # pixels of the input
 KMEANS_SEED = 42
 SAME = 1e-5  # smaller differences between patches are rounding
 

@@ -12,14 +12,13 @@ from models.branches.coreset import greedy_k_center, sparse_projection
 from models.branches.monochrome import CodecNoise
 from models.branches.neighbors import NearestNeighbors
 from models.branches.patch_store import PatchStore
-from models.branches.postprocess import gaussian_blur, map_range, resize_maps
+from models.branches.postprocess import BLUR_SIGMA, gaussian_blur, map_range, resize_maps
 from models.branches.whitening import ROWS, Whitening
 from utils.checkpoint import take
 from utils.distributed import is_main_process
 from utils.errors import InputError
 from utils.gather import collect
 
-BLUR_SIGMA = 4.0  # pixels of the input
 PROJECTION_EPS = 0.9  # Johnson-Lindenstrauss distortion that sets the projection's width
 
 
