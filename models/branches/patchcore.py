@@ -19,8 +19,6 @@ from utils.distributed import is_main_process
 from utils.errors import InputError
 from utils.gather import collect
 
-PROJECTION_EPS = 0.9  # Johnson-Lindenstrauss distortion that sets the projection's width
-
 
 class PatchCore(Branch):
     """Global: reweighted distance of the strangest patch to a memory bank. Local: the distance of every patch to it.
@@ -87,7 +85,7 @@ class PatchCore(Branch):
             self.whitening = Whitening.fit(patches[old:], self.backbone.widths, noise, store.share, before)
             self.whitening.apply_(patches)
             self.whitening = self.whitening.to(self.device)
-        projected = sparse_projection(patches, PROJECTION_EPS, self.seed).to(self.device)
+        projected = sparse_projection(patches, self.seed).to(self.device)
         chosen = max(1, size - (len(patches) - old)) if old else 1  # each new patch can take the place of one entry
         bank = NearestNeighbors(patches[greedy_k_center(projected, size, chosen=chosen)].to(self.device))
         if self.average_bank:

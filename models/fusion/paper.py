@@ -8,7 +8,8 @@ from torch import Tensor
 from models.branches.branch import Branch
 from models.branches.part import Part
 from models.branches.postprocess import gaussian_blur
-from models.fusion.rule import FusionRule, require_known
+from models.fusion.rule import FusionRule
+from utils.errors import require_known
 
 
 class PaperProduct(FusionRule):

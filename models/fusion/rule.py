@@ -2,14 +2,13 @@
 
 import abc
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from models.branches.branch import Branch
 from models.branches.part import Part
-from utils.errors import InputError
 
 
 class FusionRule(abc.ABC):
@@ -30,10 +29,3 @@ class FusionRule(abc.ABC):
 
     def settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in list(inspect.signature(type(self)).parameters)[1:]}
-
-
-def require_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise InputError that names the first of the `names` that is not one of the `known`."""
-    for name in names:
-        if name not in known:
-            raise InputError(f"{what} '{name}' is not one of {', '.join(known)}")

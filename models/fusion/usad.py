@@ -23,8 +23,7 @@ from models.fusion import RULES
 from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths, default_fusion
 from models.fusion.operating_point import FILE_NAME, OperatingPoint
 from models.fusion.prediction import Model
-from models.fusion.rule import require_known
-from utils.errors import InputError
+from utils.errors import InputError, require_known
 from utils.gpu import CapturedPasses, side_by_side
 from utils.timing import Stopwatch
 
