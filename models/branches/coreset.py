@@ -26,12 +26,13 @@ def sparse_projection(features: Tensor, seed: int = 22) -> Tensor:
     Returns [n, d] float32 on the same device, where d is the Johnson-Lindenstrauss width for n points (284 for
     100,000). If d exceeds D (or is 0, for a single point), `features` are returned as they are.
     """
-    from scipy.sparse import csr_matrix  # not at the top: the import takes most of a second
-    from sklearn.random_projection import SparseRandomProjection, johnson_lindenstrauss_min_dim
-
     count, width = features.shape
-    if not 0 < johnson_lindenstrauss_min_dim(count, eps=EPS) <= width:
+    johnson_lindenstrauss = int(4 * np.log(count) / (EPS**2 / 2 - EPS**3 / 3))
+    if not 0 < johnson_lindenstrauss <= width:
         return features.float()
+    from scipy.sparse import csr_matrix  # only where it is needed: the import takes most of a second
+    from sklearn.random_projection import SparseRandomProjection
+
     shape_only = csr_matrix((count, width), dtype=np.float32)  # the matrix depends on the data's shape alone
     components = SparseRandomProjection(eps=EPS, random_state=seed).fit(shape_only).components_
     matrix = torch.from_numpy(components.toarray().astype(np.float32)).to(features.device)
