@@ -142,6 +142,16 @@ def test_three_branches_and_their_thresholds(workplace):
     assert point["images"] == 2 + len(held)
 
 
+def test_thresholds_after_a_rollback(workplace):
+    call(workplace, "test_fusion", "--false-alarm-rate", 0.4, "--no-images")
+    add_frames(workplace, 2)
+    scripts = ("train_ma_clu", "train_ma2patch")
+    for script in scripts:
+        update(workplace, script)
+    first, second = (call(workplace, script, "--rollback").out.splitlines()[-1] for script in scripts)
+    assert "usad.json has thresholds for other checkpoints" in first and "they are valid again" in second
+
+
 def test_rollback(workplace):
     path, before = checkpoint(workplace, "train_pc"), contents(workplace / "models")
     assert "no new frames" in update(workplace, "train_pc").out and contents(workplace / "models") == before
@@ -150,7 +160,8 @@ def test_rollback(workplace):
         add_frames(workplace, 4, seed)
         update(workplace, "train_pc")
         assert len(contents(workplace / "models")) == 4 and path.read_bytes() != once  # one former checkpoint is kept
-    call(workplace, "train_pc", "--rollback")
+    (workplace / "data").rename(workplace / "elsewhere")
+    assert "usad.json" not in call(workplace, "train_pc", "--rollback").out
     assert contents(workplace / "models") == before | {"belt/pc.safetensors": once}
     assert "gone" in call(workplace, "train_pc", "--rollback", run=refusal)
 

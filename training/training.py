@@ -30,6 +30,7 @@ from training.update import Present, portion, present_checkpoint, replace, roll_
 from utils.command_line import warn
 from utils.distributed import is_main_process
 from utils.errors import InputError, UnreadableError
+from utils.files import read_json
 from utils.gather import from_first, one_per_machine_first, require_same
 
 
@@ -38,16 +39,18 @@ def train(args: argparse.Namespace, name: str) -> None:
 
     `args` are the flags of `training_parser`, and one for each setting of the branch.
     """
-    data, branch_class = data_settings(args), BRANCHES[name]
 
     def checkpoint_of(category: str) -> Path:
         return checkpoint_path(args.models_dir / category, name)
 
     if args.rollback:
+        categories = args.category  # whose images need not be there
+        if categories == ["all"]:
+            categories = data_settings(args).categories
         if is_main_process():
-            roll_back(map(checkpoint_of, data.categories))
+            roll_back(map(checkpoint_of, dict.fromkeys(categories)))
         return
-    run = run_settings(args)
+    data, run, branch_class = data_settings(args), run_settings(args), BRANCHES[name]
     average_file = average_path(data.results_dir, name)
     results = None if args.no_eval else name
     roi = args.roi and RegionOfInterest.read(args.roi, data.decoding)
@@ -79,6 +82,8 @@ def train(args: argparse.Namespace, name: str) -> None:
                 in_force = {key: value for key, value in settings_in(branch.metadata()).items() if key in vars(args)}
                 network = {"backbone": branch.backbone.spec.to_dict()}
                 metrics[category.name] = tested(args, run, category, branch, in_force, network)
+    if args.update and metrics:  # the other categories of the present average are as they were
+        metrics = read_json(average_file).get("categories", {}) | metrics
     average(name, average_file, metrics)
 
 

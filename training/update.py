@@ -13,7 +13,8 @@ from datasets.mvtec import MIN_HELD, Category, Sample
 from datasets.region import RegionOfInterest
 from models.branches.branch import Branch, bit_depth_in, region_in, tiles_in
 from models.branches.frames import TrainingFrames, mark
-from models.fusion.operating_point import FILE_NAME
+from models.fusion.checkpoints import checkpoint_digests
+from models.fusion.operating_point import FILE_NAME, OperatingPoint
 from models.networks.spec import SOURCES
 from training.options import RUN_FLAGS
 from training.settings import SplitSettings
@@ -158,6 +159,12 @@ def roll_back(paths: Iterable[Path]) -> None:
         for path, former in formers.items():
             os.replace(former, path)
             print(f"{path} is again the checkpoint from before the last --update")
+    for folder in (path.parent for path in formers if (path.parent / FILE_NAME).exists()):
+        meaning = "other checkpoints: roll all branches back, or run test_fusion.py --false-alarm-rate again"
+        with contextlib.suppress(InputError):  # a branch's checkpoint is missing
+            if OperatingPoint.read(folder).checkpoints == checkpoint_digests(folder):
+                meaning = "these checkpoints: they are valid again"
+        print(f"{folder / FILE_NAME} has thresholds for {meaning}")
 
 
 def _former(path: Path, digest: str) -> Path:
