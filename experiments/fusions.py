@@ -11,7 +11,7 @@ from experiments import SWEEPS
 from experiments.measurements import Measured, Measurements
 from experiments.table import IN_FORCE, Cell, Row, Section, Table
 from experiments.variants import Variant
-from models import MACLU, USAD, PatchCore
+from models import MACLU, USAD
 from models.branches.part import Part
 from models.networks.spec import BackboneSpec
 from models.networks.wavelets import SIZE_STEP
@@ -146,24 +146,15 @@ def _score_terms(measurements: Measurements, fusions: list[Fusion]) -> list[Row]
 
 def sensitivity(measurements: Measurements, fusions: list[Fusion], kinds: list[str]) -> Table:
     """The fusion's figures at several values of one setting after the other; `kinds` are of SWEEPS."""
-    titles = {
-        "threshold": "Foreground threshold (MACLU)",
-        "lambda_obj": "λ_obj, the factor of MACLU's score",
-        "lambda_map": "λ_M, the factor of the map's maximum",
-        "coreset_ratio": "Coreset ratio (PatchCore)",
-        "covariance": "Covariance estimator (MACLU and MA2Patch)",
-        "train_ratio": "Share of the training images, of all branches",
-    }
-    owners = {"threshold": MACLU.name, "coreset_ratio": PatchCore.name}
-    swept = [(kind, title, SWEEPS[kind], owners.get(kind)) for kind, title in titles.items()]
-    for name, variant in fusions[0].variants.items():
+    swept = [(kind, *SWEEPS[kind]) for kind in kinds if kind != "image_size"]
+    for name, variant in fusions[0].variants.items() if "image_size" in kinds else ():
         size, step = variant.network.image_size, _size_step(variant.network)
-        sizes = [max(round(size * factor / step), 1) * step for factor in SWEEPS["image_size"]]
-        swept.append(("image_size", f"Input resolution of {name} in pixels", sizes, name))
+        sizes = [max(round(size * factor / step), 1) * step for factor in SWEEPS["image_size"].values]
+        swept.append(("image_size", SWEEPS["image_size"].title.format(name), sizes, name))
     sections = []
     for setting, title, values, owner in swept:
         current = fusions[0].in_force(setting, owner)
-        if setting not in kinds or not current:  # without a value it is another rule's
+        if not current:  # without a value it is another rule's
             continue
         rows = []
         for value in sorted({*values, *(current if len(current) == 1 else ())}):

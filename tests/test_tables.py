@@ -186,7 +186,8 @@ def test_sweeps_without_a_fit(place, direct, monkeypatch):
 def test_refitted_rows_are_what_the_scripts_give(place, monkeypatch):
     pytest.importorskip("matplotlib")
     values = {"coreset_ratio": [0.03], "train_ratio": [0.1, 0.5], "image_size": [1.2]}
-    monkeypatch.setattr(fusions, "SWEEPS", fusions.SWEEPS | values)
+    sweeps = {name: fusions.SWEEPS[name]._replace(values=few) for name, few in values.items()}
+    monkeypatch.setattr(fusions, "SWEEPS", fusions.SWEEPS | sweeps)
     before = {path: path.read_bytes() for path in (place / "models").rglob("*.safetensors")}
     reproduce(place, "--tables", "sensitivity", "--sweeps", "coreset_ratio,covariance,train_ratio,image_size")
     changes = [
