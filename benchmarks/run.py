@@ -8,7 +8,6 @@ Prints a table, and writes table.csv and results.json to --out.
 """
 
 import argparse
-import csv
 import re
 import sys
 from collections import deque
@@ -32,7 +31,7 @@ from models.networks import PRECISIONS
 from training.options import choose_device
 from utils.command_line import Parser, run, some_of
 from utils.errors import InputError
-from utils.files import atomic_write, write_json
+from utils.files import write_csv, write_json
 from utils.gpu import ReadBack
 from utils.machine import environment
 
@@ -167,10 +166,7 @@ def measure(stages: dict[str, Stage], args: argparse.Namespace, bench: Bench) ->
             skipped[f"{name} {size}"] = " ".join(str(error).split())[:300]
             print(f"{name} {size}: not measured, {skipped[f'{name} {size}']}", flush=True)
         write_json(args.out / "results.json", report)
-    with atomic_write(args.out / "table.csv") as path, path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.out / "table.csv", [COLUMNS, *([found.get(column) for column in COLUMNS] for found in rows)])
     print(f"figures in {args.out}")
 
 

@@ -26,7 +26,7 @@ from reporting.report import Threshold, write_report
 from reporting.sheet import write_sheet
 from utils.distributed import is_main_process
 from utils.errors import InputError
-from utils.files import PROGRAM, atomic_write, mark_folder, read_json, write_json, write_text
+from utils.files import PROGRAM, atomic_write, mark_folder, read_json, write_csv, write_json
 from utils.gather import barrier, from_first
 from utils.gpu import ReadBack
 from utils.machine import environment
@@ -159,12 +159,10 @@ def write_scores(path: Path, results: Results, branches: Sequence[str]) -> None:
     """scores.csv: path, label and score of each test image, followed by the scores of the `branches` of a fusion."""
     main = next(iter(results.scores))
     columns = [results.scores[part] for part in (main, *branches)]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "label", "score", *branches])
+    rows = [["path", "label", "score", *branches]]
     for row, sample in enumerate(results.samples):
-        writer.writerow([safe_cell(sample.name), sample.label, *(repr(float(values[row])) for values in columns)])
-    write_text(path, text.getvalue())
+        rows.append([safe_cell(sample.name), sample.label, *(float(values[row]) for values in columns)])
+    write_csv(path, rows)
 
 
 def images_in(path: Path) -> set[str]:

@@ -1,15 +1,13 @@
 """A table: its cells, each computed once and kept on disk, and its files: Markdown, CSV, JSON, PNG plots."""
 
-import csv
-import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.files import atomic_write, digest_of_lines, write_json, write_text
+from utils.files import atomic_write, digest_of_lines, write_csv, write_json, write_text
 from utils.processes import ProcessFailed
 from utils.safe_text import safe_cell
 
@@ -109,7 +107,7 @@ def write_table(folder: Path, table: Table, sections: Sections, facts: dict[str,
         if section.plot:
             plot(folder / section.plot, section.title, rows, table.columns)
     write_text(folder / f"{table.name}.md", markdown(table, sections, facts))
-    write_text(folder / f"{table.name}.csv", comma_separated(table, sections))
+    write_csv(folder / f"{table.name}.csv", lines_of(table, sections))
     content = [{"title": section.title, "rows": rows} for section, rows in sections]
     write_json(folder / f"{table.name}.json", {"table": table.name, **facts, "sections": content})
 
@@ -133,17 +131,13 @@ def markdown(table: Table, sections: Sections, facts: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"{remark}\n" for remark in table.remarks)]).rstrip() + "\n"
 
 
-def comma_separated(table: Table, sections: Sections) -> str:
-    """One line for each row, with all digits; `<figure>_sd` is empty with a single seed."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["section", "row", *(f"{name}{end}" for name in table.columns for end in ("", "_sd")), "note"])
+def lines_of(table: Table, sections: Sections) -> Iterator[list[Any]]:
+    """The lines of the CSV file, with all digits; `<figure>_sd` is empty with a single seed."""
+    yield ["section", "row", *(f"{name}{end}" for name in table.columns for end in ("", "_sd")), "note"]
     for section, rows in sections:
         for row in rows:
             found = [row["figures"].get(name, {}).get(key) for name in table.columns for key in ("mean", "sd")]
-            cells = ["" if value is None else repr(value) for value in found]
-            writer.writerow([section.title, safe_cell(row["label"]), *cells, safe_cell(row["note"])])
-    return text.getvalue()
+            yield [section.title, safe_cell(row["label"]), *found, safe_cell(row["note"])]
 
 
 def plot(path: Path, title: str, rows: Rows, columns: dict[str, str]) -> None:

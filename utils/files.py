@@ -1,8 +1,10 @@
 """Files: written so that a reader never sees half of one, and replaced only where this program wrote them."""
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -51,6 +53,13 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write `text` atomically, as UTF-8 with Unix line ends; bytes of file names that are not UTF-8 become escapes."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def write_csv(path: str | os.PathLike, rows: Iterable[Iterable[Any]]) -> None:
+    """Write `rows` atomically as CSV; floats with all digits, None as an empty cell. See also `safe_text.safe_cell`."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
