@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from datasets.mvtec import MIN_HELD, Category, Sample
 from datasets.region import RegionOfInterest
-from models.branches.branch import Branch, bit_depth_in, region_in, tiles_in
+from models.branches.branch import Branch, bit_depth_in, region_in, tiles_in, understood
 from models.branches.frames import TrainingFrames, mark
 from models.fusion.checkpoints import checkpoint_digests
 from models.fusion.operating_point import FILE_NAME, OperatingPoint
@@ -68,12 +68,10 @@ def present_checkpoint(path: Path, args: argparse.Namespace, roi: RegionOfIntere
             f"{path} does not say which frames it was fitted on: an earlier version wrote it, or it was converted; "
             "train the branch again"
         )
-    try:
+    with understood(path, metadata, path.stem):
         stored, region = settings_in(metadata), region_in(metadata)
         split = SplitSettings(float(stored["train_ratio"]), float(stored["holdout_ratio"]), int(stored["seed"]))
         settled = stored["bit_depth"], stored["precision"], int(stored["images"]), list(stored["left_out"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: its metadata is not what a training writes ({error!r}); train again") from None
     for name, value in vars(args).items():
         if name in RUN_FLAGS or value is None or stored.get(name) == value:
             continue
