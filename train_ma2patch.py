@@ -4,13 +4,14 @@ python train_ma2patch.py                                 # CoalAD, DINOv2 ViT-B/
 python train_ma2patch.py --category my_belt --covariance ledoit-wolf
 """
 
+from models.branches import METHOD
 from training.options import add_token_flags, parse_training, training_parser
 from utils.command_line import run
 from utils.packages import importing
 
 
 def main() -> None:
-    parser = training_parser(__doc__, "vit_base_patch14_dinov2.lvd142m", image_size=406, train_ratio=1.0)
+    parser = training_parser(__doc__, *METHOD["ma2patch"], train_ratio=1.0)
     add_token_flags(parser)
     args = parse_training(parser, covariance="ledoit-wolf")
 

@@ -4,13 +4,14 @@ python train_ma_clu.py                                   # CoalAD, DINOv2 ViT-S/
 python train_ma_clu.py --category my_belt --weights dinov2_vits14.safetensors
 """
 
+from models.branches import METHOD
 from training.options import add_budget_flag, add_token_flags, parse_training, training_parser
 from utils.command_line import number, run
 from utils.packages import importing
 
 
 def main() -> None:
-    parser = training_parser(__doc__, "vit_small_patch14_dinov2.lvd142m", image_size=350, train_ratio=1.0)
+    parser = training_parser(__doc__, *METHOD["ma_clu"], train_ratio=1.0)
     add_token_flags(parser)
     text = "foreground confidence above which a patch is surely coal (default: 1.14)"
     parser.add_argument("--threshold", type=number(float, 0, above=True), default=1.14, help=text)

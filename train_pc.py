@@ -6,13 +6,14 @@ python train_pc.py --category my_belt --train-ratio 1 --coreset-ratio 0.1
 
 import argparse
 
+from models.branches import METHOD
 from training.options import add_budget_flag, parse_training, share, training_parser
 from utils.command_line import number, run
 from utils.packages import importing
 
 
 def main() -> None:
-    parser = training_parser(__doc__, "wide_resnet50_2", image_size=238, train_ratio=0.5)
+    parser = training_parser(__doc__, *METHOD["pc"], train_ratio=0.5)
     text = "share of the patches that the bank keeps (default: 0.01)"
     parser.add_argument("--coreset-ratio", type=share, default=0.01, help=text)
     text = "bank entries around the nearest one, itself included, that weight the score (default: 3)"

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import BRANCHES, USAD
+from models.branches import METHOD
 from models.branches.branch import Branch
 from models.networks import libraries
 from models.networks.backbones import Backbone, build_backbone
@@ -23,11 +24,6 @@ from models.networks.spec import HALF, BackboneSpec
 from models.networks.weights import random_state_dict
 
 SEED = 22
-PAPER = {
-    "ma_clu": ("vit_small_patch14_dinov2", 350),
-    "ma2patch": ("vit_base_patch14_dinov2", 406),
-    "pc": ("wide_resnet50_2", 238),
-}
 SMALL = {"ma_clu": ("test_vit", 64), "ma2patch": ("test_vit", 96), "pc": ("resnet18", 64)}
 LEAST = 0.3  # seconds that a round takes, of at most 50 calls
 LIKE = {"tokens": "ma_clu", "maps": "pc"}  # whose network a branch from outside gets
@@ -56,7 +52,7 @@ class Bench:
     @functools.cache  # noqa: B019  there is one Bench
     def spec(self, branch: type[Branch]) -> BackboneSpec:
         """Its untrained network, whose weights come from a file: to load them costs what it costs a user."""
-        table = SMALL if self.quick else PAPER
+        table = SMALL if self.quick else METHOD
         name, size = table.get(branch.name, table[LIKE[branch.backbone_kind]])
         file = self.work / f"{name}.safetensors"
         save_file(random_state_dict(lambda: libraries.full_network(name), SEED), file)

@@ -389,13 +389,11 @@ def test_the_published_programs_files_give_its_scores_and_maps(tmp_path):
 @pytest.fixture
 def small_networks(monkeypatch):
     """timm's smallest networks instead of the authors'; returns their widths."""
-    networks = {
-        "ma_clu": ("tokens", "test_vit", 160),
-        "ma2patch": ("tokens", "test_vit", 160),
-        "pc": ("maps", "test_resnet", 96),
-    }
-    monkeypatch.setattr("models.published.checkpoints.NETWORKS", networks)
-    return tuple(empty_backbone(BackboneSpec(*network)).dim for network in networks.values())
+    networks = {"ma_clu": ("test_vit", 160), "ma2patch": ("test_vit", 160), "pc": ("test_resnet", 96)}
+    monkeypatch.setattr("models.published.checkpoints.METHOD", networks)
+    kinds = ("tokens", "tokens", "maps")
+    specs = (BackboneSpec(kind, *network) for kind, network in zip(kinds, networks.values(), strict=True))
+    return tuple(empty_backbone(spec).dim for spec in specs)
 
 
 def convert(source: Path, models: Path) -> str:

@@ -7,13 +7,13 @@ import argparse
 import inspect
 import sys
 
-from models.branches import BRANCHES
+from models.branches import BRANCHES, METHOD
 from training.options import parse_training, training_parser
 from training.training import train
 from utils.command_line import run
 from utils.errors import require_known
 
-NETWORKS = {"tokens": ("vit_small_patch14_dinov2.lvd142m", 350), "maps": ("wide_resnet50_2", 238)}  # defaults
+NETWORKS = {"tokens": METHOD["ma_clu"], "maps": METHOD["pc"]}  # defaults, by kind
 
 
 def main() -> None:

@@ -9,7 +9,11 @@ BRANCHES = Registry(
         "pc": "models.branches.patchcore:PatchCore",
     }
 )
-METHOD = ("ma_clu", "ma2patch", "pc")  # the branches of the paper: a folder of checkpoints holds at least these
+METHOD = {  # the branches of the paper with their networks and input sizes; a checkpoint of each must be there
+    "ma_clu": ("vit_small_patch14_dinov2.lvd142m", 350),
+    "ma2patch": ("vit_base_patch14_dinov2.lvd142m", 406),
+    "pc": ("wide_resnet50_2", 238),
+}
 COVARIANCES = ("empirical", "ledoit-wolf")
 MAX_TILES = 16  # along each side of a frame
 

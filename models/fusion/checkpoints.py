@@ -37,7 +37,7 @@ def checkpoint_digests(folder: Path) -> dict[str, str]:
 
 def bit_depth_of(folder: Path) -> int:
     """The bit depth that the checkpoints in `folder` were trained with. Raises InputError if they cannot be read."""
-    path = checkpoint_paths(folder)[METHOD[0]]
+    path = next(iter(checkpoint_paths(folder).values()))
     try:
         return bit_depth_in(read_metadata(path))
     except ValueError:

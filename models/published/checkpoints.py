@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.branches import BRANCHES, weights_flag
+from models.branches import BRANCHES, METHOD, weights_flag
 from models.fusion.checkpoints import checkpoint_path
 from models.networks.backbones import BackboneSpec, build_backbone
 from models.networks.weights import reason
@@ -35,11 +35,6 @@ STORAGES = {
     "torch.LongStorage": torch.int64,
 }
 TENSORS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", *STORAGES}
-NETWORKS = {  # that the authors fuse with, at their input sizes
-    "ma_clu": ("tokens", "vit_small_patch14_dinov2.lvd142m", 350),
-    "ma2patch": ("tokens", "vit_base_patch14_dinov2.lvd142m", 406),
-    "pc": ("maps", "wide_resnet50_2", 238),
-}
 
 
 def convert(source: Path, models_dir: Path, category: str, weights: dict[str, str]) -> None:
@@ -49,14 +44,15 @@ def convert(source: Path, models_dir: Path, category: str, weights: dict[str, st
     written. Raises InputError if a file is missing, damaged, or not for its network.
     """
     tensors, settings = read_published(source)
-    paths = {name: checkpoint_path(models_dir / category, name) for name in NETWORKS}
+    paths = {name: checkpoint_path(models_dir / category, name) for name in METHOD}
     with contextlib.ExitStack() as locks:
         for path in paths.values():
             check_replaceable(path)
             locks.enter_context(file_lock(path))
         branches = []
-        for name, (kind, network, size) in NETWORKS.items():
+        for name, (network, size) in METHOD.items():
             own = {key: value for key, value in settings.items() if value is not None and name == "pc"}
+            kind = BRANCHES[name].backbone_kind
             spec = BackboneSpec(kind, network, own.pop("image_size", size)).with_weights(weights[name])
             branch = BRANCHES[name](build_backbone(spec, flag=weights_flag(name)), **own)
             try:
