@@ -62,7 +62,7 @@ class Fusion:
     def only(self, *parts: str) -> Fusion:
         return dataclasses.replace(self, parts=parts)
 
-    def in_force(self, setting: str, owner: str | None = None) -> set[Any]:
+    def in_force(self, setting: str, owner: str | None) -> set[Any]:
         """The values of a setting of the rule, or of one branch (None: of all), which may differ in it."""
         rule = fusion_record(self.settings)
         if setting in rule:

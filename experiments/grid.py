@@ -45,7 +45,7 @@ def reproduce(args: argparse.Namespace) -> None:
         return category.test_samples() + (category.train_samples() if fits else [])
 
     depths = {name: bit_depth_of(folder) for name, folder in folders.items()}
-    with opened_categories(data, samples_of, run.workers, results="tables", bit_depths=depths) as categories:
+    with opened_categories(data, samples_of, run.workers, depths, "tables") as categories:
         for category in categories:
             make_tables(args, category, run, fusions[category.name], baselines)
 

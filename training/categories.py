@@ -20,9 +20,9 @@ def opened_categories(
     data: DataSettings,
     samples_of: Callable[[Category], Sequence[Sample]],
     workers: int,
+    bit_depths: Mapping[str, int],
     results: str | None,
     checkpoint_of: Callable[[str], Path] | None = None,
-    bit_depths: Mapping[str, int] | None = None,
 ) -> Iterator[list[Category]]:
     """The opened categories; during the block no other run writes to the same places.
 
@@ -33,8 +33,7 @@ def opened_categories(
     """
 
     def decoding_of(name: str) -> Decoding:
-        depth = (bit_depths or {}).get(name, data.decoding.bit_depth)
-        return dataclasses.replace(data.decoding, bit_depth=depth)
+        return dataclasses.replace(data.decoding, bit_depth=bit_depths.get(name, data.decoding.bit_depth))
 
     with contextlib.ExitStack() as locks:
         for name in data.categories:

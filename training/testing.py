@@ -38,7 +38,7 @@ def test(args: argparse.Namespace) -> None:
         return category.train_samples() + (category.test_samples() if category.has_tests else [])
 
     metrics = {}
-    with opened_categories(data, samples_of, run.workers, results=USAD.name, bit_depths=depths) as categories:
+    with opened_categories(data, samples_of, run.workers, depths, USAD.name) as categories:
         for category in categories:
             usad = fusion_of(args, category, run, options)
             if category.has_tests:

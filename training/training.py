@@ -72,7 +72,7 @@ def train(args: argparse.Namespace, name: str) -> None:
         return samples + ([] if args.no_eval else category.test_samples())
 
     metrics, depths = {}, {category: before.bit_depth for category, before in present.items()}
-    with opened_categories(data, samples_of, run.workers, results, checkpoint_of, depths) as categories:
+    with opened_categories(data, samples_of, run.workers, depths, results, checkpoint_of) as categories:
         for category, branch in learned(categories):
             path = checkpoint_of(category.name)
             if is_main_process():
