@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from machine import PATIENCE, wait_until
-from tiny import ROOT, draw_category, end_well, refusal, small_flags, succeed
+from tiny import ROOT, draw_category, end_well, handlers_kept, refusal, small_flags, succeed
 from torch.utils.data import DataLoader
 
 from datasets.loading import ImageDataset, ImageLoader
@@ -27,13 +27,11 @@ posix = pytest.mark.skipif(os.name != "posix", reason="no such signals here")
 
 @pytest.fixture
 def watched():
-    """Installs the script's signal handlers, and those of pytest again afterwards."""
-    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
-    signals.watch_signals()
-    yield
-    signals.leave_signals()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    """Installs the script's signal handlers for the test."""
+    with handlers_kept():
+        signals.watch_signals()
+        yield
+        signals.leave_signals()
 
 
 @posix

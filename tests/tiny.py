@@ -5,7 +5,9 @@ import csv
 import importlib
 import io
 import json
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -13,9 +15,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from machine import PATIENCE
 from PIL import Image
 
 from utils.command_line import run
+from utils.signals import SIGNALS
 
 ROOT = Path(__file__).parents[1]  # of the project
 NAMES = ("ma_clu", "ma2patch", "pc")  # of the branches
@@ -29,27 +33,40 @@ class Finished(NamedTuple):
     err: str
 
 
+@contextlib.contextmanager
+def handlers_kept():
+    """Afterwards pytest's handlers of the signals are installed again."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def run_in_process(script: str, *arguments) -> Finished:
     """Run a script's command line in this process, which saves the seconds that importing torch takes.
 
     Packages are not looked up each time; tests/test_packages.py has them looked up.
     """
     out, err = io.StringIO(), io.StringIO()
-    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = [f"{script}.py", *map(str, arguments)]
-    try:
-        with (
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            mock.patch("utils.command_line.check_packages"),
-            pytest.raises(SystemExit) as end,
-        ):
-            run(importlib.import_module(script).main)
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with (
+        handlers_kept(),
+        mock.patch.object(sys, "argv", [f"{script}.py", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch("utils.command_line.check_packages"),
+        pytest.raises(SystemExit) as end,
+    ):
+        run(importlib.import_module(script).main)
     return Finished(end.value.code, out.getvalue(), err.getvalue())
+
+
+def run_apart(*words, folder: Path = ROOT, **environment) -> Finished:
+    """Run Python with these words in a process of its own."""
+    command, env = [sys.executable, *map(str, words)], {**os.environ, **environment}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=PATIENCE)
+    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 def end_well(script: str, *arguments) -> Finished:
