@@ -9,7 +9,7 @@ from machine import needs_cuda
 from PIL import Image
 from safetensors.torch import save_file
 from stand_in import StandIn, noise
-from tiny import SMALL_NETWORKS, draw_category, read_rows, refusal, run_in_process, small_flags, succeed
+from tiny import SMALL_NETWORKS, draw_category, draw_frame, read_rows, refusal, run_in_process, small_flags, succeed
 
 from models import MACLU, USAD, MA2Patch, PatchCore
 from models.branches.gaussian import Gaussian, RunningMoments
@@ -40,13 +40,6 @@ def test_odd_frames_get_finite_scores_and_maps(usad, name):
     assert prediction.map.shape == ODD[name].shape[:2] and len(values) == 4
 
 
-def replace_training(belt, frames) -> None:
-    for path in (belt / "train" / "good").iterdir():
-        path.unlink()
-    for index, frame in enumerate(frames):
-        Image.fromarray(frame).save(belt / "train" / "good" / f"{index:03d}.png")
-
-
 TRAINING = {
     "identical": lambda frame: [frame] * 6,
     "identical and black": lambda frame: [ODD["black"]] * 6,
@@ -62,9 +55,9 @@ REFUSED = set(itertools.product(("train_ma_clu", "train_ma2patch"), ("one", "one
 @pytest.mark.parametrize("kind", TRAINING)
 def test_odd_training_images(tmp_path, script, kind):
     """Results are finite numbers (evaluate refuses others), or one line says why there are none."""
-    belt = draw_category(tmp_path / "data" / "belt")
-    frame = np.asarray(Image.open(belt / "train" / "good" / "000.png"))
-    replace_training(belt, TRAINING[kind](frame))
+    belt = draw_category(tmp_path / "data" / "belt", train=0)
+    for index, frame in enumerate(TRAINING[kind](draw_frame(np.random.default_rng(0), 72, 56))):
+        Image.fromarray(frame).save(belt / "train" / "good" / f"{index:03d}.png")
     for name, odd in ODD.items():
         Image.fromarray(odd).save(belt / "test" / "good" / f"{name}.png")
     finished = run_in_process(script, *small_flags(tmp_path, script), "--train-ratio", 1, "--no-images")

@@ -180,12 +180,14 @@ def test_regions_against_scipy():
     for _ in range(20):
         values = ndimage.gaussian_filter(rng.standard_normal((40, 70)), 2).astype(np.float32)
         threshold = float(np.quantile(values, rng.uniform(0.7, 0.99)))
-        boxes, area = regions(values, threshold)
-        labels, count = ndimage.label(values >= threshold, np.ones((3, 3)))
-        slices = ndimage.find_objects(labels)
-        expected = {(c.start, r.start, c.stop - c.start, r.stop - r.start) for r, c in slices}
-        assert set(boxes) == expected and len(boxes) == count
-        assert area == (values >= threshold).sum()
+        labels, _ = ndimage.label(values >= threshold, np.ones((3, 3)))
+        areas, slices = np.bincount(labels.ravel())[1:], ndimage.find_objects(labels)
+        places = [(c.start, r.start, c.stop - c.start, r.stop - r.start) for r, c in slices]
+        for least in (0, *areas, max(areas) + 1):  # of so many pixels a region counts
+            expected = {place: area for place, area in zip(places, areas, strict=True) if area >= least}
+            boxes, area = regions(values, threshold, least)
+            assert [expected[box] for box in boxes] == sorted(expected.values(), reverse=True)
+            assert set(boxes) == expected.keys() and area == sum(expected.values())
 
 
 def test_alarm_against_its_definition():

@@ -22,6 +22,7 @@ from tiny import (
     read_rows,
     run_apart,
     run_in_process,
+    saved_maps,
     succeed,
 )
 
@@ -94,15 +95,8 @@ def test_metrics(fused, part):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_saved_maps_are_those_that_were_measured(fused, part):
-    folder, data = fused / "result" / "belt" / part, fused / "data" / "belt"
-    maps, masks = [], []
-    for name in FRAMES:
-        anomaly_map = np.asarray(Image.open(folder / "anomaly_maps" / f"{name}.tiff"))
-        assert anomaly_map.dtype == np.float32 and anomaly_map.shape == (IMAGE_SIZE[part],) * 2
-        maps.append(anomaly_map)
-        mask = data / "ground_truth" / f"{name}_mask.png"
-        mask = Image.open(mask) if mask.exists() else Image.new("L", (72, 56))
-        masks.append(np.asarray(mask.resize(anomaly_map.shape, Image.Resampling.NEAREST)) >= 128)
+    maps, masks = saved_maps(fused, part)
+    assert maps.dtype == np.float32 and maps.shape == (len(FRAMES), IMAGE_SIZE[part], IMAGE_SIZE[part])
     maps, masks = np.ravel(maps), np.ravel(masks)
     metrics = figures_of(fused, part)
     assert metrics["pixel_auroc"] == pytest.approx(roc_auc_score(masks, maps), abs=1e-6)

@@ -171,3 +171,14 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file."""
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def saved_maps(root: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """The anomaly maps that --save-maps has written, and the masks at their size, [N, S, S]."""
+    maps, masks = [], []
+    for path in sorted((root / "result" / "belt" / part / "anomaly_maps").rglob("*.tiff")):
+        maps.append(np.asarray(Image.open(path)))
+        mask = root / "data" / "belt" / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
+        mask = Image.open(mask) if mask.exists() else Image.new("L", (72, 56))
+        masks.append(np.asarray(mask.resize(maps[-1].shape, Image.Resampling.NEAREST)) >= 128)
+    return np.stack(maps), np.stack(masks)
