@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -44,10 +45,10 @@ def handlers_kept():
             signal.signal(number, handler)
 
 
-def run_in_process(script: str, *arguments) -> Finished:
+def run_in_process(script: str | Callable[[], None], *arguments) -> Finished:
     """Run a script's command line in this process, which saves the seconds that importing torch takes.
 
-    Packages are not looked up each time; tests/test_packages.py has them looked up.
+    A function stands for a script's `main`. Packages are not looked up each time; tests/test_packages.py has that done.
     """
     out, err = io.StringIO(), io.StringIO()
     with (
@@ -58,7 +59,7 @@ def run_in_process(script: str, *arguments) -> Finished:
         mock.patch("utils.command_line.check_packages"),
         pytest.raises(SystemExit) as end,
     ):
-        run(importlib.import_module(script).main)
+        run(script if callable(script) else importlib.import_module(script).main)
     return Finished(end.value.code, out.getvalue(), err.getvalue())
 
 
@@ -76,7 +77,7 @@ def end_well(script: str, *arguments) -> Finished:
     return finished
 
 
-def refusal(script: str, *arguments, code: int = 2) -> str:
+def refusal(script: str | Callable[[], None], *arguments, code: int = 2) -> str:
     """Run a script that must end with this code and one line; returns the line."""
     finished = run_in_process(script, *arguments)
     assert finished.code == code and len(finished.err.splitlines()) == 1, finished
