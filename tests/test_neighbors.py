@@ -173,12 +173,7 @@ def test_a_gpu_gets_few_launches_no_questions_and_little_memory(rng):
     assert torch.cuda.max_memory_allocated() - before < 5 * many.budget
 
 
-@pytest.mark.parametrize("k", [0, 5])
-def test_refuses_a_k_the_rows_cannot_give(k):
-    with pytest.raises(ValueError, match=r"\[1, 4\]"):
-        NearestNeighbors(torch.zeros(4, 3)).search(torch.zeros(1, 3), k)
-
-
-def test_refuses_no_rows():
-    with pytest.raises(ValueError, match="m > 0"):
-        NearestNeighbors(torch.zeros(0, 3))
+@pytest.mark.parametrize(("rows", "k", "said"), [(4, 0, r"\[1, 4\]"), (4, 5, r"\[1, 4\]"), (0, 1, "m > 0")])
+def test_refuses_a_k_the_rows_cannot_give(rows, k, said):
+    with pytest.raises(ValueError, match=said):
+        NearestNeighbors(torch.zeros(rows, 3)).search(torch.zeros(1, 3), k)
