@@ -28,13 +28,13 @@ LAMBDA_OBJECT, LAMBDA_MAP, COAL = 0.01, 1.0, 1.14
 
 def whole_network(spec: BackboneSpec) -> nn.Module:
     """The network of `spec` in float32: a ViT of timm, or a CNN with all its layers, of torchvision if it has that."""
-    state = state_dict_of(spec, lambda: libraries.full_network(spec.name), "--weights")
     if spec.kind == "tokens":
         net = timm.create_model(spec.name, num_classes=0, img_size=spec.image_size)
-        libraries.load_weights(net, spec.name, state, spec.source)
+        libraries.load_weights(net, spec)
         return net.eval()
     known = spec.name in torchvision.models.list_models()
     net = torchvision.models.get_model(spec.name, weights=None) if known else timm.create_model(spec.name)
+    state = state_dict_of(spec, lambda: libraries.full_network(spec.name), "--weights")
     net.load_state_dict(state, strict=False)
     return net.eval()
 

@@ -23,10 +23,7 @@ MAX_READ = 1 << 24  # bytes; tarfile reads some headers in one go, however long 
 NAME = re.compile(rb"\.|(\./)*(\._)?coal_ad(/+(?!\.\.?(/|$))[^/\\:\x00-\x1f]{1,255}){0,7}")
 
 # The disk's own errors, which must not be mistaken for a failing network.
-STORAGE_ERRORS = {
-    errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-    getattr(errno, "EDQUOT", errno.ENOSPC),
-}  # fmt: skip
+STORAGE_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EDQUOT}
 
 
 def ensure_coalad(data_root: str | os.PathLike) -> Path:

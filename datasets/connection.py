@@ -54,9 +54,8 @@ class Connection(threading.Thread):
 
     def answers(self) -> bool:
         """Wait for the first picture, ANSWER_SECONDS at most; returns whether there is one."""
-        end = time.monotonic() + ANSWER_SECONDS
-        while not (self.has_pictures or self.ended) and time.monotonic() < end:
-            time.sleep(0.01)
+        with self._news:
+            self._news.wait_for(lambda: self.has_pictures or self.ended, ANSWER_SECONDS)
         return self.has_pictures
 
     def take(self) -> Shot | None:

@@ -22,7 +22,7 @@ from utils.errors import UnreadableError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 DEPTHS = range(8, 17)  # bits of the cameras whose images are stored in 16
-DISK_ERRORS = {errno.EIO, getattr(errno, "ESTALE", errno.EIO)}
+DISK_ERRORS = {errno.EIO, errno.ESTALE}
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what decoders raise
 PHOTOMETRIC = 262  # a tag of TIFFs; 0: white is stored as 0
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # an EXIF tag, and its values that swap width and height
@@ -46,11 +46,10 @@ class Note(enum.IntFlag):
     REDUCED = 8  # decoded at a reduced scale
     PAGES = 16  # a TIFF of several pages
     FULL = 32  # masks that mark everything
+    MASK_PAGES = 64  # a mask of several pages
 
 
-OF_MASKS = Note.LABELS | Note.EMPTY | Note.FULL
-
-
+OF_MASKS = Note.LABELS | Note.EMPTY | Note.FULL | Note.MASK_PAGES
 TEXTS = {
     Note.LABELS: "the masks hold labels, not black and white: every pixel that is not background counts as defect",
     Note.EMPTY: "the masks mark nothing, although they lie in a defect's folder: all their pixels count as normal",
@@ -59,6 +58,7 @@ TEXTS = {
     "instance 10 or 12",
     Note.REDUCED: "larger than --max-megapixels allows: the JPEG decoder gives them at a reduced scale",
     Note.PAGES: "of several pages only the first is looked at; save the others that count as files of their own",
+    Note.MASK_PAGES: "of masks of several pages only the first counts; save each page as a mask of its own",
 }
 
 
@@ -124,10 +124,14 @@ def read_picture(path: str | os.PathLike, decoding: Decoding = PLAIN) -> Picture
         image, dim = _to_8_bits(image, path, decoding.bit_depth)
         turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode in ("P", "PA") and "transparency" in image.info:
-            image = image.convert("RGBA")
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        return Picture(image, size[::-1] if turned else size, notes | Note.DIM if dim else notes)
+        return Picture(to_rgb(image), size[::-1] if turned else size, notes | Note.DIM if dim else notes)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of 8 bits a channel as RGB; alpha is dropped. Raises ValueError if Pillow cannot convert its mode."""
+    if image.mode in ("P", "PA") and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _check_size(image: Image.Image, path: str | os.PathLike, decoding: Decoding, reducible: bool = True) -> Note:
@@ -209,7 +213,8 @@ def read_mask(
     marked, notes = None, Note(0)
     for path in paths:
         with _opened(path) as mask:
-            notes |= _check_size(mask, path, decoding, reducible=False)
+            if _check_size(mask, path, decoding, reducible=False) == Note.PAGES:
+                notes |= Note.MASK_PAGES
             deep_color = _has_deep_color(mask)
             mask.load()
             if deep_color:

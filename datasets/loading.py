@@ -159,7 +159,5 @@ def _end_silently(worker: int) -> None:
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    for sample in samples:
-        if "error" in sample:
-            return sample
-    return default_collate(samples)
+    broken = (sample for sample in samples if "error" in sample)
+    return next(broken, None) or default_collate(samples)

@@ -49,9 +49,7 @@ class Results:
 
     def add(self, parts: Mapping[str, Part], batch: dict[str, Any]) -> np.ndarray:
         """Add the parts of a batch; returns the main maps [B, S, S]."""
-        arrays = {
-            name: (part.scores.double().cpu().numpy(), part.maps.float().cpu().numpy()) for name, part in parts.items()
-        }
+        arrays = {name: part.arrays() for name, part in parts.items()}
         inside = self.roi and self.roi.at(*batch["mask"].shape[1:])
 
         def add_part(name: str) -> None:

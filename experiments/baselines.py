@@ -21,7 +21,6 @@ from models.branches import weights_flag
 from models.branches.part import Part
 from models.networks import libraries
 from models.networks.spec import BackboneSpec
-from models.networks.weights import state_dict_of
 from utils.errors import InputError
 from utils.processes import ROOT, run_module
 
@@ -125,8 +124,7 @@ def shared_network(spec: BackboneSpec, weights: str | None, folder: Path) -> dic
     """The network of our PatchCore for anomalib; its weights, or those that are now in `weights`, go to `folder`."""
     spec = spec.with_weights(weights) if weights else spec
     net = libraries.cnn(spec.name, (8, 16), spec.image_size)
-    state = state_dict_of(spec, lambda: libraries.full_network(spec.name), weights_flag(PatchCore.name))
-    libraries.load_weights(net, spec.name, state, spec.source)
+    libraries.load_weights(net, spec, weights_flag(PatchCore.name))
     tensors = {name: value.contiguous() for name, value in net.net.state_dict().items()}
     save_file(tensors, folder / "network.safetensors")
     return {"name": spec.name, "image_size": spec.image_size, "weights": str(folder / "network.safetensors")}

@@ -13,7 +13,8 @@ from experiments.table import IN_FORCE, Cell, Row, Section, Table
 from experiments.variants import Variant
 from models import MACLU, USAD, PatchCore
 from models.branches.part import Part
-from models.networks.inputs import size_step
+from models.networks.spec import BackboneSpec
+from models.networks.wavelets import SIZE_STEP
 from training.options import fusion_record
 
 DEFINED = "Metrics are fractions; docs/metrics.md defines each."
@@ -47,7 +48,10 @@ class Fusion:
         branches = [self.variants[name].built() for name in self.parts]
         for branch in branches:
             branch.calibration = statistics.get(branch.name)
-        return USAD(branches, **self.settings)
+        settings = dict(self.settings)
+        if "score_weights" in settings:
+            settings["score_weights"] = {k: v for k, v in settings["score_weights"].items() if k in self.parts}
+        return USAD(branches, **settings)
 
     def settled(self) -> Fusion:
         """The same with every setting of the rule written out. Raises InputError if the rule lacks something."""
@@ -153,7 +157,7 @@ def sensitivity(measurements: Measurements, fusions: list[Fusion], kinds: list[s
     owners = {"threshold": MACLU.name, "coreset_ratio": PatchCore.name}
     swept = [(kind, title, SWEEPS[kind], owners.get(kind)) for kind, title in titles.items()]
     for name, variant in fusions[0].variants.items():
-        size, step = variant.network.image_size, size_step(variant.network)
+        size, step = variant.network.image_size, _size_step(variant.network)
         sizes = [max(round(size * factor / step), 1) * step for factor in SWEEPS["image_size"]]
         swept.append(("image_size", f"Input resolution of {name} in pixels", sizes, name))
     sections = []
@@ -175,3 +179,12 @@ def sensitivity(measurements: Measurements, fusions: list[Fusion], kinds: list[s
         DEFINED,
     ]
     return Table("sensitivity", FIGURES, sections, remarks)
+
+
+def _size_step(network: BackboneSpec) -> int:
+    """Input sizes must be multiples of this: a ViT's patch, else the 8 pixels between places of a stride-8 map."""
+    if network.weights == "demo":
+        return SIZE_STEP
+    from models.networks import libraries
+
+    return libraries.patch_side(network.name) or 8

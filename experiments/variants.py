@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets.region import RegionOfInterest
 from models.branches import BRANCHES
-from models.branches.branch import Branch, bit_depth_in, region_in, tiles_in
+from models.branches.branch import Branch, bit_depth_in, region_in, tiles_in, understood
 from models.networks.backbones import Backbone, BackboneSpec, empty_backbone
 from training.settings import SplitSettings
 from utils.checkpoint import read_metadata
@@ -38,9 +38,7 @@ class Variant:
     def of_checkpoint(cls, name: str, path: Path, calibrated: bool = False) -> Variant:
         """The branch of that name as in the checkpoint; raises InputError if it cannot be read."""
         metadata = read_metadata(path)
-        if metadata.get("branch") != name:
-            raise InputError(f"{path} is a checkpoint of branch '{metadata.get('branch')}', not of '{name}'")
-        try:
+        with understood(path, metadata, name):
             if tiles_in(metadata) > 1:
                 raise InputError("it was trained with --tiles, and the tables are of whole frames; train without")
             known = {"train_ratio": PUBLISHED_SHARE.get(name, 1.0), "holdout_ratio": 0.0, "seed": 22}
@@ -49,12 +47,6 @@ class Variant:
             learned = BRANCHES[name], network, metadata["settings"], split, region_in(metadata), bit_depth_in(metadata)
             variant = cls(*learned, path, sha256_of_file(path), calibrated)
             variant.built()
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise InputError(
-                f"{path}: its metadata is not what branch '{name}' writes ({error!r}); train the branch again"
-            ) from None
         return variant
 
     @property

@@ -34,9 +34,8 @@ class ImageMetrics(Metric):
         everything, positives = np.sort(self._scores), np.sort(self._scores[self._labels])
         chosen = [scores[spread(scores.size, CURVE_POINTS // 2)] for scores in (everything, positives)]
         thresholds = np.unique(np.concatenate(chosen))[::-1]
-        tp, at_or_above = (s.size - np.searchsorted(s, thresholds, side="left") for s in (positives, everything))
-        own = np.isin(thresholds, positives)
-        found = curves(tp, at_or_above - tp, positives.size, everything.size - positives.size, own)
+        tp = positives.size - np.searchsorted(positives, thresholds, side="left")
+        found = curves(thresholds, tp, np.isin(thresholds, positives), positives.size, everything)
         return {f"image_{name}": points for name, points in found.items()}
 
     def f1_threshold(self) -> float | None:

@@ -37,11 +37,10 @@ class PixelMetrics(Metric):
     def update(
         self, maps: np.ndarray, masks: np.ndarray, anomalous: np.ndarray, scores: Any = None, inside: Any = None
     ) -> None:
-        """Add finite anomaly maps [B, H, W] (float32), defect masks [B, H, W] (bool) and image labels [B] (bool).
+        """Maps are finite arrays or CPU tensors [B, H, W], rounded to float32; image scores play no part.
 
-        Arrays or CPU tensors; other number types are rounded to float32; image scores play no part. An anomalous image
-        with an empty mask has no region; all its pixels are background. A normal image's mask is empty. Raises
-        ValueError on shapes that do not fit.
+        An anomalous image with an empty mask has no region; all its pixels are background. A normal image's mask is
+        empty. Raises ValueError on shapes that do not fit.
         """
         maps, masks = np.asarray(maps, np.float32), np.asarray(masks, bool)
         anomalous = np.asarray(anomalous, bool)
@@ -70,16 +69,14 @@ class PixelMetrics(Metric):
 
     def curves(self, points: int = CURVE_POINTS) -> dict[str, Curve]:
         """About `points` exact points of the ROC, precision-recall and PRO curves, evenly over the ranks of pixels."""
-        n_region, n_background = len(self._regions), len(self._scores) - len(self._regions)
-        if not (n_region and n_background):
+        if not 0 < len(self._regions) < len(self._scores):
             return {}
         everything, keys = self._sorted()
         chosen = everything[spread(everything.size, points // 2)], _unpack(keys[spread(keys.size, points // 2)])[0]
         thresholds = np.unique(np.concatenate(chosen))[::-1]
         tp = np.searchsorted(keys, _pack(thresholds, 0) + (1 << 32))
-        fp = everything.size - np.searchsorted(everything, thresholds, side="left") - tp
         gains = [np.sum(1.0 / _unpack(keys[start:stop])[1]) for start, stop in pairwise([0, *tp])]
-        found = curves(tp, fp, n_region, n_background, np.isin(thresholds, chosen[1]))
+        found = curves(thresholds, tp, np.isin(thresholds, chosen[1]), keys.size, everything)
         overlap = np.minimum(np.append(0.0, np.cumsum(gains)) / self._published.n_regions, 1.0)
         return {**{f"pixel_{name}": curve for name, curve in found.items()}, "pixel_pro": (found["roc"][0], overlap)}
 
@@ -148,13 +145,9 @@ def _append(store: array, values: np.ndarray) -> None:
 
 def _area_below(x: np.ndarray, y: np.ndarray, limit: float) -> float:
     """Area under the polyline of points x [K] (rising) and y [K] for x up to `limit`, where y is interpolated."""
-    inside = int(np.searchsorted(x, limit, side="right"))
-    if inside == 0:
-        return 0.0
-    if inside < x.size:
-        x, y = x[: inside + 1].copy(), y[: inside + 1].copy()
-        y[-1] = y[-2] + (y[-1] - y[-2]) * (limit - x[-2]) / (x[-1] - x[-2])
-        x[-1] = limit
+    end = min(limit, x[-1])
+    inside = int(np.searchsorted(x, end, side="right"))
+    x, y = np.append(x[:inside], end), np.append(y[:inside], np.interp(end, x, y))
     return float(np.sum(np.diff(x) * (y[1:] + y[:-1])) / 2)
 
 

@@ -58,12 +58,15 @@ def spread(size: int, most: int) -> np.ndarray:
     return np.linspace(0, size - 1, min(most, size)).astype(int)
 
 
-def curves(tp: np.ndarray, fp: np.ndarray, n_positive: int, n_negative: int, own: np.ndarray) -> dict[str, Curve]:
-    """The ROC and precision-recall curves from counts [K] at falling thresholds, down to the lowest score.
+def curves(
+    thresholds: np.ndarray, tp: np.ndarray, own: np.ndarray, n_positive: int, everything: np.ndarray
+) -> dict[str, Curve]:
+    """The ROC and precision-recall curves from falling thresholds [K], down to the lowest of all scores [N], rising.
 
-    Precision is best, for its recall, where a threshold is a positive's `own` [K] score.
+    `tp` [K] positives are found by each; precision is best, for its recall, where it is a positive's `own` [K] score.
     """
+    fp = everything.size - np.searchsorted(everything, thresholds, side="left") - tp
     recall = tp / n_positive
-    roc = np.append(0.0, fp / n_negative), np.append(0.0, recall)
+    roc = np.append(0.0, fp / (everything.size - n_positive)), np.append(0.0, recall)
     precision = (tp / (tp + fp))[own]
     return {"roc": roc, "pr": (np.append(0.0, recall[own]), np.append(precision[:1], precision))}

@@ -52,7 +52,7 @@ class Alarm:
 
 def draw(image: np.ndarray, prediction: Prediction, alarm: bool | None, pixel_threshold: float | None) -> np.ndarray:
     """The frame (RGB [H, W, 3]) with contours, boxes and score."""
-    canvas = np.ascontiguousarray(image).copy()
+    canvas = image.copy()
     if canvas.shape[:2] != prediction.map.shape:  # decoded at a reduced scale
         canvas = cv2.resize(canvas, prediction.map.shape[::-1])
     line = max(1, round(min(canvas.shape[:2]) / 320))

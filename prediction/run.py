@@ -5,7 +5,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,7 @@ def predict(
     limits = settings.freeze, settings.give_up
     if settings.watch and (len(settings.sources) > 1 or not os.path.isdir(settings.sources[0])):
         raise InputError("--watch takes one SOURCE, a folder that exists")
-    incoming = [Incoming(Path(settings.sources[0]))] if settings.watch else None
-    sources = incoming or find_sources(settings.sources, *limits)
+    sources = [Incoming(Path(settings.sources[0]))] if settings.watch else find_sources(settings.sources, *limits)
     check_output(settings, sources)
     if isinstance(sources[0], ENDLESS):
         if batch_size:
@@ -147,9 +146,8 @@ def point_in_force(model: Model) -> dict[str, Any] | None:
     return None if model.threshold is model.pixel_threshold is None else given
 
 
-def batches(frames: Iterable[Frame | None], size: int) -> Iterator[list[Frame]]:
+def batches(frames: Iterator[Frame | None], size: int) -> Iterator[list[Frame]]:
     """Lists of `size` frames, the last one shorter; where a source gives None for want of frames, shorter ones."""
-    frames = iter(frames)
     while batch := list(itertools.islice(frames, size)):
         yield [frame for frame in batch if frame is not None]
 

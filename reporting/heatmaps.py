@@ -1,6 +1,7 @@
 """Heat maps: a strip of input, ground truth, map and overlay for each test image, all on one scale of colours."""
 
 import tempfile
+import weakref
 from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +27,8 @@ class Thumbnails:
 
     def __init__(self, folder: Path, expected: int) -> None:
         self.expected = expected
-        self._file = tempfile.TemporaryFile(dir=nearest_existing(folder))  # noqa: SIM115 (gone when this object is)
+        self._file = tempfile.TemporaryFile(dir=nearest_existing(folder))  # noqa: SIM115
+        weakref.finalize(self, self._file.close)  # gone when this object is
         self._count = 0
         self._pixels = array("f")
 

@@ -30,9 +30,10 @@ def colorize(anomaly_map: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
 
 
 def text_line(text: str, width: int, color: tuple[int, int, int] = LIGHT) -> np.ndarray:
-    """Text on a dark line [HEADER, width, 3]; what is not ASCII becomes escapes, since OpenCV's fonts differ."""
+    """Text on a dark line [HEADER, width, 3]; OpenCV before 5 has ASCII alone, and the rest becomes escapes."""
     line = np.full((HEADER, width, 3), DARK, np.uint8)
-    text = text.encode("ascii", "backslashreplace").decode()
+    encoding = "utf-8" if hasattr(cv2, "FontFace") else "ascii"
+    text = text.encode(encoding, "backslashreplace").decode()
     return cv2.putText(line, text, (6, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, color, 1, cv2.LINE_AA)
 
 
@@ -96,4 +97,4 @@ def outline(region: np.ndarray, size: tuple[int, int]) -> list[list[list[float]]
 def draw_outline(picture: np.ndarray, loops: list[list[list[float]]], color: tuple[int, int, int]) -> np.ndarray:
     """A copy of the picture with the loops of an outline of its size."""
     lines = [np.round(loop).astype(np.int32) for loop in loops]
-    return cv2.polylines(np.ascontiguousarray(picture).copy(), lines, True, color, 2, cv2.LINE_AA)
+    return cv2.polylines(picture.copy(), lines, True, color, 2, cv2.LINE_AA)

@@ -19,9 +19,8 @@ from torch import nn
 from models.networks import libraries
 from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone
 from models.networks.folding import fold_batch_norms
-from models.networks.inputs import own_normalization
 from models.networks.spec import resolve_precision
-from models.networks.weights import imagenet_file, random_state_dict
+from models.networks.weights import imagenet_file, own_normalization, random_state_dict
 from utils.errors import InputError
 from utils.packages import installed_version
 

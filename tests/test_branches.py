@@ -159,6 +159,20 @@ def test_fusion_agrees_with_a_plain_loop_in_double_precision(usad, test_images):
     assert scores.dtype == torch.float64 and maps.dtype == torch.float32
 
 
+def test_fusions_that_cannot_be_are_refused(usad, tmp_path):
+    """A mistyped name would be ignored in silence, and of two parts of one name one would be lost."""
+    *two, pc = usad.branches
+    for branches, settings, words in (
+        ([], {}, "at least one branch"),
+        ([*two, pc, pc], {}, "'pc' is the name of 2 of fusion, ma_clu, ma2patch, pc, pc"),
+        (two, {"score_weights": {"pc": 1.0}}, "score_weights: branch 'pc' is not one of ma_clu, ma2patch$"),
+    ):
+        with pytest.raises(InputError, match=words):
+            USAD(branches, **settings)
+    with pytest.raises(InputError, match=r"weights: branch 'pcc' is not one of ma_clu, ma2patch, pc$"):
+        USAD.load(tmp_path, weights={"pcc": "wide.pth"})
+
+
 def test_batch_size_does_not_matter(usad, test_images):
     others = USAD(fitted_branches({branch.name: branch.backbone for branch in usad.branches}, batch_size=1))
     together = usad.predict_parts(test_images)

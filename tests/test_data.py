@@ -157,7 +157,12 @@ def test_further_pages_are_noted(tmp_path, capsys, pages):
     (found,) = Images([tmp_path / "stack.tif"]).frames(1)
     assert found.image.notes == (Note.PAGES if pages > 1 else Note(0)) and not found.pixels.any()
     assert ("stack.tif: of several pages only the first" in capsys.readouterr().err) == (pages > 1)
-    assert (Note.PAGES in read_mask([tmp_path / "stack.tif"])[1]) == (pages > 1)
+    mask = tmp_path / "mask.tif"
+    images[-1].save(mask, save_all=True, append_images=images[1:])
+    dataset = ImageDataset([Sample(tmp_path / "stack.tif", "test/rope/stack.tif", 1, (mask,))], 8, "bicubic")
+    assert len(list(ImageLoader(dataset, 1, 0, "test"))) == 1
+    said = capsys.readouterr().err
+    assert (f"1 files, for instance {mask}: of masks of several pages only the first counts" in said) == (pages > 1)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "progressive.jpg", "far.jpg"])

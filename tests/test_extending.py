@@ -44,9 +44,6 @@ class Brightness(Branch):
         maps = torch.nn.functional.interpolate(patches[:, None], size=(self.tile_size,) * 2)[:, 0]
         return maps, None, None
 
-    def settings(self):
-        return {"power": self.power, "label": self.label}
-
     def state(self):
         return {"mean": self.mean}
 
@@ -66,9 +63,6 @@ class Loudest(FusionRule):
     def fuse(self, parts):
         scores = torch.stack([part.scores.double() for part in parts.values()]).amax(0)
         return self.gain * scores, self.gain * torch.stack([part.maps for part in parts.values()]).amax(0)
-
-    def settings(self):
-        return {"gain": self.gain}
 
 
 class HighestNormal(Metric):

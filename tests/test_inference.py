@@ -18,7 +18,6 @@ from models.networks import backbones, kernels, libraries
 from models.networks.backbones import BackboneSpec, build_backbone
 from models.networks.folding import fold_batch_norms, fold_layer_scales, fuse_relus
 from models.networks.kernels import OneDNN, onednn_gains
-from models.networks.weights import random_state_dict
 from utils.gpu import CapturedPasses, Graph
 from utils.timing import Lap, Stopwatch
 
@@ -117,7 +116,7 @@ def test_the_probe_takes_onednn_unless_it_is_clearly_slower(monkeypatch, slowdow
     seconds = [time * busy.choice([1.0, 1.0, 3.0]) for _ in range(kernels.TURNS) for time in (slowdown, 1.0)]
     assert {slowdown, 1.0} <= set(seconds) and max(seconds) > 2
     turns = iter(seconds)
-    monkeypatch.setattr(kernels, "_seconds", lambda work: next(turns))
+    monkeypatch.setattr(kernels, "timeit", lambda work, number: next(turns))
     assert kernels.onednn_pays.__wrapped__(torch.float32) == gains
 
 
@@ -187,7 +186,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("name", ["resnet18", "test_resnet"])
 def test_relus_are_fused_with_the_convolutions_before_them(name):
     net = libraries.cnn(name, (8, 16), 64)
-    libraries.load_weights(net, name, random_state_dict(lambda: libraries.full_network(name), 22), "random")
+    libraries.load_weights(net, BackboneSpec("maps", name, 64, weights="random"))
     fold_batch_norms(net)
     images = noise(64)
     before = net(images)

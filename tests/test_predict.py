@@ -158,12 +158,30 @@ def test_call_in_batches_and_without_thresholds():
     assert result.anomalous is None and result.boxes is None and result.area is None
 
 
+@pytest.mark.parametrize(("mode", "suffix"), [("RGB", "jpg"), ("RGB", "tif"), ("P", "png"), ("LA", "png")])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_pil_image_is_read_like_its_file(tmp_path, mode, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(frame(np.random.default_rng(4))).convert(mode).save(path, exif=exif)
+    with Image.open(path) as given:
+        size = given.size
+        by_path, by_image, copied = usad_with_thresholds()([path, given, given.convert("RGB")])
+        assert given.size == size  # it is the caller's
+    for found in (by_image, copied):
+        assert np.array_equal(by_path.map, found.map) and by_path.boxes == found.boxes
+    assert by_path.map.shape == ((300, 120) if orientation == 6 else (120, 300))
+
+
 def test_other_images_are_refused():
     arrays = np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8)
     empty = np.zeros((0, 4, 3), np.uint8), Image.new("RGB", (0, 4))
     for image in (*arrays, *empty, *(Image.new(mode, (4, 4)) for mode in ("I", "I;16", "F")), 7):
         with pytest.raises(InputError):
             usad_with_thresholds()([image])
+    with pytest.raises(InputError, match="PIL image of mode La cannot be made RGB"):
+        usad_with_thresholds()(Image.new("La", (4, 4)))
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         usad_with_thresholds()(["gone.png"])
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from tiny import read_json, read_rows, run_apart, succeed
 from metrics import protocols
 from reporting import charts
 from reporting.gallery import Entry, Gallery, Pictures
-from reporting.pictures import HEADER, encode, outline
+from reporting.heatmaps import Thumbnails
+from reporting.pictures import HEADER, encode, outline, text_line
 from reporting.report import Threshold, write_report
 from reporting.sheet import HEIGHT, MOST, TRUTH, chosen, heading, write_sheet
 
@@ -389,6 +391,22 @@ def test_sheet_shows_the_worst_first(tmp_path):
     assert sheet.shape[0] == 3 * HEADER + rows * (2 * HEADER + HEIGHT + 2)
     frame = sheet[5 * HEADER : 5 * HEADER + HEIGHT, 2:200].astype(int)  # of the worst miss, with its outline
     assert (np.abs(frame - TRUTH).max(-1) < 40).any()
+
+
+def test_names_on_the_sheet_are_in_their_own_script():
+    """With the fonts of OpenCV 5; older ones have none for them."""
+    name, escaped = (text_line(text, 200) for text in ("煤流 é", "\\u7164\\u6d41 \\xe9"))
+    assert np.array_equal(name, escaped) != hasattr(cv2, "FontFace")
+    assert np.array_equal(text_line("\udcff", 200), text_line("\\udcff", 200))  # a byte that is not UTF-8
+
+
+def test_thumbnails_close_their_file(tmp_path):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        thumbnails = Thumbnails(tmp_path, 1)
+        thumbnails.add(np.zeros((4, 4)))
+        del thumbnails
+    assert not said
 
 
 @pytest.mark.parametrize("labels", [[0, 0], [1, 1]])

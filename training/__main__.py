@@ -11,15 +11,14 @@ from models.branches import BRANCHES
 from training.options import parse_training, training_parser
 from training.training import train
 from utils.command_line import run
-from utils.errors import InputError
+from utils.errors import require_known
 
 NETWORKS = {"tokens": ("vit_small_patch14_dinov2.lvd142m", 350), "maps": ("wide_resnet50_2", 238)}  # defaults
 
 
 def main() -> None:
     name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if name not in BRANCHES:
-        raise InputError(f"python -m training BRANCH …: '{name}' is not one of {', '.join(BRANCHES)}")
+    require_known("python -m training BRANCH …:", [name], BRANCHES)
     branch = BRANCHES[name]
     parser = training_parser(inspect.getdoc(branch) or __doc__, *NETWORKS[branch.backbone_kind], train_ratio=1.0)
     group = parser.add_argument_group("branch")

@@ -22,7 +22,7 @@ from models.branches.tiling import Tiling
 from models.fusion.checkpoints import checkpoint_path
 from models.fusion.usad import USAD
 from models.networks.backbones import BackboneSpec, build_backbone, empty_backbone
-from models.networks.inputs import own_normalization
+from models.networks.weights import own_normalization
 from training.categories import opened_categories
 from training.options import Default, data_settings, record, run_settings
 from training.settings import RunSettings, SplitSettings

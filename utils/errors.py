@@ -1,6 +1,6 @@
 """The exceptions that mean "the user can fix this"."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class InputError(Exception):
@@ -13,3 +13,10 @@ class InputError(Exception):
 
 class UnreadableError(InputError):
     """A data file exists but cannot be read as what it should be."""
+
+
+def require_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise InputError that names the first of the `names` that is not one of the `known`."""
+    for name in names:
+        if name not in known:
+            raise InputError(f"{what} '{name}' is not one of {', '.join(known)}")

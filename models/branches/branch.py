@@ -106,6 +106,13 @@ class Branch(abc.ABC):
         finally:
             self.roi = frame
 
+    def extracted(self, loader: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """Images, their numbers and their features, batch by batch; raises InputError if the network is not finite."""
+        for batch in loader:
+            images = batch["image"].to(self.device, non_blocking=True)
+            yield images, batch["index"], self.extract(images)
+        self.backbone.check_finite()
+
     def batches(self, loader: Any) -> Any:
         """The batches of frames in `loader` as `fit` and `update` take them."""
         return loader if self.tiles == 1 else TiledBatches(loader, self)
@@ -153,8 +160,9 @@ class Branch(abc.ABC):
         return {self.name: self.stopwatch}
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments beside the backbone, as plain JSON values."""
-        return {}
+        """The constructor's arguments, plain JSON values kept under their names; the backbone has the image size."""
+        names = list(inspect.signature(type(self)).parameters)[1:]
+        return {name: getattr(self, name) for name in names if name != "image_size"}
 
     def state(self) -> dict[str, Tensor]:
         """What `fit` learned, as named tensors."""
@@ -197,9 +205,7 @@ class Branch(abc.ABC):
         or other weights.
         """
         tensors, metadata = load_checkpoint(path)
-        if metadata.get("branch") != cls.name:
-            raise InputError(f"{path} is a checkpoint of branch '{metadata.get('branch')}', not of '{cls.name}'")
-        try:
+        with understood(path, metadata, cls.name):
             spec = BackboneSpec.from_dict(metadata["backbone"])
             settings, training, calibration = (metadata[key] for key in ("settings", "training", "calibration"))
             parameters = inspect.signature(cls).parameters
@@ -213,12 +219,6 @@ class Branch(abc.ABC):
             if calibration is not None:
                 _check_statistics(calibration)
             branch = cls(build_backbone(spec, device, weights, precision, flag or weights_flag(cls.name)), **settings)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise InputError(
-                f"{path}: its metadata is not what branch '{cls.name}' writes ({error!r}); train the branch again"
-            ) from error
         try:
             branch.load_state(tensors)
             branch.frames = TrainingFrames.from_state(tensors)
@@ -240,6 +240,21 @@ def _columns_of_cells(roi: RegionOfInterest, grid: tuple[int, int], device: torc
     """For each cell of the grid [h * w] its position among those in the region of interest, else their number."""
     inside = roi.on_grid(*grid).ravel()
     return torch.from_numpy(np.where(inside, inside.cumsum() - 1, inside.sum())).to(device)
+
+
+@contextlib.contextmanager
+def understood(path: str | os.PathLike, metadata: dict[str, Any], name: str) -> Iterator[None]:
+    """Whatever the block finds wrong with a checkpoint's metadata is an InputError, as is another branch's name."""
+    if metadata.get("branch") != name:
+        raise InputError(f"{path} is a checkpoint of branch '{metadata.get('branch')}', not of '{name}'")
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputError(
+            f"{path}: its metadata is not what branch '{name}' writes ({error!r}); train the branch again"
+        ) from error
 
 
 def region_in(metadata: dict[str, Any]) -> RegionOfInterest | None:

@@ -13,6 +13,7 @@ from models.branches.branch import Branch
 from models.branches.monochrome import as_coded
 from models.branches.part import pixels_inside
 from models.branches.postprocess import mean_of_top, resize_maps
+from utils.distributed import gathered
 from utils.errors import InputError
 from utils.gather import all_rows
 
@@ -69,13 +70,12 @@ def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterab
 
 def predictions(branch: Branch, loader: Iterable[dict[str, Any]]) -> Predicted:
     """The branch's predictions; an image without colour counts twice, once as a codec gives it (monochrome.py)."""
-    counts = [torch.zeros(1, dtype=torch.int64)]
-    side = branch.image_size // STEP
+    count, side = 0, branch.image_size // STEP
     scores, maps = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, side, side)]
     pairs = [torch.zeros(0, 2, side, side)]
     for batch in loader:
         images = batch["image"].to(branch.device, non_blocking=True)
-        counts.append(torch.tensor([len(images)]))
+        count += len(images)
         seen = [images]
         if branch.backbone is not None:
             _, coded = as_coded(branch.backbone.pixels(images), batch["index"], branch.backbone)
@@ -90,7 +90,7 @@ def predictions(branch: Branch, loader: Iterable[dict[str, Any]]) -> Predicted:
             moved = coarse(branch.predict(rolled(images[first])).maps).cpu()
             pairs.append(torch.stack([moved, rolled(own[0][first], 1)], 1))
     scores, maps, pairs = (all_rows(torch.cat(rows)).double() for rows in (scores, maps, pairs))
-    return Predicted(int(all_rows(torch.cat(counts)).sum()), scores, maps, pairs)
+    return Predicted(sum(gathered(count)), scores, maps, pairs)
 
 
 def interior_moments(maps: Tensor, inside: Tensor) -> tuple[float, float]:

@@ -13,27 +13,28 @@ from tqdm import tqdm
 from models.branches.neighbors import exact_cdist, exact_matmul
 from models.networks.kernels import linear
 
+EPS = 0.9  # Johnson-Lindenstrauss distortion that sets the projection's width
 HEAD = 256  # farthest points, among which the plain greedy runs until a point outside may be farther
 PART = 64, 2048  # fewest and most points that are updated in one product
 SCORES = 1 << 24  # most float64 numbers in such a product
 CHOSEN = -1.0  # the distance of a chosen point, below all others
 
 
-def sparse_projection(features: Tensor, eps: float = 0.9, seed: int = 22) -> Tensor:
-    """Project `features` [n, D] as scikit-learn's `SparseRandomProjection(eps=eps, random_state=seed)` does.
+def sparse_projection(features: Tensor, seed: int = 22) -> Tensor:
+    """Project `features` [n, D] as scikit-learn's `SparseRandomProjection(eps=0.9, random_state=seed)` does.
 
     Returns [n, d] float32 on the same device, where d is the Johnson-Lindenstrauss width for n points (284 for
     100,000). If d exceeds D (or is 0, for a single point), `features` are returned as they are.
     """
     count, width = features.shape
-    johnson_lindenstrauss = int(4 * np.log(count) / (eps**2 / 2 - eps**3 / 3))
+    johnson_lindenstrauss = int(4 * np.log(count) / (EPS**2 / 2 - EPS**3 / 3))
     if not 0 < johnson_lindenstrauss <= width:
         return features.float()
-    from scipy.sparse import csr_matrix  # not at the top: the import takes most of a second
+    from scipy.sparse import csr_matrix  # only where it is needed: the import takes most of a second
     from sklearn.random_projection import SparseRandomProjection
 
     shape_only = csr_matrix((count, width), dtype=np.float32)  # the matrix depends on the data's shape alone
-    components = SparseRandomProjection(eps=eps, random_state=seed).fit(shape_only).components_
+    components = SparseRandomProjection(eps=EPS, random_state=seed).fit(shape_only).components_
     matrix = torch.from_numpy(components.toarray().astype(np.float32)).to(features.device)
     with exact_matmul(features.device):
         return linear(features.float(), matrix)

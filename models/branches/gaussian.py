@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.branches import COVARIANCES
 from utils.checkpoint import take
-from utils.errors import InputError
+from utils.errors import InputError, require_known
 
 MOMENTS = ("mean", "scatter", "third", "fourth")
 RIDGE = 1e-6  # added to the covariance's diagonal before it is inverted
@@ -23,8 +23,7 @@ class RunningMoments:
     """
 
     def __init__(self, estimator: str = "empirical") -> None:
-        if estimator not in COVARIANCES:
-            raise InputError(f"--covariance {estimator} is not one of {', '.join(COVARIANCES)}")
+        require_known("--covariance", [estimator], COVARIANCES)
         self.estimator = estimator  # of the covariance
         self.count = 0
         self.mean: Tensor | None = None  # [D]

@@ -10,11 +10,9 @@ from models.branches.branch import Branch
 from models.branches.gaussian import Gaussian, RunningMoments
 from models.branches.monochrome import CodecNoise
 from models.branches.neighbors import exact_matmul
-from models.branches.postprocess import gaussian_blur, resize_maps
+from models.branches.postprocess import BLUR_SIGMA, gaussian_blur, resize_maps
 from models.networks.kernels import linear
 from utils.gather import collect
-
-BLUR_SIGMA = 4.0  # pixels of the input
 
 
 class MA2Patch(Branch):
@@ -29,24 +27,19 @@ class MA2Patch(Branch):
         self.covariance = covariance
         self.gaussian: Gaussian | None = None
 
-    def fit(self, loader: Iterable[dict[str, Any]]) -> None:
-        self._learn(loader)
-
-    def update(self, loader: Iterable[dict[str, Any]]) -> None:
-        self._learn(loader, self.gaussian)
-
-    def _learn(self, loader: Iterable[dict[str, Any]], before: Gaussian | None = None) -> None:
+    def fit(self, loader: Iterable[dict[str, Any]], before: Gaussian | None = None) -> None:
         """Fit on the images, and on those of the Gaussian `before`."""
         fit = RunningMoments(self.covariance)
         noise = CodecNoise(lambda images: self.extract(images).mean(1), self.backbone)
-        for batch in loader:
-            images = batch["image"].to(self.device, non_blocking=True)
-            vectors = self.extract(images).mean(1)
+        for images, index, tokens in self.extracted(loader):
+            vectors = tokens.mean(1)
             fit.update(vectors)
-            noise.update(images, batch["index"], vectors)
-        self.backbone.check_finite()
+            noise.update(images, index, vectors)
         if collect(fit, noise):
             self.gaussian = fit.finish(noise.covariance(), before)
+
+    def update(self, loader: Iterable[dict[str, Any]]) -> None:
+        self.fit(loader, self.gaussian)
 
     def extract(self, images: Tensor) -> Tensor:
         """Patch tokens [B, N, D]."""
@@ -76,9 +69,6 @@ class MA2Patch(Branch):
         change = (lengths / others - 2 * along) / others
         distance = (center.square().sum(-1) + 1e-12).sqrt()
         return change.abs() / (distance + (distance.square() + change).clamp(min=1e-12).sqrt())
-
-    def settings(self) -> dict[str, Any]:
-        return {"covariance": self.covariance}
 
     def state(self) -> dict[str, Tensor]:
         return self.gaussian.state()

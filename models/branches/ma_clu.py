@@ -10,13 +10,12 @@ from models.branches.branch import Branch
 from models.branches.gaussian import Gaussian, RunningMoments
 from models.branches.monochrome import CodecNoise
 from models.branches.patch_store import PatchStore
-from models.branches.postprocess import gaussian_blur, map_range, resize_maps
+from models.branches.postprocess import BLUR_SIGMA, gaussian_blur, map_range, resize_maps
 from utils.checkpoint import take
 from utils.distributed import is_main_process
 from utils.errors import InputError
 from utils.gather import collect
 
-BLUR_SIGMA = 4.0  # pixels of the input
 KMEANS_SEED = 42
 SAME = 1e-5  # smaller differences between patches are rounding
 
@@ -43,28 +42,22 @@ class MACLU(Branch):
         self.centers: Tensor | None = None  # [2, D]: foreground, background
         self.sizes: Tensor | None = None  # [2], patches that each cluster has had
 
-    def fit(self, loader: Iterable[dict[str, Any]]) -> None:
-        self._learn(loader)
-
-    def update(self, loader: Iterable[dict[str, Any]]) -> None:
-        self._learn(loader, (self.centers, self.sizes) if is_main_process() else (), self.gaussian)
-
-    def _learn(self, loader: Iterable, clusters: Sequence[Tensor] = (), gaussian: Gaussian | None = None) -> None:
+    def fit(self, loader: Iterable, clusters: Sequence[Tensor] = (), gaussian: Gaussian | None = None) -> None:
         """Fit on the images, and on those that gave the `clusters` (centres and sizes) and the `gaussian`."""
         fit = RunningMoments(self.covariance)
-        patches = PatchStore(len(loader.dataset), self.patch_budget, 0, *clusters)
+        patches = PatchStore(len(loader.dataset), self.patch_budget, *clusters)
         noise = CodecNoise(lambda images: self.extract(images)[0], self.backbone)
-        for batch in loader:
-            images = batch["image"].to(self.device, non_blocking=True)
-            cls, tokens = self.extract(images)
+        for images, index, (cls, tokens) in self.extracted(loader):
             fit.update(cls)
-            noise.update(images, batch["index"], cls)
-            patches.add(tokens, batch["index"])
-        self.backbone.check_finite()
+            noise.update(images, index, cls)
+            patches.add(tokens, index)
         if collect(fit, noise, patches):
             self.gaussian = fit.finish(noise.covariance(), gaussian)
             centers, self.sizes = _foreground_and_background(patches.rows(), patches.weights(), *clusters[:1])
             self.centers = centers.to(self.device)
+
+    def update(self, loader: Iterable[dict[str, Any]]) -> None:
+        self.fit(loader, (self.centers, self.sizes) if is_main_process() else (), self.gaussian)
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """CLS token [B, E] and patch tokens [B, N, D]."""
@@ -91,9 +84,6 @@ class MACLU(Branch):
         count = background.sum(1, keepdim=True)
         mean = (confidence * background).sum(1, keepdim=True) / count.clamp(min=1)
         return torch.where((confidence > self.threshold) & (count > 0), mean, confidence)
-
-    def settings(self) -> dict[str, Any]:
-        return {"threshold": self.threshold, "covariance": self.covariance, "patch_budget": self.patch_budget}
 
     def state(self) -> dict[str, Tensor]:
         sizes = {} if self.sizes is None else {"sizes": self.sizes}

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,10 @@ class Part(NamedTuple):
     maps: Tensor  # [B, S, S], unscaled
     low: Tensor | None = None  # [B, 1, 1], the lowest value of each map
     span: Tensor | None = None  # [B, 1, 1], and the range, by which the paper scales it
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (float64) and maps (float32) on the host."""
+        return self.scores.double().cpu().numpy(), self.maps.float().cpu().numpy()
 
     def scaled(self) -> Tensor:
         """The maps [B, S, S] on a scale of 0 to 1; all zeros where the range is under 1e-8."""

@@ -10,18 +10,15 @@ class PatchStore:
     """Keeps the patches of `images` training images, at most `budget` GB (10^9 bytes) of float32.
 
     Within the budget all patches stay, in order. Beyond it each image keeps the same number of patches (or one more),
-    drawn with a seed of its own, so that the choice depends neither on the batches nor on the other processes. With
+    drawn with its number as the seed, so that neither the batches nor the other processes matter to the choice. With
     tiles, images may differ in how many patches of them are looked at; those with few keep all.
 
     Rows [m, D] of an earlier fit may come first; each stands for some `counts` [m] of patches.
     """
 
-    def __init__(
-        self, images: int, budget: float, seed: int = 0, rows: Tensor | None = None, counts: Tensor | None = None
-    ) -> None:
+    def __init__(self, images: int, budget: float, rows: Tensor | None = None, counts: Tensor | None = None) -> None:
         self.images = images
         self.budget = budget * 1e9
-        self.seed = seed
         self.earlier = rows
         self.counts = torch.zeros(0, dtype=torch.float64) if counts is None else counts.cpu()
         self.seen = 0  # patches
@@ -40,7 +37,7 @@ class PatchStore:
         rows = []
         for own, image in zip(patches, index.tolist(), strict=True):
             share = (image + 1) * affordable // self.images - image * affordable // self.images
-            generator = torch.Generator().manual_seed(self.seed + image)
+            generator = torch.Generator().manual_seed(image)
             rows.append(own[torch.randperm(count, generator=generator)[:share].sort().values.to(own.device)])
         self._append(torch.cat(rows), affordable)
 

@@ -12,15 +12,12 @@ from models.branches.coreset import greedy_k_center, sparse_projection
 from models.branches.monochrome import CodecNoise
 from models.branches.neighbors import NearestNeighbors
 from models.branches.patch_store import PatchStore
-from models.branches.postprocess import gaussian_blur, map_range, resize_maps
+from models.branches.postprocess import BLUR_SIGMA, gaussian_blur, map_range, resize_maps
 from models.branches.whitening import ROWS, Whitening
 from utils.checkpoint import take
 from utils.distributed import is_main_process
 from utils.errors import InputError
 from utils.gather import collect
-
-BLUR_SIGMA = 4.0  # pixels of the input
-PROJECTION_EPS = 0.9  # Johnson-Lindenstrauss distortion that sets the projection's width
 
 
 class PatchCore(Branch):
@@ -59,28 +56,22 @@ class PatchCore(Branch):
         self.memory_bank: NearestNeighbors | None = None
         self.counts: Tensor | None = None  # [m], patches whose mean each entry is
 
-    def fit(self, loader: Iterable[dict[str, Any]]) -> None:
-        self._learn(loader)
+    def fit(self, loader: Iterable, bank: Sequence[Tensor] = (), whitening: Whitening | None = None) -> None:
+        """Fit on the images, and on those of the `bank` (patches and what each stands for), which keeps its size."""
+        store = PatchStore(len(loader.dataset), self.patch_budget, *bank)
+        noise = CodecNoise(self.extract, self.backbone)
+        for images, index, patches in self.extracted(loader):
+            store.add(patches, index)
+            if self.whiten:
+                noise.update(images, index, patches)
+        if collect(store, noise):
+            self._select(store, noise.covariance(), whitening)
 
     def update(self, loader: Iterable[dict[str, Any]]) -> None:
         bank = self.memory_bank.rows
         patches = self.whitening.undone(bank) if self.whitening else bank
         counts = torch.ones(len(bank)) if self.counts is None else self.counts
-        self._learn(loader, (patches, counts) if is_main_process() else (), self.whitening)
-
-    def _learn(self, loader: Iterable, bank: Sequence[Tensor] = (), whitening: Whitening | None = None) -> None:
-        """Fit on the images, and on those of the `bank` (patches and what each stands for), which keeps its size."""
-        store = PatchStore(len(loader.dataset), self.patch_budget, 0, *bank)
-        noise = CodecNoise(self.extract, self.backbone)
-        for batch in loader:
-            images = batch["image"].to(self.device, non_blocking=True)
-            patches = self.extract(images)
-            store.add(patches, batch["index"])
-            if self.whiten:
-                noise.update(images, batch["index"], patches)
-        self.backbone.check_finite()
-        if collect(store, noise):
-            self._select(store, noise.covariance(), whitening)
+        self.fit(loader, (patches, counts) if is_main_process() else (), self.whitening)
 
     def _select(self, store: PatchStore, noise: Tensor | float, before: Whitening | None) -> None:
         """Make the bank a coreset of the training patches, whitened with `noise` [D, D]."""
@@ -94,7 +85,7 @@ class PatchCore(Branch):
             self.whitening = Whitening.fit(patches[old:], self.backbone.widths, noise, store.share, before)
             self.whitening.apply_(patches)
             self.whitening = self.whitening.to(self.device)
-        projected = sparse_projection(patches, PROJECTION_EPS, self.seed).to(self.device)
+        projected = sparse_projection(patches, self.seed).to(self.device)
         chosen = max(1, size - (len(patches) - old)) if old else 1  # each new patch can take the place of one entry
         bank = NearestNeighbors(patches[greedy_k_center(projected, size, chosen=chosen)].to(self.device))
         if self.average_bank:
@@ -137,16 +128,6 @@ class PatchCore(Branch):
         farther = (reach - largest[:, None]).clamp(min=0)  # rounding could make it less
         weight = 1 - 1 / torch.exp(farther / scale).sum(1)
         return weight * largest
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "coreset_ratio": self.coreset_ratio,
-            "neighbors": self.neighbors,
-            "patch_budget": self.patch_budget,
-            "seed": self.seed,
-            "whiten": self.whiten,
-            "average_bank": self.average_bank,
-        }
 
     def state(self) -> dict[str, Tensor]:
         counts = {} if self.counts is None else {"counts": self.counts}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from models.networks.kernels import linear
 
+BLUR_SIGMA = 4.0  # of the branches' maps, in pixels of the input
 TOP_SHARE = 0.01  # of a map's pixels
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from datasets.images import PLAIN, Decoding, Picture, read_picture
+from datasets.images import BROKEN, PLAIN, Decoding, Picture, read_picture, to_rgb
 from datasets.region import RegionOfInterest
 from models.fusion.operating_point import OperatingPoint
 from utils.errors import InputError
@@ -87,13 +87,20 @@ def decide(
 
 
 def as_picture(image: ImageLike, roi: RegionOfInterest | None = None, decoding: Decoding = PLAIN) -> Picture:
-    """A path, a picture, a PIL image, or an RGB array [H, W, 3] of uint8 as a picture that shows only `roi`."""
+    """A path, a picture, a PIL image, or an RGB array [H, W, 3] of uint8 as a picture that shows only `roi`.
+
+    A PIL image is turned by its EXIF orientation, like a file.
+    """
     if isinstance(image, str | os.PathLike):
         picture = read_picture(image, decoding)
     elif isinstance(image, Picture):
         picture = image
     elif isinstance(image, Image.Image) and image.mode[0] not in "IF" and all(image.size):  # 8 bits a channel
-        picture = Picture(image.convert("RGB"), image.size)
+        try:
+            rgb = to_rgb(ImageOps.exif_transpose(image))
+        except BROKEN as error:
+            raise InputError(f"a PIL image of mode {image.mode} cannot be made RGB ({error}); convert it") from None
+        picture = Picture(rgb, rgb.size)
     elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
         picture = Picture(Image.fromarray(image), image.shape[1::-1])
     else:

@@ -35,45 +35,43 @@ class Standardized(FusionRule):
 
     def __init__(self, branches: Sequence[Branch]) -> None:
         super().__init__(branches)
-        self.statistics = {branch.name: branch.calibration for branch in branches}
-        self.image_sizes = {branch.name: branch.image_size for branch in branches}
         self._fields: dict[tuple, tuple[Tensor, Tensor]] = {}
-        self.with_score = {branch.name for branch in branches if branch.own_evidence}
-        total = sum(branch.map_weight for branch in branches)
-        self.map_weights = {branch.name: branch.map_weight / total for branch in branches}
-        missing = [name for name, statistics in self.statistics.items() if statistics is None]
-        if missing:
-            raise InputError(
-                f"--fusion standardized needs held-out statistics, and branch '{missing[0]}' has none; "
-                "train the three branches with --holdout-ratio, for instance 0.2"
-            )
+        self.total_weight = sum(branch.map_weight for branch in branches)
+        for branch in branches:
+            if branch.calibration is None:
+                raise InputError(
+                    f"--fusion standardized needs held-out statistics, and branch '{branch.name}' has none; "
+                    "train the three branches with --holdout-ratio, for instance 0.2"
+                )
 
     def fuse(self, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor]:
         scores, tops, fused = [], 0.0, 0.0
         for name, part in parts.items():
-            weight = self.map_weights[name]
-            if name in self.with_score:
-                scores.append(self._doubted(self._standardize(part.scores.double(), name, "score"), name))
-            mean, deviation = self._map_statistics(name, part.maps)
+            branch = self.branches[name]
+            weight = branch.map_weight / self.total_weight
+            if branch.own_evidence:
+                deviations = _standardized(part.scores.double(), branch, "score")
+                scores.append(_doubted(deviations, branch.calibration["images"]))
+            mean, deviation = self._map_statistics(branch, part.maps)
             maps = (part.maps - mean) / deviation
-            tops = tops + weight * self._standardize(mean_of_top(coarse(maps)).double(), name, "top")
+            tops = tops + weight * _standardized(mean_of_top(coarse(maps)).double(), branch, "top")
             fused = fused + weight * maps
         surprises = -2 * torch.special.log_ndtr(-torch.stack([*scores, tops]))
         return surprises.square().sum(0).sqrt().sqrt(), fused
 
-    def _map_statistics(self, name: str, maps: Tensor) -> tuple[Tensor, Tensor]:
+    def _map_statistics(self, branch: Branch, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [S, S] of the branch's maps [B, S, S], on their device."""
-        key = name, maps.shape[-1], maps.device
+        key = branch.name, maps.shape[-1], maps.device
         if key not in self._fields:
-            fields = map_statistics(self.statistics[name], self.image_sizes[name], maps.shape[-1])
+            fields = map_statistics(branch.calibration, branch.image_size, maps.shape[-1])
             self._fields[key] = tuple(field.to(maps.device) for field in fields)
         return self._fields[key]
 
-    def _standardize(self, values: Tensor, name: str, statistic: str) -> Tensor:
-        statistics = self.statistics[name]
-        return (values - statistics[f"{statistic}_mean"]) / statistics[f"{statistic}_std"]
 
-    def _doubted(self, values: Tensor, name: str) -> Tensor:
-        """Standardised values, had the true mean and deviation been `DOUBT` standard errors above those found."""
-        images = self.statistics[name]["images"]
-        return (values - DOUBT / math.sqrt(images)) / (1 + DOUBT / math.sqrt(2 * images))
+def _standardized(values: Tensor, branch: Branch, statistic: str) -> Tensor:
+    return (values - branch.calibration[f"{statistic}_mean"]) / branch.calibration[f"{statistic}_std"]
+
+
+def _doubted(values: Tensor, images: int) -> Tensor:
+    """Standardised values, had the true mean and deviation been `DOUBT` standard errors above those found."""
+    return (values - DOUBT / math.sqrt(images)) / (1 + DOUBT / math.sqrt(2 * images))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from models.fusion import RULES
 from models.fusion.checkpoints import checkpoint_digests, checkpoint_paths, default_fusion
 from models.fusion.operating_point import FILE_NAME, OperatingPoint
 from models.fusion.prediction import Model
-from utils.errors import InputError
+from utils.errors import InputError, require_known
 from utils.gpu import CapturedPasses, side_by_side
 from utils.timing import Stopwatch
 
@@ -30,15 +31,20 @@ from utils.timing import Stopwatch
 class USAD(Model):
     """Fuses any branches; it knows only their names, scores and maps.
 
-    `fusion` names the rule, `settings` are its own. Raises InputError if the branches lack something that it needs.
+    `fusion` names the rule, `settings` are its own. Raises InputError if there is no branch, two have one name, or they
+    lack something that the rule needs.
     """
 
     name = "fusion"
 
     def __init__(self, branches: Sequence[Branch], fusion: str = "paper", **settings: Any) -> None:
-        if fusion not in RULES:
-            raise InputError(f"fusion '{fusion}' is not one of {', '.join(RULES)}")
+        require_known("fusion", [fusion], RULES)
+        if not branches:
+            raise InputError("a fusion needs at least one branch")
         self.branches = list(branches)
+        for name, count in Counter(self.parts()).items():
+            if count > 1:
+                raise InputError(f"'{name}' is the name of {count} of {', '.join(self.parts())}; each needs its own")
         self.image_size = max(branch.image_size for branch in branches)
         self.device = branches[0].device
         self.tiles = max(branch.tiles for branch in branches)  # along each side of a frame, at most
@@ -68,8 +74,10 @@ class USAD(Model):
         `weights` gives the present place of weights files by branch name. `options` are `fusion` and the rule's
         settings; without them those of the folder's usad.json hold, or else `default_fusion`. The stored thresholds are
         used if they were made for the same options. Raises InputError that names every missing checkpoint, or what is
-        wrong with one or with usad.json.
+        wrong with one, with usad.json or with an argument.
         """
+        weights = weights or {}
+        require_known("weights: branch", weights, BRANCHES)
         folder = Path(folder)
         paths = checkpoint_paths(folder)
         point = OperatingPoint.read(folder)
@@ -83,7 +91,6 @@ class USAD(Model):
             options = point.fusion
         if "fusion" not in options:
             options = options | {"fusion": default_fusion(folder)}
-        weights = weights or {}
         branches = [BRANCHES[name].load(path, weights.get(name), device, precision) for name, path in paths.items()]
         try:
             usad = cls(branches, **options)
@@ -102,9 +109,7 @@ class USAD(Model):
     def numbers(self, images: list[Image.Image]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         batch = torch.stack([to_tensor(image, self.image_size, "bicubic") for image in images])
         parts = self.predict_parts(batch.to(self.device))
-        return {
-            name: (part.scores.double().cpu().numpy(), part.maps.float().cpu().numpy()) for name, part in parts.items()
-        }
+        return {name: part.arrays() for name, part in parts.items()}
 
     def predict(self, images: Tensor) -> Part:
         """Images [B, 3, S, S] at `image_size` -> fused scores [B] and maps [B, S, S]."""

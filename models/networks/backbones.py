@@ -16,7 +16,7 @@ from models.networks.folding import fold_batch_norms, fold_layer_scales, fuse_ge
 from models.networks.kernels import GELULinear, OneDNN, onednn_gains
 from models.networks.spec import HALF, BackboneSpec, resolve_precision
 from models.networks.wavelets import COPIED, SIZE_STEP, STRIDE, WaveletPyramid, class_token, patch_tokens
-from models.networks.weights import fingerprint, imagenet_file, state_dict_of
+from models.networks.weights import fingerprint, imagenet_file
 from utils.errors import InputError
 from utils.gpu import CapturedPasses
 
@@ -139,8 +139,7 @@ class ViTTokens(TokenBackbone):
 
     def __init__(self, net: nn.Module, spec: BackboneSpec) -> None:
         super().__init__(net, spec)
-        patch_height, patch_width = net.patch_embed.patch_size
-        self.grid = spec.image_size // patch_height, spec.image_size // patch_width
+        self.grid = net.patch_embed.grid_size
         self.dim = net.embed_dim
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,8 +262,7 @@ def build_backbone(
     else:
         from models.networks import libraries
 
-        state = state_dict_of(spec, lambda: libraries.full_network(spec.name), flag)
-        mark = libraries.load_weights(backbone.net, spec.name, state, spec.source, spec.position_size)
+        mark = libraries.load_weights(backbone.net, spec, flag)
     if spec.fingerprint not in (None, mark):
         remedy = "train again" if spec.weights == "demo" else f"give the right file with {flag}, or train again"
         raise InputError(

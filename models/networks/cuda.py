@@ -1,6 +1,5 @@
 """NVIDIA GPUs: activations computed in the kernel of the layer before them."""
 
-from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.networks.folding import fuse_gelus, fuse_relus
+from models.networks.kernels import is_right
 
 TOLERANCE = 2e-2  # of the largest value: half precision, and GELU by its tanh formula
 
@@ -55,7 +55,7 @@ class GELULinear(nn.Module):
 def fused_gelu_works(dtype: torch.dtype, device: torch.device) -> bool:
     layer = nn.Linear(64, 128, device=device, dtype=dtype).requires_grad_(False)
     x = torch.randn(2, 16, 64, device=device, dtype=dtype)
-    return _is_right(partial(GELULinear(layer), x), F.gelu(layer(x)))
+    return is_right(partial(GELULinear(layer), x), F.gelu(layer(x)), TOLERANCE)
 
 
 @cache
@@ -65,12 +65,5 @@ def fused_convolutions_work(dtype: torch.dtype, device: torch.device) -> bool:
     x, added = (torch.randn(2, 64, 8, 8, device=device, dtype=dtype) for _ in range(2))
     x, added = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, added))
     plain, fused = conv(x), FusedConv2d(conv)
-    return _is_right(partial(fused, x), plain.relu()) and _is_right(partial(fused, x, added), (plain + added).relu())
-
-
-def _is_right(fused: Callable[[], Tensor], plain: Tensor) -> bool:
-    """Whether torch has the kernel, under its private name and in this precision, and it computes the right values."""
-    try:
-        return bool((fused() - plain).abs().max() <= TOLERANCE * plain.abs().max())
-    except (AttributeError, RuntimeError, TypeError):
-        return False
+    pairs = (partial(fused, x), plain.relu()), (partial(fused, x, added), (plain + added).relu())
+    return all(is_right(*pair, TOLERANCE) for pair in pairs)

@@ -8,9 +8,9 @@ import contextlib
 import functools
 import itertools
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -45,25 +45,28 @@ def onednn_pays(dtype: torch.dtype) -> bool:
     """Whether oneDNN's kernels are right, and a linear layer with GELU is not clearly slower by them.
 
     Two runs on one machine must decide alike, or their numbers differ in the last digit. So torch's own kernels have to
-    be faster by the factor MARGIN, in the best of several turns. torch has oneDNN's under private names: if they are
-    missing or take other arguments, the answer is no.
+    be faster by the factor MARGIN, in the best of several turns.
     """
     if dtype not in TOLERANCE or not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)  # so that the global random numbers are not touched
     x, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((9, 64), (32, 64), (32,)))
     image, kernel = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((1, 64, 6, 6), (32, 64, 3, 3)))
+    plain = F.linear(x, weight, bias)
+    pairs = [
+        (lambda: _linear(x, weight, bias), plain),
+        (lambda: _linear(x, torch.ops.mkldnn._reorder_linear_weight(weight), bias, "gelu"), F.gelu(plain)),
+        (lambda: _conv2d(image, kernel, bias, 1, 1, 1, 1), F.conv2d(image, kernel, bias, 1, 1)),
+    ]
+    return all(is_right(*pair, TOLERANCE[dtype]) for pair in pairs) and _slowdown(dtype) < MARGIN
+
+
+def is_right(kernel: Callable[[], Tensor], expected: Tensor, tolerance: float) -> bool:
+    """Whether torch has the kernel, by its private name and in this precision; `tolerance` is of the largest value."""
     try:
-        reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
-        pairs = [
-            (_linear(x, weight, bias), F.linear(x, weight, bias)),
-            (_linear(x, reordered, bias, "gelu"), F.gelu(F.linear(x, weight, bias))),
-            (_conv2d(image, kernel, bias, 1, 1, 1, 1), F.conv2d(image, kernel, bias, 1, 1)),
-        ]
+        return bool((kernel() - expected).abs().max() <= tolerance * expected.abs().max())
     except (AttributeError, RuntimeError, TypeError):
         return False
-    right = all((one - other).abs().max() <= TOLERANCE[dtype] * other.abs().max() for one, other in pairs)
-    return right and _slowdown(dtype) < MARGIN
 
 
 def _slowdown(dtype: torch.dtype) -> float:
@@ -71,18 +74,10 @@ def _slowdown(dtype: torch.dtype) -> float:
     rows, inputs, outputs = PROBE
     x, weight, bias = (torch.ones(*shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
     reordered = torch.ops.mkldnn._reorder_linear_weight(weight)
-    turns = [
-        (_seconds(lambda: _linear(x, reordered, bias, "gelu")), _seconds(lambda: F.gelu(F.linear(x, weight, bias))))
-        for _ in range(TURNS)
-    ]
+    works = (lambda: _linear(x, reordered, bias, "gelu")), (lambda: F.gelu(F.linear(x, weight, bias)))
+    turns = [[timeit(work, number=1) for work in works] for _ in range(TURNS)]
     ours, torchs = (min(side) for side in zip(*turns, strict=True))
     return ours / torchs
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

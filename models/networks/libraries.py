@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
-from models.networks.weights import StateDict, fingerprint, reason
+from models.networks.spec import BackboneSpec
+from models.networks.weights import StateDict, fingerprint, reason, state_dict_of
 from utils.errors import InputError
 from utils.packages import importing
 
@@ -41,19 +41,6 @@ def check_name(name: str) -> None:
         close = difflib.get_close_matches(name, known, n=4)
         hint = f"did you mean {', '.join(dict.fromkeys(close))}?" if close else "see timm.list_models()"
         raise InputError(f"--backbone {name}: timm and torchvision know no such network; {hint}")
-
-
-@functools.cache
-def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the colours, 0 to 1, for which timm or torchvision has this network's weights."""
-    if timm.is_model(name):
-        published = timm.get_pretrained_cfg(name)
-    elif name == "googlenet":  # torchvision's own converts ImageNet's normalisation to this one; ours does not
-        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    else:
-        weights = getattr(torchvision.models.get_model_weights(name), "IMAGENET1K_V1", None)
-        published = weights and weights.transforms()
-    return (tuple(published.mean), tuple(published.std)) if published else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 @functools.cache
@@ -214,12 +201,15 @@ def _strides_of_modules(net: nn.Module, image_size: int) -> dict[str, int]:
     return strides
 
 
-def load_weights(net: nn.Module, name: str, state: StateDict, source: str, position_size: int | None = None) -> str:
-    """Put `state`, as timm, torchvision or the authors publish it, into `net`; returns the fingerprint of what is used.
+def load_weights(net: nn.Module, spec: BackboneSpec, flag: str = "--weights") -> str:
+    """Put the weights of `spec`, as timm, torchvision or the authors publish them, into `net`, its network.
 
-    A ViT's position embeddings are resampled to `position_size` pixels, if given, then to the size of `net`. Raises
-    InputError that names what is missing or has another shape.
+    Returns the fingerprint of what is used. A ViT's position embeddings are resampled to the spec's position size, if
+    it has one, then to the size of `net`. Raises InputError that names what is missing or has another shape or, with
+    `flag`, weights that cannot be had.
     """
+    name, source = spec.name, spec.source
+    state = state_dict_of(spec, functools.partial(full_network, name), flag)
     target = net.net if isinstance(net, FeatureMaps) else net
     expected = target.state_dict()
     needed = [key for key in expected if not key.endswith(COUNTER)]
@@ -234,7 +224,7 @@ def load_weights(net: nn.Module, name: str, state: StateDict, source: str, posit
     mark = fingerprint(used)
     used = {key: value.float() if value.is_floating_point() else value for key, value in used.items()}
     if "pos_embed" in used:
-        used["pos_embed"] = _resample(used["pos_embed"], target, position_size)
+        used["pos_embed"] = _resample(used["pos_embed"], target, spec.position_size)
     wrong = [
         f"{key} {list(value.shape)}, expected {list(expected[key].shape)}"
         for key, value in used.items()

@@ -10,7 +10,7 @@ import torch
 
 from datasets.loading import IMAGENET_MEAN, IMAGENET_STD
 from models.networks import MAX_SIDE, PRECISIONS
-from utils.errors import InputError
+from utils.errors import require_known
 
 SOURCES = ("pretrained", "demo", "imagenet", "random")  # of weights that are not a file
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,8 +70,7 @@ def resolve_precision(recorded: str, asked: str, device: str) -> str:
 
     Raises InputError for another than PRECISIONS.
     """
-    if asked not in PRECISIONS:
-        raise InputError(f"precision '{asked}' is not one of {', '.join(PRECISIONS)}")
+    require_known("precision", [asked], PRECISIONS)
     if asked != "auto":
         return asked
     if torch.device(device).type != "cuda":

@@ -131,10 +131,8 @@ def _mean_and_spread(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 def _to_grid(maps: Tensor, grid: int) -> Tensor:
     side = maps.shape[-1]
-    if side % grid == 0:
-        return F.avg_pool2d(maps, side // grid)  # what adaptive pooling gives, faster
-    if side > grid:
-        return F.adaptive_avg_pool2d(maps, grid)
+    if side >= grid:
+        return F.avg_pool2d(maps, side // grid)  # without a remainder, see SIZE_STEP
     return F.interpolate(maps, size=(grid, grid), mode="bilinear", align_corners=False)
 
 

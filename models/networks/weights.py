@@ -1,6 +1,7 @@
-"""Where a network's weights come from (files, the hubs and their mirrors, a seed), and their fingerprint."""
+"""Where a network's weights come from (files, the hubs and their mirrors, a seed), and what is known of them."""
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -144,6 +145,28 @@ def imagenet_file(name: str) -> Path:
     return Path(found[0])
 
 
+def published(name: str) -> Any:
+    """timm's record of the weights of network `name`, or torchvision's; None if they publish none."""
+    import timm
+    import torchvision
+
+    if timm.is_model(name):
+        return timm.get_pretrained_cfg(name)
+    return getattr(torchvision.models.get_model_weights(name), "IMAGENET1K_V1", None)
+
+
+def own_normalization(spec: BackboneSpec) -> BackboneSpec:
+    """The spec with the normalisation that its network was trained with; without a record of it ImageNet's."""
+    if spec.weights in ("demo", "random"):
+        return spec
+    if spec.name == "googlenet":  # torchvision's own converts ImageNet's normalisation to this one; ours does not
+        return dataclasses.replace(spec, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    record = published(spec.name)
+    if hasattr(record, "transforms"):  # torchvision's
+        record = record.transforms()
+    return dataclasses.replace(spec, mean=tuple(record.mean), std=tuple(record.std)) if record else spec
+
+
 def licence(spec: BackboneSpec) -> str:
     """Whose terms the weights come under, for people."""
     own = {
@@ -154,10 +177,7 @@ def licence(spec: BackboneSpec) -> str:
     }
     if spec.weights in own:
         return own[spec.weights]
-    import timm
-
-    published = timm.get_pretrained_cfg(spec.name) if timm.is_model(spec.name) else None
-    terms = getattr(published, "license", None) or "those of its publisher"
+    terms = getattr(published(spec.name), "license", None) or "those of its publisher"
     return terms if "dinov2" in spec.name else f"{terms}; trained on a data set whose own terms may apply"
 
 
@@ -168,16 +188,12 @@ def _lite_package(name: str) -> str:
 def _sources(name: str) -> Iterator[tuple[str, Callable[[bool], str | Path]]]:
     """Places that may have the weights, in order: a label, and a function (cached only?) -> path of the file."""
     import timm
-    import torchvision
 
     copy = f"{name.removesuffix('.tv_in1k')}.tv_in1k"
     from_torchvision = timm.is_model_pretrained(copy)
-    if timm.is_model(name):
-        published = timm.get_pretrained_cfg(copy if from_torchvision else name)
-    else:
-        published = getattr(torchvision.models.get_model_weights(name), "IMAGENET1K_V1", None)
-    url, repository = getattr(published, "url", None), getattr(published, "hf_hub_id", None)
-    filename = getattr(published, "hf_hub_filename", None) or "model.safetensors"
+    record = published(copy if from_torchvision else name)
+    url, repository = getattr(record, "url", None), getattr(record, "hf_hub_id", None)
+    filename = getattr(record, "hf_hub_filename", None) or "model.safetensors"
     if url and (from_torchvision or not repository):
         yield url, partial(_from_url, url)
     if repository:

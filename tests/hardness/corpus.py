@@ -17,7 +17,7 @@ from models.branches.branch import Branch
 from models.fusion.operating_point import FORMAT
 from models.networks.backbones import BackboneSpec, empty_backbone
 from models.networks.libraries import full_network, load_weights
-from models.networks.weights import random_state_dict, read_state_dict
+from models.networks.weights import random_state_dict
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 
@@ -38,8 +38,8 @@ def weights_reader() -> Callable[[Path], object]:
     """Reads weights and puts them into their network."""
 
     def read(path: Path) -> object:
-        net = empty_backbone(BackboneSpec("maps", NETWORK, 64)).net
-        return load_weights(net, NETWORK, read_state_dict(path), path.name)
+        spec = BackboneSpec("maps", NETWORK, 64).with_weights(str(path))
+        return load_weights(empty_backbone(spec).net, spec)
 
     return read
 
