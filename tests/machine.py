@@ -8,7 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PATIENCE = 600  # seconds after which something is taken to hang; on a busy machine a process may need minutes
 
 

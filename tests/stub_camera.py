@@ -57,8 +57,8 @@ class Capture:
 class StubCamera:
     """`mode` says what is sent: ok, hang, freeze, garbage, cut, large, grey or mono; `seconds` between pictures."""
 
-    def __init__(self, seconds: float = 0.02, seed: int = 0, password: str = "") -> None:
-        rng = np.random.default_rng(seed)
+    def __init__(self, seconds: float = 0.02, password: str = "") -> None:
+        rng = np.random.default_rng(0)
         colored = pictures(rng, (48, 64))
         files = [jpeg(image) for image in colored]
         self.files = {
@@ -71,8 +71,7 @@ class StubCamera:
             "mono": [jpeg(image[..., 0]) for image in colored],
         }
         self.mode, self.seconds, self.password = "ok", seconds, password
-        self.sent = self.connections = 0
-        self._port = 0
+        self.sent = self._port = 0
         self.up()
 
     @property
@@ -85,7 +84,6 @@ class StubCamera:
 
         class Pictures(Answer):
             def do_GET(self) -> None:
-                camera.connections += 1
                 if camera.password and "Authorization" not in self.headers:
                     self.reply(401, WWW_Authenticate='Basic realm="camera"')
                     return

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from machine import PATIENCE, wait_until
-from tiny import ROOT, draw_category, end_well, refusal, small_flags, succeed
+from tiny import ROOT, draw_category, end_well, handlers_kept, refusal, small_flags, succeed
 from torch.utils.data import DataLoader
 
 from datasets.loading import ImageDataset, ImageLoader
 from models import PatchCore
-from utils import command_line, signals
+from utils import signals
 from utils.errors import InputError
 from utils.files import atomic_write
 from utils.locks import file_lock, folder_lock
@@ -27,13 +27,11 @@ posix = pytest.mark.skipif(os.name != "posix", reason="no such signals here")
 
 @pytest.fixture
 def watched():
-    """Installs the script's signal handlers, and those of pytest again afterwards."""
-    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
-    signals.watch_signals()
-    yield
-    signals.leave_signals()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    """Installs the script's signal handlers for the test."""
+    with handlers_kept():
+        signals.watch_signals()
+        yield
+        signals.leave_signals()
 
 
 @posix
@@ -88,7 +86,7 @@ def test_a_batch_that_takes_too_long_is_broken_off(watched, monkeypatch):
 
 @posix
 @pytest.mark.parametrize(("number", "code"), [(None, 1), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_worker_that_a_signal_killed_is_no_error_of_its_own(capsys, number, code):
+def test_a_worker_that_a_signal_killed_is_no_error_of_its_own(number, code):
     """A signal to the whole group can reach a worker before it leaves signals to the script."""
 
     def main():
@@ -97,15 +95,13 @@ def test_a_worker_that_a_signal_killed_is_no_error_of_its_own(capsys, number, co
                 signal.raise_signal(number)
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
 
-    with pytest.raises(SystemExit) as end:
-        command_line.run(main)
-    assert end.value.code == code and len(capsys.readouterr().err.splitlines()) == 1
+    refusal(main, code=code)
 
 
 @posix
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("explicit", [True, False])
-def test_a_signal_that_becomes_another_error_is_a_signal(capsys, number, code, explicit):
+def test_a_signal_that_becomes_another_error_is_a_signal(number, code, explicit):
     """Python before 3.12 wraps what is raised while a class is made, as importing timm does a thousand times."""
 
     def main():
@@ -114,9 +110,7 @@ def test_a_signal_that_becomes_another_error_is_a_signal(capsys, number, code, e
         except BaseException as error:
             raise RuntimeError("Error calling __set_name__") from (error if explicit else None)
 
-    with pytest.raises(SystemExit) as end:
-        command_line.run(main)
-    assert end.value.code == code and len(capsys.readouterr().err.splitlines()) == 1
+    refusal(main, code=code)
 
 
 @posix

@@ -74,13 +74,9 @@ def naive_aupro(maps, masks, limit: float = 0.3) -> float:
         predicted = maps >= threshold
         fpr.append(predicted[~masks].mean())
         pro.append(np.mean([predicted[i][region].mean() for i, region in regions]))
-    area = 0.0
-    for x0, x1, y0, y1 in zip(fpr, fpr[1:], pro, pro[1:], strict=False):
-        if x0 < limit and x1 > x0:
-            end = min(x1, limit)
-            y_end = y0 + (y1 - y0) * (end - x0) / (x1 - x0)
-            area += (end - x0) * (y0 + y_end) / 2
-    return area / limit
+    fpr, pro = np.array(fpr), np.array(pro)
+    below = fpr < limit
+    return auc([*fpr[below], limit], [*pro[below], np.interp(limit, fpr, pro)]) / limit
 
 
 def naive_published_pro(maps, masks) -> float:

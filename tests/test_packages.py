@@ -1,14 +1,10 @@
 """Installed packages against the ranges of requirements.txt."""
 
 import gc
-import os
-import subprocess
-import sys
 
 import pytest
-from machine import PATIENCE
 from packaging.requirements import Requirement
-from tiny import ROOT, pretend
+from tiny import ROOT, pretend, run_apart
 
 from utils.errors import InputError
 from utils.packages import REQUIREMENTS, check_packages, importing, installed_version
@@ -51,17 +47,9 @@ def test_all_lists_have_the_same_ranges():
 @pytest.mark.parametrize("script", ["train_pc.py", "predict.py"])
 def test_a_script_says_so_in_one_line_before_anything_else(tmp_path, script):
     pretend(tmp_path, "timm", "0.9.16")
-    finished = subprocess.run(
-        [sys.executable, ROOT / script, "--no-such-flag"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert finished.returncode == 2 and not finished.stdout
-    assert finished.stderr.startswith("error: timm 0.9.16 is installed, but this program needs timm>=1.")
-    assert finished.stderr.count("\n") == 1
+    code, out, err = run_apart(ROOT / script, "--no-such-flag", folder=tmp_path, PYTHONPATH=str(tmp_path))
+    assert code == 2 and not out
+    assert err.startswith("error: timm 0.9.16 is installed, but this program needs timm>=1.") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import NAMES, draw_frame, end_well, read_json, refusal, small_flags, succeed
+from tiny import NAMES, draw_frame, end_well, read_json, refusal, saved_maps, small_flags, succeed
 
 from datasets.region import MAX_SIDE, RegionOfInterest
 from metrics.pixel import PixelMetrics
@@ -15,7 +15,6 @@ from models.branches.branch import tiles_in
 from models.branches.part import Part, pixels_inside
 from models.branches.patchcore import PatchCore
 from models.branches.tiling import Tiling
-from models.fusion.prediction import regions
 from models.networks import DEMO_NETWORK
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError
@@ -61,11 +60,12 @@ def maybe_tiled(request, trained, tmp_path_factory):
     return trained_with_region(trained, tmp_path_factory.mktemp("tiled") / "root", TILES), TILES
 
 
-def test_a_region_of_less_than_a_pixel_is_one_pixel():
+def test_a_region_of_less_than_a_pixel_or_patch_is_one():
     dot = np.zeros((500, 500), bool)
     dot[199, 352] = True  # not where the nearest pixel is taken
-    (place,) = np.argwhere(RegionOfInterest(dot).at(20, 10))
-    assert place.tolist() == [3, 14]
+    region = RegionOfInterest(dot)
+    assert np.argwhere(region.at(20, 10)).tolist() == [[3, 14]]
+    assert np.argwhere(region.on_grid(5, 5)).tolist() == [[1, 3]]
 
 
 @pytest.mark.parametrize("fusion", ["paper", "standardized"])
@@ -116,26 +116,11 @@ def test_figures_of_pixels_inside_alone(with_region):
     expected, inside = PixelMetrics(), RegionOfInterest.read(with_region / "roi.png").at(96, 96)
     columns = slice(0, 48)
     assert inside[:, columns].all() and not inside[:, 48:].any()
-    for path in sorted((folder / "anomaly_maps").rglob("*.tiff")):
-        mask = with_region / "data/belt/ground_truth" / path.parent.name / f"{path.stem}_mask.png"
-        truth = np.zeros((96, 96), bool)
-        if mask.exists():
-            truth = np.asarray(Image.open(mask).resize((96, 96), Image.Resampling.NEAREST)) >= 128
-        maps = np.asarray(Image.open(path))[None, :, columns]
-        expected.update(maps, truth[None, :, columns], np.array([mask.exists()]))
+    maps, masks = saved_maps(with_region, "fusion")
+    expected.update(maps[:, :, columns], masks[:, :, columns], masks.any((1, 2)))
     found = expected.compute()
     assert {key: metrics[key] for key in found} == pytest.approx(found)
     assert "50% of the frame" in (folder / "report.html").read_text(encoding="utf-8")
-
-
-def test_the_tables_follow_the_checkpoints(with_region):
-    succeed(with_region, "reproduce_tables", "--tables", "ablation")
-    succeed(with_region, "test_fusion", "--no-images")
-    table = read_json(with_region / "result/belt/tables/ablation.json")
-    metrics = read_json(with_region / "result/belt/fusion/metrics.json")
-    whole = table["sections"][0]["rows"][-1]["figures"]
-    for key in ("image_auroc", "pixel_auroc", "aupro"):
-        assert whole[key]["mean"] == pytest.approx(metrics[key], abs=1e-6)
 
 
 def test_branches_of_different_regions_are_refused(with_region, trained, tmp_path):
@@ -173,13 +158,6 @@ def test_outside_is_filled_with_the_colour_of_the_inside(shape):
     assert (part.maps[:, ~within] == maps.amin((1, 2))[:, None]).all()
 
 
-def test_a_region_smaller_than_a_patch_still_has_one():
-    tiny = np.zeros((200, 200), bool)
-    tiny[130:134, 60:64] = True
-    cells = RegionOfInterest(tiny).on_grid(5, 5)
-    assert cells.sum() == 1 and cells[3, 1]
-
-
 def test_other_regions_are_refused(trained, tmp_path):
     save(np.zeros((8, 8), bool), tmp_path / "black.png")
     (tmp_path / "no_picture.png").write_text("white")
@@ -207,16 +185,6 @@ def test_a_region_that_is_the_whole_frame_is_warned_of(tmp_path, capsys, outside
     Image.fromarray(content).save(tmp_path / "roi.png")
     assert RegionOfInterest.read(tmp_path / "roi.png").share == (1 if outside else 0.5)
     assert ("roi.png marks the whole frame" in capsys.readouterr().err) == (outside == 255)
-
-
-def test_small_regions_do_not_count():
-    anomaly_map = np.zeros((40, 60), np.float32)
-    anomaly_map[2:5, 3:7], anomaly_map[20:30, 30:50], anomaly_map[38, 1] = 1, 1, 1
-    boxes, area = regions(anomaly_map, 0.5)
-    assert [box[2] * box[3] for box in boxes] == [200, 12, 1] and area == 213
-    assert regions(anomaly_map, 0.5, min_area=12) == (boxes[:2], 212)
-    assert regions(anomaly_map, 0.5, min_area=13) == (boxes[:1], 200)
-    assert regions(anomaly_map, 0.5, min_area=1000) == ([], 0)
 
 
 def test_every_branch_takes_a_region(with_region):

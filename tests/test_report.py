@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 import torch
 from machine import PATIENCE
 from matplotlib.figure import Figure
-from tiny import read_json, read_rows, succeed
+from tiny import read_json, read_rows, run_apart, succeed
 
 from metrics import protocols
 from reporting import charts
@@ -206,7 +205,7 @@ def test_report_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_reporting_waits_with_its_large_imports():
     modules = "reporting.report, reporting.charts, reporting.sheet, reporting.heatmaps"
     large = "{'torch', 'matplotlib', 'jinja2', 'scipy'}"
-    subprocess.run([sys.executable, "-c", f"import sys, {modules}; assert not {large} & set(sys.modules)"], check=True)
+    assert run_apart("-c", f"import sys, {modules}; assert not {large} & set(sys.modules)").code == 0
 
 
 # Texts

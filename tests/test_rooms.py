@@ -1,4 +1,4 @@
-"""The layers of the project: imports go down, never up, not even inside functions, and never in a circle."""
+"""The source as text: imports go down, never up, not even inside functions, and never in a circle; no unpickling."""
 
 import ast
 import functools
@@ -62,3 +62,16 @@ def test_no_circles():
         for module in free:
             del waiting[module]
     assert not waiting, f"modules that import each other: {sorted(waiting)}"
+
+
+def test_nothing_unpickles():
+    """torch.load only with weights_only=True; no pickle, no eval, nothing of the kind."""
+    assert "models.published.checkpoints" in MODULES
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert called not in ("eval", "exec", "pickle.load", "pickle.loads", "joblib.load", "dill.load"), path
+                assert called != "torch.load" or keywords.get("weights_only") == "True", path
+                assert called not in ("np.load", "numpy.load") or "allow_pickle" not in keywords, path

@@ -1,6 +1,5 @@
 """The scripts through their command lines on tiny drawn data: what is on disk when they have ended."""
 
-import ast
 import json
 import os
 import shutil
@@ -13,7 +12,19 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 from sklearn.metrics import average_precision_score, roc_auc_score
-from tiny import NAMES, ROOT, SMALL_NETWORKS, draw_category, read_json, read_rows, run_in_process, succeed
+from tiny import (
+    NAMES,
+    ROOT,
+    SMALL_NETWORKS,
+    contents,
+    draw_category,
+    read_json,
+    read_rows,
+    run_apart,
+    run_in_process,
+    saved_maps,
+    succeed,
+)
 
 from models import USAD
 from utils.checkpoint import load_checkpoint
@@ -84,15 +95,8 @@ def test_metrics(fused, part):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_saved_maps_are_those_that_were_measured(fused, part):
-    folder, data = fused / "result" / "belt" / part, fused / "data" / "belt"
-    maps, masks = [], []
-    for name in FRAMES:
-        anomaly_map = np.asarray(Image.open(folder / "anomaly_maps" / f"{name}.tiff"))
-        assert anomaly_map.dtype == np.float32 and anomaly_map.shape == (IMAGE_SIZE[part],) * 2
-        maps.append(anomaly_map)
-        mask = data / "ground_truth" / f"{name}_mask.png"
-        mask = Image.open(mask) if mask.exists() else Image.new("L", (72, 56))
-        masks.append(np.asarray(mask.resize(anomaly_map.shape, Image.Resampling.NEAREST)) >= 128)
+    maps, masks = saved_maps(fused, part)
+    assert maps.dtype == np.float32 and maps.shape == (len(FRAMES), IMAGE_SIZE[part], IMAGE_SIZE[part])
     maps, masks = np.ravel(maps), np.ravel(masks)
     metrics = figures_of(fused, part)
     assert metrics["pixel_auroc"] == pytest.approx(roc_auc_score(masks, maps), abs=1e-6)
@@ -168,27 +172,22 @@ def test_checkpoints_hold_tensors_and_json(trained):
             assert path.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-def test_same_seed_same_files(trained, fused, tmp_path):
-    shutil.copytree(trained / "data", tmp_path / "data")
+def test_same_seed_same_files_with_any_number_of_workers(fused, tmp_path):
+    shutil.copytree(fused / "data", tmp_path / "data")
     for script in SMALL_NETWORKS:
-        succeed(tmp_path, script, "--holdout-ratio", 0.25, "--batch-size", 4)
-    succeed(tmp_path, "test_fusion", "--save-maps")
-    for script, branch in BRANCH_OF.items():
-        name = f"models/belt/{branch}.safetensors"
-        assert (tmp_path / name).read_bytes() == (trained / name).read_bytes(), script
-    for part in (*BRANCH_OF.values(), "fusion"):
-        for name in ("metrics.json", "scores.csv", "heatmaps/rope/001.png"):
-            first, second = (root / "result" / "belt" / part / name for root in (fused, tmp_path))
-            assert first.read_bytes() == second.read_bytes(), first
-    name = "result/belt/fusion/anomaly_maps/rope/002.tiff"
-    assert (tmp_path / name).read_bytes() == (fused / name).read_bytes()
+        succeed(tmp_path, script, "--holdout-ratio", 0.25, "--batch-size", 4, "--workers", 3, "--save-maps")
+    succeed(tmp_path, "test_fusion", "--workers", 3, "--save-maps")
+    first, second = contents(fused), contents(tmp_path)
+    for name in [name for name in first if name.endswith(("config.json", "report.html"))]:  # which tell the time
+        del first[name], second[name]
+    assert first == second and len(first) > 60
 
 
 def test_another_seed_another_bank(workplace):
     path = workplace / "models" / "belt" / "pc.safetensors"
-    before = path.read_bytes()
-    succeed(workplace, "train_pc", "--seed", 23, "--no-eval")
-    assert path.read_bytes() != before
+    before = load_checkpoint(path)[0]["bank"]
+    succeed(workplace, "train_pc", "--holdout-ratio", 0.25, "--seed", 23, "--no-eval")
+    assert (load_checkpoint(path)[0]["bank"] != before).any()
 
 
 def test_what_is_printed(workplace):
@@ -315,8 +314,7 @@ def test_defaults_below_the_current_folder(workplace, tmp_path, monkeypatch, scr
     if script in BRANCH_OF:
         flags += ["--weights", "random", "--holdout-ratio", "0.25", *map(str, SMALL_NETWORKS[script])]
     if script == "train_pc":
-        run = as_a_process(script, flags, tmp_path)
-        code, err = run.returncode, run.stderr
+        code, _, err = run_apart(ROOT / f"{script}.py", *flags, folder=tmp_path)
     else:
         monkeypatch.chdir(tmp_path)
         code, _, err = run_in_process(script, *flags)
@@ -331,17 +329,12 @@ def test_defaults_below_the_current_folder(workplace, tmp_path, monkeypatch, scr
         assert {key: value.shape for key, value in first.items()} == {key: value.shape for key, value in second.items()}
 
 
-def as_a_process(script: str, flags: list[str], folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / f"{script}.py", *flags]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8")
-
-
 @pytest.mark.parametrize(
     "script", [*BRANCH_OF, "test_fusion", "reproduce_tables", "convert_published", "make_demo_data"]
 )
 def test_help_from_anywhere(tmp_path, script):
-    run = as_a_process(script, ["--help"], tmp_path)
-    assert run.returncode == 0 and "--category" in run.stdout and run.stderr == ""
+    code, out, err = run_apart(ROOT / f"{script}.py", "--help", folder=tmp_path)
+    assert code == 0 and "--category" in out and err == ""
 
 
 TALKS = """
@@ -365,21 +358,3 @@ def test_closed_streams(tmp_path, closed, left):
     finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0 and finished.stdout == left
     assert (tmp_path / "results").read_bytes() == b""
-
-
-def test_nothing_unpickles():
-    """torch.load only with weights_only=True; no pickle, no eval, nothing of the kind."""
-    rooms = [path for path in ROOT.iterdir() if path.is_dir() and path.name != "tests" and path.name[0] != "."]
-    paths = [*ROOT.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))]
-    assert ROOT / "models/published/checkpoints.py" in paths
-    for path in paths:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call):
-                continue
-            called = ast.unparse(node.func)
-            if called == "torch.load":
-                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert keywords.get("weights_only") == "True", path
-            assert called not in ("eval", "exec", "pickle.load", "pickle.loads", "joblib.load", "dill.load"), path
-            if called in ("np.load", "numpy.load"):
-                assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}, path

@@ -1,7 +1,6 @@
 """reproduce_tables.py: every cell against direct computation, what is cached, and the baselines' processes."""
 
 import dataclasses
-import importlib.util
 import itertools
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import timm
 import torch
 from machine import wait_until
 from PIL import Image
@@ -154,7 +154,6 @@ def test_markdown_and_csv_hold_the_same(ablated):
 
 def test_sweeps_without_a_fit(place, direct, monkeypatch):
     """Thresholds and factors cost no network pass: the networks cannot even be built."""
-    pytest.importorskip("matplotlib")
     sweeps = ("threshold", "lambda_obj", "lambda_map")
     with monkeypatch.context() as patch:
         patch.setattr(measurements, "make_loader", None)
@@ -184,7 +183,6 @@ def test_sweeps_without_a_fit(place, direct, monkeypatch):
 
 
 def test_refitted_rows_are_what_the_scripts_give(place, monkeypatch):
-    pytest.importorskip("matplotlib")
     values = {"coreset_ratio": [0.03], "train_ratio": [0.1, 0.5], "image_size": [1.2]}
     sweeps = {name: fusions.SWEEPS[name]._replace(values=few) for name, few in values.items()}
     monkeypatch.setattr(fusions, "SWEEPS", fusions.SWEEPS | sweeps)
@@ -277,9 +275,8 @@ def test_with_a_region_of_interest(workplace, fusion):
 def test_without_anomalous_images_figures_are_null(workplace):
     for folder in ("test/rope", "ground_truth"):
         shutil.rmtree(workplace / "data/belt" / folder)
-    plots = importlib.util.find_spec("matplotlib")
-    sweeps = ("--sweeps", "covariance,train_ratio") if plots else ()
-    assert reproduce(workplace, "--tables", "ablation,sensitivity" if plots else "ablation", *sweeps).err == ""
+    flags = ("--tables", "ablation,sensitivity", "--sweeps", "covariance,train_ratio")
+    assert reproduce(workplace, *flags).err == ""
     row = rows_of(workplace, "ablation")["pc"]["figures"]
     assert [row[name]["mean"] for name in FIGURES] == [None] * 8 and row["n_images"]["mean"] == 3
 
@@ -454,7 +451,6 @@ def test_without_anomalib_the_rows_say_how_to_get_it(place, monkeypatch):
 def test_baselines_share_the_network_of_patchcore(trained, tmp_path):
     variant = Variant.of_checkpoint("pc", trained / "models/belt/pc.safetensors")
     shared = baselines.shared_network(variant.network, None, tmp_path)
-    timm = pytest.importorskip("timm")
     theirs = timm.create_model(shared["name"], features_only=True, out_indices=[2, 3]).eval()
     theirs.load_state_dict(load_file(shared["weights"]))
     branch = PatchCore.load(trained / "models/belt/pc.safetensors")

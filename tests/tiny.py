@@ -5,17 +5,22 @@ import csv
 import importlib
 import io
 import json
+import os
 import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 import pytest
+from machine import PATIENCE
 from PIL import Image
 
 from utils.command_line import run
+from utils.signals import SIGNALS
 
 ROOT = Path(__file__).parents[1]  # of the project
 NAMES = ("ma_clu", "ma2patch", "pc")  # of the branches
@@ -29,27 +34,40 @@ class Finished(NamedTuple):
     err: str
 
 
-def run_in_process(script: str, *arguments) -> Finished:
-    """Run a script's command line in this process, which saves the seconds that importing torch takes.
-
-    Packages are not looked up each time; tests/test_packages.py has them looked up.
-    """
-    out, err = io.StringIO(), io.StringIO()
-    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = [f"{script}.py", *map(str, arguments)]
+@contextlib.contextmanager
+def handlers_kept():
+    """Afterwards pytest's handlers of the signals are installed again."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        with (
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            mock.patch("utils.command_line.check_packages"),
-            pytest.raises(SystemExit) as end,
-        ):
-            run(importlib.import_module(script).main)
+        yield
     finally:
-        sys.argv = argv
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def run_in_process(script: str | Callable[[], None], *arguments) -> Finished:
+    """Run a script's command line in this process, which saves the seconds that importing torch takes.
+
+    A function stands for a script's `main`. Packages are not looked up each time; tests/test_packages.py has that done.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        handlers_kept(),
+        mock.patch.object(sys, "argv", [f"{script}.py", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch("utils.command_line.check_packages"),
+        pytest.raises(SystemExit) as end,
+    ):
+        run(script if callable(script) else importlib.import_module(script).main)
     return Finished(end.value.code, out.getvalue(), err.getvalue())
+
+
+def run_apart(*words, folder: Path = ROOT, **environment) -> Finished:
+    """Run Python with these words in a process of its own."""
+    command, env = [sys.executable, *map(str, words)], {**os.environ, **environment}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=PATIENCE)
+    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 def end_well(script: str, *arguments) -> Finished:
@@ -59,7 +77,7 @@ def end_well(script: str, *arguments) -> Finished:
     return finished
 
 
-def refusal(script: str, *arguments, code: int = 2) -> str:
+def refusal(script: str | Callable[[], None], *arguments, code: int = 2) -> str:
     """Run a script that must end with this code and one line; returns the line."""
     finished = run_in_process(script, *arguments)
     assert finished.code == code and len(finished.err.splitlines()) == 1, finished
@@ -154,3 +172,14 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file."""
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def saved_maps(root: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """The anomaly maps that --save-maps has written, and the masks at their size, [N, S, S]."""
+    maps, masks = [], []
+    for path in sorted((root / "result" / "belt" / part / "anomaly_maps").rglob("*.tiff")):
+        maps.append(np.asarray(Image.open(path)))
+        mask = root / "data" / "belt" / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
+        mask = Image.open(mask) if mask.exists() else Image.new("L", (72, 56))
+        masks.append(np.asarray(mask.resize(maps[-1].shape, Image.Resampling.NEAREST)) >= 128)
+    return np.stack(maps), np.stack(masks)
