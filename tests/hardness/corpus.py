@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image
+from pictures import IMAGES
 from safetensors.torch import save_file
 
 from models.branches.branch import Branch
@@ -21,7 +21,6 @@ from models.networks.weights import random_state_dict, read_state_dict
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 
-SIZE = (23, 17)  # of the images, width and height
 NETWORK = "test_resnet"
 
 
@@ -97,37 +96,13 @@ def unpack(extract: Callable[[Path, Path], None]) -> Callable[[Path], None]:
 
 
 def images(folder: Path) -> list[Path]:
-    """Images of every mode and format that is taken."""
+    """Images of every mode and format that is taken; those of 16 bits are a 12-bit camera's."""
     folder.mkdir(parents=True)
+    for name, image, options, _ in IMAGES:
+        if image.mode[0] != "I":
+            image.save(folder / name, **options)
     rng = np.random.default_rng(3)
-    rgb = Image.fromarray(rng.integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8))
-    deep = Image.fromarray(rng.integers(0, 4096, (SIZE[1], SIZE[0]), dtype=np.uint16))
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    made = {
-        "rgb.png": (rgb, {}),
-        "grey.png": (rgb.convert("L"), {}),
-        "bits.png": (rgb.convert("1"), {}),
-        "palette.png": (rgb.convert("P"), {"transparency": 3}),
-        "alpha.png": (rgb.convert("RGBA"), {}),
-        "deep.png": (deep, {}),
-        "rgb.jpg": (rgb, {}),
-        "progressive.jpg": (rgb, {"progressive": True}),
-        "cmyk.jpg": (rgb.convert("CMYK"), {}),
-        "turned.jpg": (rgb, {"exif": turned}),
-        "rgb.bmp": (rgb, {}),
-        "palette.bmp": (rgb.convert("P"), {}),
-        "plain.tif": (rgb, {}),
-        "lzw.tif": (rgb, {"compression": "tiff_lzw"}),
-        "deflate.tif": (deep, {"compression": "tiff_adobe_deflate"}),
-        "jpeg.tif": (rgb, {"compression": "jpeg"}),
-        "pages.tif": (rgb, {"save_all": True, "append_images": [rgb]}),
-    }
-    for name, (image, options) in made.items():
-        image.save(folder / name, **options)
-    for name in ("deep_colors.png", "deep_colors.tif"):
-        cv2.imwrite(str(folder / name), rng.integers(0, 4096, (SIZE[1], SIZE[0], 3), dtype=np.uint16))
-    rgb.save(folder / "gif.png", format="GIF")  # the content decides, not the name
-    rgb.save(folder / "webp.png", format="WEBP")
-    rgb.save(folder / "animated.png", format="PNG", save_all=True, append_images=[rgb.rotate(90)])
+    for name, shape in (("deep", (17, 23)), ("deep_colors", (17, 23, 3))):
+        for suffix in (".png", ".tif"):
+            cv2.imwrite(str(folder / (name + suffix)), rng.integers(0, 4096, shape, dtype=np.uint16))
     return sorted(folder.iterdir())

@@ -78,9 +78,9 @@ def targets(folder: Path, models: Path) -> dict[str, Target]:
         ),
         "images": Target(corpus.images(folder / "images"), [mutations.of_bytes, mutations.of_png], read_both),
         "masks": Target(
-            [path for path in corpus.images(folder / "masks") if path.name != "turned.jpg"],  # of another size
+            corpus.images(folder / "masks"),
             [mutations.of_bytes, mutations.of_png],
-            lambda path: read_mask([path], corpus.SIZE),
+            lambda path: read_mask([path]),
         ),
     }
 
