@@ -1,12 +1,10 @@
 """The benchmark: its plain reference agrees with the project on fresh data, and a quick run leaves sane figures."""
 
-import csv
-
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from tiny import end_well, read_json, read_rows, refusal, small_flags
+from tiny import end_well, read_json, read_rows, refusal, succeed
 
 from benchmarks import reference
 from benchmarks.bench import Bench
@@ -19,12 +17,11 @@ from models.branches.patchcore import patch_features
 
 
 def test_the_published_program_gives_what_test_fusion_gives(workplace):
-    end_well("test_fusion", *small_flags(workplace, "test_fusion"), "--no-images")
+    succeed(workplace, "test_fusion", "--no-images")
     folder, loop = workplace / "result/belt/fusion", reference.PublishedLoop.load(workplace / "models/belt")
     samples = list(ImageDataset(Category(workplace / "data", "belt").test_samples(), 96, "bicubic"))
     scores, maps = zip(*(loop(sample["image"][None])["fusion"] for sample in samples), strict=True)
-    with open(folder / "scores.csv", encoding="utf-8", newline="") as file:
-        found = [float(row["score"]) for row in csv.DictReader(file)]
+    found = [float(row["score"]) for row in read_rows(folder / "scores.csv")]
     np.testing.assert_allclose(found, scores, rtol=1e-3)
     metrics = read_json(folder / "metrics.json")
     assert metrics["image_auroc"] == pytest.approx(roc_auc_score([sample["label"] for sample in samples], scores))
