@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -13,6 +12,7 @@ import torch
 from pictures import IMAGES
 from safetensors.torch import save_file
 
+from datasets.coalad import extract
 from models.branches.branch import Branch
 from models.fusion.operating_point import FORMAT
 from models.networks.backbones import BackboneSpec, empty_backbone
@@ -33,14 +33,10 @@ def weights(folder: Path) -> tuple[Path, Path]:
     return folder / "net.pth", folder / "net.safetensors"
 
 
-def weights_reader() -> Callable[[Path], object]:
+def read_weights(path: Path) -> str:
     """Reads weights and puts them into their network."""
-
-    def read(path: Path) -> object:
-        net = empty_backbone(BackboneSpec("maps", NETWORK, 64)).net
-        return load_weights(net, NETWORK, read_state_dict(path), path.name)
-
-    return read
+    net = empty_backbone(BackboneSpec("maps", NETWORK, 64)).net
+    return load_weights(net, NETWORK, read_state_dict(path), path.name)
 
 
 def load_and_predict(branch_class: type[Branch], path: Path) -> None:
@@ -81,18 +77,14 @@ def archives(folder: Path) -> list[Path]:
     return paths
 
 
-def unpack(extract: Callable[[Path, Path], None]) -> Callable[[Path], None]:
+def unpack(path: Path) -> None:
     """Unpacks an archive into a folder beside it, which it removes."""
-
-    def read(path: Path) -> None:
-        folder = path.with_suffix(".unpacked")
-        folder.mkdir()
-        try:
-            extract(path, folder)
-        finally:
-            shutil.rmtree(folder)
-
-    return read
+    folder = path.with_suffix(".unpacked")
+    folder.mkdir()
+    try:
+        extract(path, folder)
+    finally:
+        shutil.rmtree(folder)
 
 
 def images(folder: Path) -> list[Path]:
