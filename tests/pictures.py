@@ -1,4 +1,7 @@
-"""Image files of every kind that is taken."""
+"""Image files of every kind that is taken, and what PNG files consist of."""
+
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -8,6 +11,11 @@ RGB, GREY = Image.fromarray(RED_RAMP), RED_RAMP[..., 0]
 PALETTE = RGB.quantize(64)
 DEEP = np.array([[0, 128, 257, 129 * 257, 65535, 65534, 300, 40000]], np.uint16)
 TURNS = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 6: lambda a: np.rot90(a, -1), 8: np.rot90}
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    """A part of a PNG file, with its length and checksum."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def turned(orientation: int) -> Image.Exif:

@@ -30,13 +30,19 @@ from utils.errors import InputError
 MEMBERS = 3 * (512 + 40_448)  # bytes of three members of 40,000, padded to whole blocks
 
 
+def member(name: str, content: bytes = b"", **fields) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, content
+
+
 def make_tar(files: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+            tar.addfile(member(name, content)[0], io.BytesIO(content))
     return buffer.getvalue()
 
 
@@ -254,14 +260,6 @@ def download(monkeypatch, archives):
 
     monkeypatch.setattr(coalad, "_download", bring)
     return archives
-
-
-def member(name: str, content: bytes = b"", **fields) -> tuple[tarfile.TarInfo, bytes]:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    for field, value in fields.items():
-        setattr(info, field, value)
-    return info, content
 
 
 def sparse_header() -> bytes:

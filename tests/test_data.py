@@ -5,14 +5,13 @@ import re
 import shutil
 import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from pictures import IMAGES, turned
+from pictures import IMAGES, png_chunk, turned
 from PIL import Image
 from tiny import SMALL_NETWORKS, draw_category, draw_frame, read_json, read_rows, run_in_process, small_flags, succeed
 
@@ -27,9 +26,8 @@ from utils.errors import InputError, UnreadableError
 
 def with_orientation(png: bytes, orientation: int) -> bytes:
     """A PNG file as OpenCV writes it, which cannot write EXIF data."""
-    exif = b"eXIf" + turned(orientation).tobytes().removeprefix(b"Exif\0\0")
-    chunk = struct.pack(">I", len(exif) - 4) + exif + struct.pack(">I", zlib.crc32(exif))
-    return png[:33] + chunk + png[33:]  # behind the header
+    exif = turned(orientation).tobytes().removeprefix(b"Exif\0\0")
+    return png[:33] + png_chunk(b"eXIf", exif) + png[33:]  # behind the header
 
 
 # Image kinds

@@ -20,6 +20,7 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import png_chunk
 from PIL import Image
 
 from datasets.coalad import extract
@@ -35,7 +36,7 @@ if sys.platform != "linux":
 
 from hardness import fuzzing
 
-CASES = {"weights (.pth)": 25, "weights (.safetensors)": 25}
+CASES = {"weights (.pth)": 25, "weights (.safetensors)": 25, "published tensors": 400, "published k-means": 150}
 KINDS = [
     *("checkpoints", "operating points", "published tensors", "published k-means", "weights (.pth)"),
     *("weights (.safetensors)", "archives", "images", "masks"),
@@ -138,8 +139,7 @@ def test_a_checkpoint_that_does_not_say_which_weights_downloads_none(trained, tm
 
 def png(width: int, height: int, data: bytes) -> bytes:
     chunks = {b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0), b"IDAT": data, b"IEND": b""}
-    packed = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks.items()]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(kind, content) for kind, content in chunks.items())
 
 
 @pytest.mark.parametrize(("width", "height"), [(100_000, 100_000), (2**31 - 1, 1), (9_500, 9_500)])

@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from pictures import png_chunk
+
 Mutation = Callable[[random.Random, bytes], bytes]
 
 LIES = [
@@ -148,8 +150,4 @@ def of_png(rng: random.Random, data: bytes) -> bytes:
     chunks[index] = kind, content
     if rng.random() < 0.2:
         chunks.insert(rng.randrange(len(chunks)), rng.choice(chunks))
-    packed = (
-        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        for kind, content in chunks
-    )
-    return data[:8] + b"".join(packed)
+    return data[:8] + b"".join(png_chunk(kind, content) for kind, content in chunks)
