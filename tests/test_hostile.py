@@ -25,9 +25,7 @@ from PIL import Image
 
 from datasets.coalad import extract
 from datasets.images import read_picture
-from models import PatchCore
 from reporting.report import templates
-from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError, UnreadableError
 from utils.safe_text import safe_cell
 
@@ -111,27 +109,6 @@ def test_a_tar_header_that_asks_for_much(tmp_path, kind, size):
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match=r"coal_ad_train\.tar is"):
         extract(archive, tmp_path / "out")
-
-
-LIES = [("image_size", 2**56), ("image_size", 0), ("image_size", True), ("position_size", -1), ("name", ["a"])]
-LIES += [("mean", [None, 0.4, 0.4]), ("mean", ["0.4"] * 3), ("std", [float("inf"), 1, 1]), ("std", [[1], 1, 1])]
-
-
-@pytest.mark.parametrize(("key", "value"), [*LIES, ("seed", 10**30), ("seed", 1.5), ("weights", "x"), ("kind", 1)])
-def test_a_checkpoint_whose_network_cannot_be(trained, tmp_path, key, value):
-    tensors, metadata = load_checkpoint(trained / "models/belt/pc.safetensors")
-    metadata["backbone"][key] = value
-    save_checkpoint(tmp_path / "pc.safetensors", tensors, metadata)
-    with pytest.raises(InputError, match=r"pc\.safetensors"):
-        PatchCore.load(tmp_path / "pc.safetensors")
-
-
-def test_a_checkpoint_that_does_not_say_which_weights_downloads_none(trained, tmp_path):
-    tensors, metadata = load_checkpoint(trained / "models/belt/pc.safetensors")
-    del metadata["backbone"]["weights"]
-    save_checkpoint(tmp_path / "pc.safetensors", tensors, metadata)
-    with pytest.raises(InputError, match="metadata"):
-        PatchCore.load(tmp_path / "pc.safetensors")
 
 
 # Images that are large, or claim to be
