@@ -147,10 +147,10 @@ def test_missing_checkpoints_are_found_before_the_download(trained):
 # Folders and files
 
 
-def put_file_in_place_of(path: Path, text: str = "mine") -> None:
+def put_file_in_place_of(path: Path) -> None:
     """A file where a folder was."""
     shutil.rmtree(path)
-    path.write_text(text)
+    path.write_text("mine")
 
 
 ONE = {"bank": torch.ones(1)}

@@ -367,8 +367,8 @@ def test_a_patch_store_takes_images_of_few_and_of_many_patches(few, budget):
     assert float(store.weights().sum()) == pytest.approx(frames * (8 * few + 64))
 
 
-def patchcore_with(bank: np.ndarray, neighbors: int = 3) -> PatchCore:
-    branch = PatchCore(StandIn(16, (2, 2), bank.shape[1]), neighbors=neighbors)
+def patchcore_with(bank: np.ndarray) -> PatchCore:
+    branch = PatchCore(StandIn(16, (2, 2), bank.shape[1]), neighbors=3)
     branch.load_state({"bank": torch.from_numpy(bank).float()})
     return branch
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from published_files import Published
 from sklearn.cluster import KMeans
-from stand_in import close, noise
+from stand_in import StandIn, close, noise
 from tiny import golden, refusal, run_in_process
 
 from benchmarks import reference
@@ -334,13 +334,6 @@ def test_pickles_too_large_are_not_read(tmp_path, monkeypatch):
 # The branches made of the files.
 
 
-class StoredTokens(torch.nn.Module):
-    """Stands in for a network: the golden features are tokens already."""
-
-    device, spec = torch.device("cpu"), BackboneSpec("tokens", "stored", 140)
-    grid, dim, cls_dim = (10, 10), 16, 16
-
-
 def test_the_published_programs_files_give_its_scores_and_maps(tmp_path):
     """Its stored means, inverses and centres in; its scores and maps for six images out."""
     stored = {name: golden(name) for name in ("ma_clu", "ma2patch")}
@@ -354,7 +347,9 @@ def test_the_published_programs_files_give_its_scores_and_maps(tmp_path):
     files.kmeans["kmeans"].cluster_centers_ = stored["ma_clu"]["cluster_centers"]
     files.kmeans["foreground_cluster"] = int(stored["ma_clu"]["foreground_cluster"])
     published, _ = read_published(files.write(tmp_path))
-    ma_clu, ma2patch = MACLU(StoredTokens()), MA2Patch(StoredTokens())
+    network = StandIn(140, (10, 10), 16)
+    network.cls_dim = network.dim
+    ma_clu, ma2patch = MACLU(network), MA2Patch(network)
     ma_clu.load_state(published["ma_clu"])
     ma2patch.load_state(published["ma2patch"])
     tokens = {name: torch.from_numpy(arrays["test_tokens"]) for name, arrays in stored.items()}

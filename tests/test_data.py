@@ -604,9 +604,9 @@ def test_the_limit_of_the_size_is_a_flag(tmp_path):
 def test_few_training_images_with_the_demo_network(tmp_path, count):
     """Its default holds images out where there are enough; thresholds and the standardized fusion need them."""
     draw_category(tmp_path / "data/belt", count, 2, 2)
+    flags = small_flags(tmp_path, "test_fusion")
     for script in SMALL_NETWORKS:
-        flags = [*small_flags(tmp_path, "test_fusion"), "--weights", "demo", "--image-size", 96, "--no-eval"]
-        finished = run_in_process(script, *flags)
+        finished = run_in_process(script, *flags, "--weights", "demo", "--image-size", 96, "--no-eval")
         said = finished.err.splitlines()
         if count == 1 and script != "train_pc":
             assert finished.code == 2 and said[-1].startswith("error: belt: 1 training image(s): ")
@@ -616,10 +616,10 @@ def test_few_training_images_with_the_demo_network(tmp_path, count):
         expected = "2 are held out" if count == 7 else "none are held out: no thresholds"
         assert said[0].startswith(f"warning: belt: of only {count} training images {expected}")
     if count > 1:
-        flags = [*small_flags(tmp_path, "test_fusion"), "--pc-weights", "other.pth"]
-        assert "--pc-weights other.pth has no effect" in run_in_process("test_fusion", *flags).err
+        said = run_in_process("test_fusion", *flags, "--pc-weights", "other.pth").err
+        assert "--pc-weights other.pth has no effect" in said
         succeed(tmp_path, "test_fusion", "--no-images")
         settings = read_json(tmp_path / "result/belt/fusion/config.json")["settings"]
         assert settings["fusion"] == ("standardized" if count == 7 else "paper")
-        flags = [*small_flags(tmp_path, "test_fusion"), "--no-images", "--false-alarm-rate", 0.3]
-        assert run_in_process("test_fusion", *flags).code == (0 if count == 7 else 2)
+        finished = run_in_process("test_fusion", *flags, "--no-images", "--false-alarm-rate", 0.3)
+        assert finished.code == (0 if count == 7 else 2)

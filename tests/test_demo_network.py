@@ -24,8 +24,8 @@ def seeded():
     torch.manual_seed(0)
 
 
-def backbone(kind: str, size: int = 96):
-    return build_backbone(BackboneSpec(kind, NAME, size, weights="demo"))
+def backbone(kind: str):
+    return build_backbone(BackboneSpec(kind, NAME, 96, weights="demo"))
 
 
 def test_the_filters_are_the_same_to_the_last_bit_everywhere():
