@@ -12,7 +12,7 @@ import torch
 from machine import PATIENCE
 from PIL import Image
 from stand_in import normalised
-from tiny import ROOT, draw_category, draw_frame, end_well, read_json, read_rows, refusal
+from tiny import ROOT, draw_category, draw_frame, end_well, read_json, read_rows, refusal, small_flags, succeed
 
 from models import USAD
 from models.branches.postprocess import resize_images
@@ -50,12 +50,10 @@ def home(tmp_path_factory) -> Path:
     roi = np.zeros((56, 72), np.uint8)
     roi[:, 9:] = 255
     Image.fromarray(roi).save(root / "roi.png")
-    run = ["--device", "cpu", "--workers", 0]
+    training = [*small_flags(root, "train_any"), "--roi", root / "roi.png", "--holdout-ratio", 0.5, "--no-eval"]
     for script, network in TRAININGS.items():
-        training = [*flags(root), *run, *network, "--roi", root / "roi.png", "--holdout-ratio", 0.5, "--no-eval"]
-        end_well(script, *training)
-    testing = ["--fusion", "standardized", "--false-alarm-rate", 0.3, "--no-images", "--results-dir", root / "result"]
-    end_well("test_fusion", *flags(root), *run, *testing)
+        end_well(script, *training, *network)
+    succeed(root, "test_fusion", "--fusion", "standardized", "--false-alarm-rate", 0.3, "--no-images")
     finished = end_well("export_onnx", *flags(root), "--out", root / "belt.onnx")
     assert "4 held-out and 4 training frames (fewer than 64" in finished.out
     return root
