@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -232,25 +233,19 @@ class Answers:
         return [Prediction(score, np.float32([[0, score]]), {})]
 
 
-class Frame:
-    """A sample without a file."""
-
-    path = "frame.png"
-
-    def read(self):
-        return None
+FRAME = types.SimpleNamespace(path="frame.png", read=lambda: None)  # a sample without a file
 
 
 def test_thresholds_stay_above_the_frames_they_came_from():
     """The frame of score 2 has one a bit higher in a batch of another size: the threshold came from 1.99999."""
     limit = 1.99999
     original, exported = Answers([1.0, 2.0, 3.0], limit), Answers([1.0, 2.00001, 3.0], limit)
-    proof = prove(original, exported, [Frame()] * 3, Tolerance(1e-4, 1e-3, 1e-3))
+    proof = prove(original, exported, [FRAME] * 3, Tolerance(1e-4, 1e-3, 1e-3))
     settle_thresholds(original, exported, proof, 1e-4)
     assert 2.00001 < exported.threshold < 2.0001 and 2.00001 < exported.pixel_threshold < 2.0001
     with pytest.raises(InputError, match="about an alarm"):
         both = (2.1, 1.9), (2.1, 1.9)
-        settle_thresholds(original, exported, [Compared(Frame(), *both, Tolerance(0, 0, 0), (0, 0))], 1e-4)
+        settle_thresholds(original, exported, [Compared(FRAME, *both, Tolerance(0, 0, 0), (0, 0))], 1e-4)
 
 
 def test_operators():
