@@ -132,7 +132,7 @@ class Bench:
                 process.signal(number, group=rng.random() < 0.5)
             start = time.monotonic()
             process.join(60 if end_at is None else None)
-            took, log, wrong = time.monotonic() - start, self.log.read_text(), []
+            took, log, wrong = time.monotonic() - start, self.log.read_text(errors="replace"), []
             if process.exitcode not in (0, CODES[number]) or (end_at is None and took > SECONDS):
                 wrong.append(f"exit code {process.exitcode} after {took:.1f} s: {log[-600:]}")
             elif process.exitcode and number in SAID:
