@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from safetensors.torch import save_file
 from stand_in import close, noise, normalised
@@ -95,7 +96,8 @@ def test_vit_tokens_are_timms(write, name, size, has_class):
 @pytest.mark.parametrize(("position_size", "size"), [(None, 96), (64, 96), (160, 208), (128, 128)])
 @torch.no_grad()
 def test_position_embeddings_are_resampled_as_timm_does(write, position_size, size):
-    path = write(weights_of("test_vit"))
+    state = weights_of("test_vit")
+    path = write(state)
     timms = timm.create_model(
         "test_vit",
         pretrained=True,
@@ -108,6 +110,10 @@ def test_position_embeddings_are_resampled_as_timm_does(write, position_size, si
     tokens = timms.forward_features(noise(size))
     cls, patches = backbone(noise(size))
     assert close(cls, tokens[:, 0]) and close(patches, tokens[:, 1:])
+    grid = state["pos_embed"][:, 1:].unflatten(1, (10, 10)).permute(0, 3, 1, 2)
+    for side in (position_size or size, size):
+        grid = F.interpolate(grid, (side // 16, side // 16), mode="bicubic", antialias=True, align_corners=False)
+    assert close(backbone.net.pos_embed[:, 1:], grid.flatten(2).mT)
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"])

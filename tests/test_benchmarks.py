@@ -1,47 +1,30 @@
 """The benchmark: its plain reference agrees with the project on fresh data, and a quick run leaves sane figures."""
 
-import csv
-
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from tiny import end_well, read_json, read_rows, refusal, small_flags
+from tiny import end_well, read_json, read_rows, refusal, succeed
 
 from benchmarks import reference
 from benchmarks.bench import Bench
 from benchmarks.run import COLUMNS
 from datasets.loading import ImageDataset
 from datasets.mvtec import Category
-from models.branches.coreset import greedy_k_center
-from models.branches.neighbors import NearestNeighbors, load_faiss
-from models.branches.patchcore import patch_features
+from models.branches.neighbors import load_faiss
 
 
 def test_the_published_program_gives_what_test_fusion_gives(workplace):
-    end_well("test_fusion", *small_flags(workplace, "test_fusion"), "--no-images")
+    succeed(workplace, "test_fusion", "--no-images")
     folder, loop = workplace / "result/belt/fusion", reference.PublishedLoop.load(workplace / "models/belt")
     samples = list(ImageDataset(Category(workplace / "data", "belt").test_samples(), 96, "bicubic"))
     scores, maps = zip(*(loop(sample["image"][None])["fusion"] for sample in samples), strict=True)
-    with open(folder / "scores.csv", encoding="utf-8", newline="") as file:
-        found = [float(row["score"]) for row in csv.DictReader(file)]
+    found = [float(row["score"]) for row in read_rows(folder / "scores.csv")]
     np.testing.assert_allclose(found, scores, rtol=1e-3)
     metrics = read_json(folder / "metrics.json")
     assert metrics["image_auroc"] == pytest.approx(roc_auc_score([sample["label"] for sample in samples], scores))
     masks = np.stack([sample["mask"] for sample in samples])
     assert metrics["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), np.stack(maps).ravel()), abs=1e-4)
-
-
-def test_plain_coreset_neighbours_and_features_agree():
-    generator = torch.Generator().manual_seed(1)
-    patches = torch.randn(2000, 12, generator=generator)
-    assert greedy_k_center(patches, 40, progress=False).tolist() == reference.sampled(patches, 40)
-    distances, indices = NearestNeighbors(patches[:300]).search(patches, 1)
-    expected, rows = reference.nearest(patches.double(), patches[:300].double())
-    assert torch.equal(indices[:, 0], rows)
-    torch.testing.assert_close(distances[:, 0].double(), expected, atol=1e-6, rtol=1e-5)
-    fine, coarse = torch.randn(1, 6, 10, 10, generator=generator), torch.randn(1, 9, 5, 5, generator=generator)
-    torch.testing.assert_close(patch_features([fine, coarse])[0], reference.patch_features(fine, coarse))
 
 
 @pytest.mark.parametrize(

@@ -48,15 +48,12 @@ def test_few_maps_leave_no_border(seed):
     added, factor = field((1.0, 0.5), 0.0), field((2.0, 1.5, 1.2), 1.0)
     held_out, new = (normal_maps(*drawn) * factor + added for drawn in ((32, seed), (200, seed + 10)))
     shift, scale = border_effect([held_out[:6], held_out[6:]], EVERYWHERE)
-    for maps, least, most, highest in ((new, 1.5, math.inf, 1), (standardized(new, shift, scale), 0.9, 1.1, 0.2)):
+    standardized = (new - field(shift, 0.0)) / field(scale, 1.0)
+    for maps, least, most, highest in ((new, 1.5, math.inf, 1), (standardized, 0.9, 1.1, 0.2)):
         ring = distances(SIDE) < 1
         ratio = maps[:, ring].quantile(0.99) / maps[:, ~ring].quantile(0.99)
         assert least < ratio < most
         assert ring.flatten()[maps.flatten(1).argmax(1)].float().mean() <= highest
-
-
-def standardized(maps, shift, scale):
-    return (maps - field(shift, 0.0)) / field(scale, 1.0)
 
 
 def test_where_nothing_is_looked_at_there_is_no_effect():

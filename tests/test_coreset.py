@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from sklearn.random_projection import SparseRandomProjection
 
 import models.branches.coreset
 from models.branches.coreset import LazyGreedy, greedy_k_center, sparse_projection
@@ -54,10 +55,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("head", [256, 3])
+@pytest.mark.parametrize(("limit", "value"), [("HEAD", 256), ("HEAD", 3), ("SCORES", 500)])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_plain_greedy(case, head, rng, monkeypatch):
-    monkeypatch.setattr(models.branches.coreset, "HEAD", head)
+def test_equals_the_plain_greedy(case, limit, value, rng, monkeypatch):
+    monkeypatch.setattr(models.branches.coreset, limit, value)
     features, size = CASES[case](rng)
     features = features.astype(np.float32)
     chosen = greedy_k_center(torch.from_numpy(features), size, progress=False)
@@ -85,13 +86,6 @@ def test_equals_the_plain_greedy_on_small_grids(features, share):
     assert len(set(chosen)) == size
 
 
-def test_little_at_a_time_changes_nothing(rng, monkeypatch):
-    monkeypatch.setattr(models.branches.coreset, "SCORES", 500)
-    features = rng.integers(0, 4, size=(900, 5)).astype(np.float32)
-    chosen = greedy_k_center(torch.from_numpy(features), 90, progress=False)
-    assert chosen.tolist() == plain_greedy(features, 90)
-
-
 def test_most_distances_are_never_computed(rng):
     features = rng.normal(size=(50, 64))[rng.integers(0, 50, 30000)] + 0.3 * rng.normal(size=(30000, 64))
     greedy = LazyGreedy(torch.from_numpy(features.astype(np.float32)))
@@ -99,17 +93,14 @@ def test_most_distances_are_never_computed(rng):
     assert 30000 <= greedy.evaluations < 0.35 * 30000 * 300
 
 
-@pytest.mark.parametrize("size", [0, 6])
-def test_refuses_a_size_there_are_no_points_for(size):
-    with pytest.raises(ValueError, match=r"\[1, 5\]"):
-        greedy_k_center(torch.zeros(5, 2), size, progress=False)
-
-
-def test_refuses_features_that_are_not_finite():
+@pytest.mark.parametrize(
+    ("value", "size", "words"), [(0.0, 0, r"\[1, 5\]"), (0.0, 6, r"\[1, 5\]"), (torch.nan, 2, "NaN")]
+)
+def test_what_cannot_be_chosen_is_refused(value, size, words):
     features = torch.zeros(5, 2)
-    features[3, 1] = torch.nan
-    with pytest.raises(ValueError, match="NaN"):
-        greedy_k_center(features, 2, progress=False)
+    features[3, 1] = value
+    with pytest.raises(ValueError, match=words):
+        greedy_k_center(features, size, progress=False)
 
 
 def test_progress_goes_to_stderr_and_reaches_the_end(capsys, monkeypatch):
@@ -121,8 +112,6 @@ def test_progress_goes_to_stderr_and_reaches_the_end(capsys, monkeypatch):
 
 @pytest.mark.parametrize("count", [40, 300])
 def test_projection_equals_scikit_learn(count, rng):
-    from sklearn.random_projection import SparseRandomProjection
-
     features = rng.normal(size=(count, 200)).astype(np.float32)
     expected = SparseRandomProjection(eps=0.9, random_state=22).fit_transform(features)
     projected = sparse_projection(torch.from_numpy(features))

@@ -5,13 +5,13 @@ import re
 import shutil
 import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from pictures import IMAGES, png_chunk, turned
 from PIL import Image
 from tiny import SMALL_NETWORKS, draw_category, draw_frame, read_json, read_rows, run_in_process, small_flags, succeed
 
@@ -23,56 +23,14 @@ from metrics import protocols
 from models import USAD
 from utils.errors import InputError, UnreadableError
 
-RED_RAMP = np.stack(np.broadcast_arrays(*np.ogrid[20:200:12j, 0:250:10j], 60), 2).round().astype(np.uint8)
-RGB, GREY = Image.fromarray(RED_RAMP), RED_RAMP[..., 0]
-PALETTE = RGB.quantize(64)
-DEEP = np.array([[0, 128, 257, 129 * 257, 65535, 65534, 300, 40000]], np.uint16)
-TURNS = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 6: lambda a: np.rot90(a, -1), 8: np.rot90}
-
-
-def turned(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = orientation, "maker"
-    return exif
-
 
 def with_orientation(png: bytes, orientation: int) -> bytes:
     """A PNG file as OpenCV writes it, which cannot write EXIF data."""
-    exif = b"eXIf" + turned(orientation).tobytes().removeprefix(b"Exif\0\0")
-    chunk = struct.pack(">I", len(exif) - 4) + exif + struct.pack(">I", zlib.crc32(exif))
-    return png[:33] + chunk + png[33:]  # behind the header
-
-
-def with_alpha(image: Image.Image) -> Image.Image:
-    image.putalpha(Image.fromarray(np.arange(120, dtype=np.uint8).reshape(12, 10)))
-    return image
-
-
-def grey(levels: np.ndarray) -> np.ndarray:
-    return np.dstack([levels] * 3)
+    exif = turned(orientation).tobytes().removeprefix(b"Exif\0\0")
+    return png[:33] + png_chunk(b"eXIf", exif) + png[33:]  # behind the header
 
 
 # Image kinds
-
-IMAGES = [  # name, image, how it is saved, what is read
-    *((f"rgb{suffix}", RGB, {}, RED_RAMP) for suffix in (".png", ".bmp", ".tif", ".TIFF", ".PNG")),
-    ("grey.png", Image.fromarray(GREY), {}, grey(GREY)),
-    ("bits.png", Image.fromarray(GREY > 100), {}, grey((GREY > 100) * 255)),
-    ("palette.png", PALETTE, {}, PALETTE.convert("RGB")),
-    ("transparent.png", PALETTE, {"transparency": 3}, PALETTE.convert("RGB")),
-    ("transparencies.png", PALETTE, {"transparency": bytes(range(256))}, PALETTE.convert("RGB")),
-    ("alpha.png", with_alpha(RGB.convert("RGBA")), {}, RED_RAMP),  # dropped, not blended
-    ("grey_alpha.png", with_alpha(RGB.convert("LA")), {}, grey(RGB.convert("L"))),
-    *((f"deep{suffix}", Image.fromarray(DEEP), {}, grey((DEEP / 257).round())) for suffix in (".png", ".tif")),
-    ("big_endian.tif", Image.frombytes("I;16B", (8, 1), DEEP.astype(">u2").tobytes()), {}, grey((DEEP / 257).round())),
-    ("pages.tif", RGB, {"save_all": True, "append_images": [Image.fromarray(255 - RED_RAMP)]}, RED_RAMP),
-    *((f"turned_{key}.png", RGB, {"exif": turned(key)}, turn(RED_RAMP)) for key, turn in TURNS.items()),
-    *((f"turned_{key}.tif", RGB, {"exif": turned(key)}, turn(RED_RAMP)) for key, turn in TURNS.items()),
-    ("deep_turned.png", Image.fromarray(DEEP), {"exif": turned(6)}, np.rot90(grey((DEEP / 257).round()), -1)),
-    *((f"a{suffix}", RGB, {"quality": 98}, RED_RAMP) for suffix in (".jpg", ".JPEG")),
-    ("cmyk.jpg", Image.new("CMYK", (16, 16), (0, 255, 255, 0)), {"quality": 98}, (255, 0, 0)),
-    ("deep_turned.tif", Image.fromarray(DEEP), {"tiffinfo": turned(6)}, np.rot90(grey((DEEP / 257).round()), -1)),
-]
 
 
 @pytest.mark.parametrize(("name", "image", "options", "expected"), IMAGES, ids=[name for name, *_ in IMAGES])
@@ -191,18 +149,14 @@ def test_large_jpeg_is_decoded_at_a_reduced_scale(tmp_path, limit, scale, orient
     assert np.abs(np.asarray(picture.image) - expected).max() <= 3
 
 
-def broken_files(folder: Path) -> list[Path]:
-    contents = {"empty.png": b"", "text.jpg": b"not an image", "zeros.bmp": bytes(500)}
-    for name in ("a.png", "a.jpg", "a.bmp", "a.tif"):
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(folder / name)
-        contents[name] = (folder / name).read_bytes()[: (folder / name).stat().st_size // 2]
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    return [folder / name for name in contents]
-
-
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    for path in broken_files(tmp_path):
+    contents = {"empty.png": b"", "text.jpg": b"not an image", "zeros.bmp": bytes(500)}
+    for path in (tmp_path / name for name in ("a.png", "a.jpg", "a.bmp", "a.tif")):
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
+        contents[path.name] = path.read_bytes()[: path.stat().st_size // 2]
+    for name, content in contents.items():
+        path = tmp_path / name
+        path.write_bytes(content)
         for read in (read_picture, lambda path: read_mask([path], (40, 40))):
             with warnings.catch_warnings(), pytest.raises(InputError) as error:
                 warnings.simplefilter("error")
@@ -224,11 +178,7 @@ def test_any_aspect_is_stretched_to_the_square(tmp_path):
     assert not torch.allclose(tensor, to_tensor(image, 32, "bilinear"), atol=1e-2)
 
 
-def test_mask_is_nearest_then_half(tmp_path):
-    levels = np.array([[0, 127, 128, 255]], np.uint8).repeat(2, 0)
-    Image.fromarray(levels).save(tmp_path / "m.png")
-    mask, _ = read_mask([tmp_path / "m.png"], (4, 2))
-    assert mask_to_tensor(mask, 4).tolist() == [[False, False, True, True]] * 4
+def test_a_mask_is_resized_to_the_nearest_pixels():
     big = np.random.default_rng(1).random((30, 50)) < 0.5
     rows, columns = ((np.arange(20) + 0.5) * length / 20 for length in big.shape)
     np.testing.assert_array_equal(mask_to_tensor(big, 20), big[rows.astype(int)[:, None], columns.astype(int)])
@@ -295,20 +245,26 @@ EMPTY_MASKS = {
     "black as palette": levels(0, 0).convert("P"),
     "black, 1 bit": levels(0, 0).convert("1"),
 }
-MASKS = {
-    name: (image, notes)
-    for images, notes in ((BRIGHT_MASKS, Note(0)), (LABEL_MASKS, Note.LABELS), (EMPTY_MASKS, Note.EMPTY))
-    for name, image in images.items()
+FULL_MASKS = {
+    "white": Image.new("L", (8, 6), "white"),
+    "white in RGB": Image.new("RGB", (8, 6), "white"),
+    "white under what is transparent": Image.new("RGBA", (8, 6), (255, 255, 255, 0)),  # as editors leave it
+}
+MASKS = {  # what is noted of them, and what is marked
+    **{name: (image, Note(0), TRUTH) for name, image in BRIGHT_MASKS.items()},
+    **{name: (image, Note.LABELS, TRUTH) for name, image in LABEL_MASKS.items()},
+    **{name: (image, Note.EMPTY, TRUTH & False) for name, image in EMPTY_MASKS.items()},
+    **{name: (image, Note.FULL, TRUTH | True) for name, image in FULL_MASKS.items()},
 }
 
 
 @pytest.mark.parametrize("kind", MASKS)
 def test_mask_kinds(tmp_path, kind):
-    image, notes = MASKS[kind]
+    image, notes, marked = MASKS[kind]
     path = tmp_path / ("m.png" if image.mode in ("1", "L", "P", "RGB", "RGBA", "I;16") else "m.tif")
     image.save(path)
     found, said = read_mask([path], (8, 6))
-    np.testing.assert_array_equal(found, TRUTH & (notes != Note.EMPTY))
+    np.testing.assert_array_equal(found, marked)
     assert said == notes
 
 
@@ -326,17 +282,6 @@ def test_masks_of_16_bit_colour(tmp_path, marked, notes):
     for orientation, quarters in ((3, 2), (6, -1)):
         (tmp_path / "m.png").write_bytes(with_orientation(content, orientation))
         np.testing.assert_array_equal(read_mask([tmp_path / "m.png"])[0], np.rot90(TRUTH, quarters))
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-def test_masks_that_mark_everything_are_noted(tmp_path, mode):
-    """As editors leave white under what they show as transparent."""
-    mask = Image.new(mode, (8, 6), "white")
-    if mode == "RGBA":
-        mask.putalpha(0)
-    mask.save(tmp_path / "m.png")
-    found, said = read_mask([tmp_path / "m.png"])
-    assert found.all() and said == Note.FULL
 
 
 def test_jpeg_masks_have_no_labels(tmp_path):
@@ -411,23 +356,6 @@ def touch(folder: Path, *names: str) -> Category:
     return Category(folder, "belt")
 
 
-def test_files_of_a_category(tmp_path):
-    names = ["test/good/b.PNG", "test/good/a.jpeg", "test/crack/1.bmp", "test/crack/2.Tif", "test/a b/é煤.JPG"]
-    masks = ["ground_truth/crack/1_mask.png", "ground_truth/crack/2_mask.TIF", "ground_truth/a b/é煤.png"]
-    ignored = ["test/good/.hidden.png", "test/good/notes.txt", "test/.cache/x.png", "test/stray.png", "test/good/x.npy"]
-    category = touch(tmp_path, *names, *masks, *ignored)
-    (tmp_path / "belt/test/good/folder.png").mkdir()
-    samples = category.test_samples()
-    assert [sample.name for sample in samples] == sorted(names)
-    assert [sample.label for sample in samples] == [1, 1, 1, 0, 0]
-    folder = tmp_path / "belt" / "ground_truth"
-    assert [sample.masks for sample in samples[:3]] == [
-        (folder / "a b/é煤.png",),
-        (folder / "crack/1_mask.png",),
-        (folder / "crack/2_mask.TIF",),
-    ]
-
-
 LAYOUTS = {  # images below test/ with their masks below ground_truth/
     "sub-folders": {"rope/a/0.png": ["rope/a/0_mask.png"], "rope/b/0.png": ["rope/b/0_mask.png"], "good/a/0.png": []},
     "deep sub-folders": {"rope/day 1/煤/cam.2/0.png": ["rope/day 1/煤/cam.2/0.png"], "rope/0.png": ["rope/0.png"]},
@@ -439,15 +367,26 @@ LAYOUTS = {  # images below test/ with their masks below ground_truth/
         "rope/0.png": ["rope/0.png"],
     },
     "a defect without masks": {"rope/0.png": ["rope/0_mask.png"], "wood/0.png": [], "wood/a/0.png": []},
+    "names of all kinds": {
+        "good/b.PNG": [],
+        "crack/1.bmp": ["crack/1_mask.png"],
+        "crack/2.Tif": ["crack/2_mask.TIF"],
+        "a b/é煤.JPG": ["a b/é煤.png"],
+        "good/a.jpeg": [],
+    },
     "no masks": {"rope/0.png": [], "wood/a/0.png": [], "good/0.png": []},
 }
 
 
+IGNORED = "test/good/.hidden.png", "test/good/notes.txt", "test/.cache/x.png", "test/stray.png", "test/good/x.npy"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(tmp_path, layout):
-    images = LAYOUTS[layout]
+    images, category = LAYOUTS[layout], touch(tmp_path, *IGNORED)
+    (category.folder / "test/good/folder.png").mkdir()
     for name, masks in images.items():
-        category = touch(tmp_path, f"test/{name}", f"train/good/{name}", *(f"ground_truth/{mask}" for mask in masks))
+        touch(tmp_path, f"test/{name}", f"train/good/{name}", *(f"ground_truth/{mask}" for mask in masks))
     samples = category.test_samples()
     truth = category.folder / "ground_truth"
     assert [(sample.name, sample.masks) for sample in samples] == [
@@ -670,9 +609,9 @@ def test_the_limit_of_the_size_is_a_flag(tmp_path):
 def test_few_training_images_with_the_demo_network(tmp_path, count):
     """Its default holds images out where there are enough; thresholds and the standardized fusion need them."""
     draw_category(tmp_path / "data/belt", count, 2, 2)
+    flags = small_flags(tmp_path, "test_fusion")
     for script in SMALL_NETWORKS:
-        flags = [*small_flags(tmp_path, "test_fusion"), "--weights", "demo", "--image-size", 96, "--no-eval"]
-        finished = run_in_process(script, *flags)
+        finished = run_in_process(script, *flags, "--weights", "demo", "--image-size", 96, "--no-eval")
         said = finished.err.splitlines()
         if count == 1 and script != "train_pc":
             assert finished.code == 2 and said[-1].startswith("error: belt: 1 training image(s): ")
@@ -682,10 +621,10 @@ def test_few_training_images_with_the_demo_network(tmp_path, count):
         expected = "2 are held out" if count == 7 else "none are held out: no thresholds"
         assert said[0].startswith(f"warning: belt: of only {count} training images {expected}")
     if count > 1:
-        flags = [*small_flags(tmp_path, "test_fusion"), "--pc-weights", "other.pth"]
-        assert "--pc-weights other.pth has no effect" in run_in_process("test_fusion", *flags).err
+        said = run_in_process("test_fusion", *flags, "--pc-weights", "other.pth").err
+        assert "--pc-weights other.pth has no effect" in said
         succeed(tmp_path, "test_fusion", "--no-images")
         settings = read_json(tmp_path / "result/belt/fusion/config.json")["settings"]
         assert settings["fusion"] == ("standardized" if count == 7 else "paper")
-        flags = [*small_flags(tmp_path, "test_fusion"), "--no-images", "--false-alarm-rate", 0.3]
-        assert run_in_process("test_fusion", *flags).code == (0 if count == 7 else 2)
+        finished = run_in_process("test_fusion", *flags, "--no-images", "--false-alarm-rate", 0.3)
+        assert finished.code == (0 if count == 7 else 2)

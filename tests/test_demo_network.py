@@ -7,7 +7,7 @@ import pytest
 import scipy.signal
 import torch
 from stand_in import Batches, normalised
-from tiny import SMALL_NETWORKS, draw_category, end_well, read_json, refusal
+from tiny import SMALL_NETWORKS, draw_category, end_well, read_json, refusal, small_flags
 
 from models.branches.neighbors import NearestNeighbors
 from models.branches.patchcore import PatchCore, means_around
@@ -24,8 +24,8 @@ def seeded():
     torch.manual_seed(0)
 
 
-def backbone(kind: str, size: int = 96):
-    return build_backbone(BackboneSpec(kind, NAME, size, weights="demo"))
+def backbone(kind: str):
+    return build_backbone(BackboneSpec(kind, NAME, 96, weights="demo"))
 
 
 def test_the_filters_are_the_same_to_the_last_bit_everywhere():
@@ -208,17 +208,16 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     draw_category(folder / "data" / "belt", train=12, good=4, anomalous=6, size=(120, 96))
     for script in SMALL_NETWORKS:
-        end_well(script, *flags(folder, "models", "--weights", "demo", "--image-size", 96, "--batch-size", 4))
+        end_well(script, *flags(folder, "--weights", "demo", "--image-size", 96, "--batch-size", 4))
     return folder
 
 
-def flags(folder, models, *more):
-    places = "--data-root", folder / "data", "--results-dir", folder / "result", "--models-dir", folder / models
-    return *places, "--category", "belt", "--workers", 0, "--no-images", *more
+def flags(folder, *more):
+    return *small_flags(folder, "test_fusion"), "--no-images", *more
 
 
 def with_demo(folder, *more):
-    return flags(folder, "other", "--weights", "demo", *more)
+    return flags(folder, "--models-dir", folder / "other", "--weights", "demo", *more)
 
 
 def test_the_defaults_are_said_and_a_flag_overrides_them(trained):
@@ -255,7 +254,7 @@ def test_what_does_not_go_with_the_demo_network(tmp_path, more, words):
 
 
 def test_the_fusion_follows_the_checkpoints(trained):
-    run, folder = ("test_fusion", *flags(trained, "models")), trained / "result/belt/fusion"
+    run, folder = ("test_fusion", *flags(trained)), trained / "result/belt/fusion"
     end_well(*run)
     assert read_json(folder / "config.json")["settings"]["fusion"] == "standardized"
     assert read_json(folder / "metrics.json")["branches"]["pc"]["image_auroc"] > 0.9

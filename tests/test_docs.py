@@ -11,7 +11,7 @@ from tiny import ROOT, run_in_process
 
 from models import Branch
 
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("[!.]*/README.md")]
 SCRIPTS = ("train_ma_clu", "train_ma2patch", "train_pc", "test_fusion", "predict", "reproduce_tables")
 OTHERS = ("export_onnx", "predict_onnx", "make_demo_data")
 FLAG = re.compile(r"--[a-z][a-z0-9-]+")

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from machine import PATIENCE
 from PIL import Image
 from stand_in import normalised
-from tiny import ROOT, draw_category, draw_frame, end_well, read_json, read_rows, refusal
+from tiny import ROOT, draw_category, draw_frame, end_well, read_json, read_rows, refusal, small_flags, succeed
 
 from models import USAD
 from models.branches.postprocess import resize_images
@@ -50,12 +51,10 @@ def home(tmp_path_factory) -> Path:
     roi = np.zeros((56, 72), np.uint8)
     roi[:, 9:] = 255
     Image.fromarray(roi).save(root / "roi.png")
-    run = ["--device", "cpu", "--workers", 0]
+    training = [*small_flags(root, "train_any"), "--roi", root / "roi.png", "--holdout-ratio", 0.5, "--no-eval"]
     for script, network in TRAININGS.items():
-        training = [*flags(root), *run, *network, "--roi", root / "roi.png", "--holdout-ratio", 0.5, "--no-eval"]
-        end_well(script, *training)
-    testing = ["--fusion", "standardized", "--false-alarm-rate", 0.3, "--no-images", "--results-dir", root / "result"]
-    end_well("test_fusion", *flags(root), *run, *testing)
+        end_well(script, *training, *network)
+    succeed(root, "test_fusion", "--fusion", "standardized", "--false-alarm-rate", 0.3, "--no-images")
     finished = end_well("export_onnx", *flags(root), "--out", root / "belt.onnx")
     assert "4 held-out and 4 training frames (fewer than 64" in finished.out
     return root
@@ -234,25 +233,19 @@ class Answers:
         return [Prediction(score, np.float32([[0, score]]), {})]
 
 
-class Frame:
-    """A sample without a file."""
-
-    path = "frame.png"
-
-    def read(self):
-        return None
+FRAME = types.SimpleNamespace(path="frame.png", read=lambda: None)  # a sample without a file
 
 
 def test_thresholds_stay_above_the_frames_they_came_from():
     """The frame of score 2 has one a bit higher in a batch of another size: the threshold came from 1.99999."""
     limit = 1.99999
     original, exported = Answers([1.0, 2.0, 3.0], limit), Answers([1.0, 2.00001, 3.0], limit)
-    proof = prove(original, exported, [Frame()] * 3, Tolerance(1e-4, 1e-3, 1e-3))
+    proof = prove(original, exported, [FRAME] * 3, Tolerance(1e-4, 1e-3, 1e-3))
     settle_thresholds(original, exported, proof, 1e-4)
     assert 2.00001 < exported.threshold < 2.0001 and 2.00001 < exported.pixel_threshold < 2.0001
     with pytest.raises(InputError, match="about an alarm"):
         both = (2.1, 1.9), (2.1, 1.9)
-        settle_thresholds(original, exported, [Compared(Frame(), *both, Tolerance(0, 0, 0), (0, 0))], 1e-4)
+        settle_thresholds(original, exported, [Compared(FRAME, *both, Tolerance(0, 0, 0), (0, 0))], 1e-4)
 
 
 def test_operators():

@@ -119,15 +119,13 @@ def fourth(monkeypatch):
     ],
 )
 def test_settings_out_of_range_are_refused(workplace, branch, flag, value):
-    network = ["--weights", "random", "--backbone", "test_resnet" if branch == "pc" else "test_vit", "--image-size", 64]
-    flags = [*small_flags(workplace, "train_any"), *network, flag, value]
-    assert flag in refusal("training.__main__", branch, *flags)
+    assert flag in refusal("training.__main__", branch, *small_flags(workplace, f"train_{branch}"), flag, value)
 
 
 def test_a_fourth_branch_from_training_to_tables(workplace, fourth):
     three = fuse(workplace, "--no-images")
     assert set(three["branches"]) == {"ma_clu", "ma2patch", "pc"}  # folders of three checkpoints stay valid
-    flags = [*small_flags(workplace, "train_any"), "--weights", "random", "--backbone", "test_vit", "--image-size", 64]
+    flags = small_flags(workplace, "train_ma_clu")
     end_well("training.__main__", "brightness", *flags, "--power", 1.5)
     assert (workplace / "models/belt/brightness.safetensors").is_file()
     assert "'brightness' cannot take in new frames" in refusal("training.__main__", "brightness", *flags, "--update")

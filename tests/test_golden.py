@@ -25,14 +25,14 @@ class Given:
         return self.features
 
 
-def token_branch(branch_class, batch_size=7):
+def token_branch(branch_class):
     """A branch fitted on the stored training tokens, the features of the test images, and all stored numbers."""
     data = golden(branch_class.name)
     tokens = torch.from_numpy(data["train_tokens"])
     size = int(data["image_size"])
     side = int((tokens.shape[1] - 1) ** 0.5)
     branch = branch_class(StandIn(size, (side, side), tokens.shape[2]))
-    parts = zip(tokens.split(batch_size), torch.arange(len(tokens)).split(batch_size), strict=True)
+    parts = zip(tokens.split(7), torch.arange(len(tokens)).split(7), strict=True)
     branch.fit(Batches(({"image": Given(t[:, 0], t[:, 1:]), "index": index} for t, index in parts), len(tokens)))
     test = torch.from_numpy(data["test_tokens"])
     return branch, (test[:, 0], test[:, 1:]), data
@@ -133,42 +133,23 @@ def test_preprocessing():
     np.testing.assert_array_equal(mask_to_tensor(np.asarray(mask) >= 128, 58), data["mask_58"] > 0.5)
 
 
-def fusion_of(ma_clu, ma2patch, patchcore, patchcore_maps, size):
-    """The fused scores and maps of our branches' own outputs, with PatchCore's maps given."""
-    (clu, clu_features, _), (attribution, (_, tokens), _), (pc, pc_features, _) = ma_clu, ma2patch, patchcore
-    usad = USAD([clu, attribution, pc])
-    usad.image_size = size
-    parts = {
-        "ma_clu": clu.score(clu_features),
-        "ma2patch": attribution.score(tokens),
-        "pc": Part(pc.score(pc_features).scores, patchcore_maps),
-    }
-    return usad.rule.fuse({name: part.resized(size) for name, part in parts.items()})
-
-
-def stored_parts(size):
-    files = {"ma_clu": "ma_clu", "ma2patch": "ma2patch", "pc": "patchcore"}
-    return {
-        name: Part(
-            torch.from_numpy(golden(file)["score"]),
-            resize_maps(torch.from_numpy(golden(file)["anomaly_map"]), size),
-        )
-        for name, file in files.items()
-    }
-
-
 def test_fusion_of_stored_parts(ma_clu, ma2patch, patchcore):
-    data = golden("fusion")
+    data, parts = golden("fusion"), {}
+    for name, file in (("ma_clu", "ma_clu"), ("ma2patch", "ma2patch"), ("pc", "patchcore")):
+        scores, maps = (torch.from_numpy(golden(file)[part]) for part in ("score", "anomaly_map"))
+        parts[name] = Part(scores, resize_maps(maps, int(data["size"])))
     usad = USAD([ma_clu[0], ma2patch[0], patchcore[0]], lambda_map=float(data["lambda_map"]))
     assert usad.rule.score_weights["ma_clu"] == float(data["lambda_obj"])
-    scores, maps = usad.rule.fuse(stored_parts(int(data["size"])))
+    scores, maps = usad.rule.fuse(parts)
     np.testing.assert_allclose(scores, data["score"], rtol=1e-5)
     np.testing.assert_allclose(maps, data["fused_map"], atol=1e-6)
 
 
 def test_fusion_of_own_parts(ma_clu, ma2patch, patchcore):
     data = golden("fusion")
-    pc_maps = patchcore[0].score(patchcore[1]).scaled()
-    scores, maps = fusion_of(ma_clu, ma2patch, patchcore, pc_maps, int(data["size"]))
+    (clu, clu_features, _), (attribution, (_, tokens), _), (pc, pc_features, _) = ma_clu, ma2patch, patchcore
+    parts = {"ma_clu": clu.score(clu_features), "ma2patch": attribution.score(tokens), "pc": pc.score(pc_features)}
+    rule = USAD([clu, attribution, pc]).rule
+    scores, maps = rule.fuse({name: part.resized(int(data["size"])) for name, part in parts.items()})
     assert close(maps, data["fused_map"], 0.015)
     np.testing.assert_allclose(scores, data["score"], rtol=2e-3)

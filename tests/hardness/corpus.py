@@ -4,15 +4,15 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
+from pictures import IMAGES
 from safetensors.torch import save_file
 
+from datasets.coalad import extract
 from models.branches.branch import Branch
 from models.fusion.operating_point import FORMAT
 from models.networks.backbones import BackboneSpec, empty_backbone
@@ -21,7 +21,6 @@ from models.networks.weights import random_state_dict
 from utils.checkpoint import load_checkpoint
 from utils.errors import InputError
 
-SIZE = (23, 17)  # of the images, width and height
 NETWORK = "test_resnet"
 
 
@@ -34,14 +33,10 @@ def weights(folder: Path) -> tuple[Path, Path]:
     return folder / "net.pth", folder / "net.safetensors"
 
 
-def weights_reader() -> Callable[[Path], object]:
+def read_weights(path: Path) -> str:
     """Reads weights and puts them into their network."""
-
-    def read(path: Path) -> object:
-        spec = BackboneSpec("maps", NETWORK, 64).with_weights(str(path))
-        return load_weights(empty_backbone(spec).net, spec)
-
-    return read
+    spec = BackboneSpec("maps", NETWORK, 64).with_weights(str(path))
+    return load_weights(empty_backbone(spec).net, spec)
 
 
 def load_and_predict(branch_class: type[Branch], path: Path) -> None:
@@ -82,52 +77,24 @@ def archives(folder: Path) -> list[Path]:
     return paths
 
 
-def unpack(extract: Callable[[Path, Path], None]) -> Callable[[Path], None]:
+def unpack(path: Path) -> None:
     """Unpacks an archive into a folder beside it, which it removes."""
-
-    def read(path: Path) -> None:
-        folder = path.with_suffix(".unpacked")
-        folder.mkdir()
-        try:
-            extract(path, folder)
-        finally:
-            shutil.rmtree(folder)
-
-    return read
+    folder = path.with_suffix(".unpacked")
+    folder.mkdir()
+    try:
+        extract(path, folder)
+    finally:
+        shutil.rmtree(folder)
 
 
 def images(folder: Path) -> list[Path]:
-    """Images of every mode and format that is taken."""
+    """Images of every mode and format that is taken; those of 16 bits are a 12-bit camera's."""
     folder.mkdir(parents=True)
+    for name, image, options, _ in IMAGES:
+        if image.mode[0] != "I":
+            image.save(folder / name, **options)
     rng = np.random.default_rng(3)
-    rgb = Image.fromarray(rng.integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8))
-    deep = Image.fromarray(rng.integers(0, 4096, (SIZE[1], SIZE[0]), dtype=np.uint16))
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    made = {
-        "rgb.png": (rgb, {}),
-        "grey.png": (rgb.convert("L"), {}),
-        "bits.png": (rgb.convert("1"), {}),
-        "palette.png": (rgb.convert("P"), {"transparency": 3}),
-        "alpha.png": (rgb.convert("RGBA"), {}),
-        "deep.png": (deep, {}),
-        "rgb.jpg": (rgb, {}),
-        "progressive.jpg": (rgb, {"progressive": True}),
-        "cmyk.jpg": (rgb.convert("CMYK"), {}),
-        "turned.jpg": (rgb, {"exif": turned}),
-        "rgb.bmp": (rgb, {}),
-        "palette.bmp": (rgb.convert("P"), {}),
-        "plain.tif": (rgb, {}),
-        "lzw.tif": (rgb, {"compression": "tiff_lzw"}),
-        "deflate.tif": (deep, {"compression": "tiff_adobe_deflate"}),
-        "jpeg.tif": (rgb, {"compression": "jpeg"}),
-        "pages.tif": (rgb, {"save_all": True, "append_images": [rgb]}),
-    }
-    for name, (image, options) in made.items():
-        image.save(folder / name, **options)
-    for name in ("deep_colors.png", "deep_colors.tif"):
-        cv2.imwrite(str(folder / name), rng.integers(0, 4096, (SIZE[1], SIZE[0], 3), dtype=np.uint16))
-    rgb.save(folder / "gif.png", format="GIF")  # the content decides, not the name
-    rgb.save(folder / "webp.png", format="WEBP")
-    rgb.save(folder / "animated.png", format="PNG", save_all=True, append_images=[rgb.rotate(90)])
+    for name, shape in (("deep", (17, 23)), ("deep_colors", (17, 23, 3))):
+        for suffix in (".png", ".tif"):
+            cv2.imwrite(str(folder / (name + suffix)), rng.integers(0, 4096, shape, dtype=np.uint16))
     return sorted(folder.iterdir())

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hardness import mutations
+from hardness import corpus
+from hardness.mutations import Mutation, of_bytes, of_json, of_png, of_safetensors, of_tar, of_zip
 from published_files import Published
 
-from datasets.coalad import extract
 from datasets.images import Decoding, read_mask, read_picture
 from models import BRANCHES
 from models.fusion.operating_point import OperatingPoint
@@ -40,48 +40,37 @@ class Target:
     """A kind of file: good examples, how they are damaged, and their reader."""
 
     seeds: list[Path]
-    mutations: list[mutations.Mutation]
+    mutations: list[Mutation]
     read: Callable[[Path], object]
 
 
 def targets(folder: Path, models: Path) -> dict[str, Target]:
     """All kinds; good files are made in `folder`, those of the three branches lie in `models`."""
-    from hardness import corpus
-
     branches = dict(BRANCHES)
     published = Published(6, 8, 10).write(folder / "published")
     network = corpus.weights(folder / "weights")
-    read_weights = corpus.weights_reader()
     return {
         "checkpoints": Target(
             [models / f"{name}.safetensors" for name in branches],
-            [mutations.of_bytes, mutations.of_safetensors, mutations.of_safetensors],
+            [of_bytes, of_safetensors, of_safetensors],
             lambda path: corpus.load_and_predict(branches[path.stem], path),
         ),
         "operating points": Target(
             [corpus.operating_point(folder / "usad.json")],
-            [mutations.of_bytes, mutations.of_json],
+            [of_bytes, of_json],
             lambda path: OperatingPoint.read(path.parent),
         ),
         "published tensors": Target(
             [published / name for name in FILES if name != KMEANS_FILE],
-            [mutations.of_bytes, mutations.of_zip],
+            [of_bytes, of_zip],
             lambda path: read_published(path.parent),
         ),
-        "published k-means": Target(
-            [published / KMEANS_FILE], [mutations.of_bytes], lambda path: read_published(path.parent)
-        ),
-        "weights (.pth)": Target([network[0]], [mutations.of_bytes, mutations.of_zip], read_weights),
-        "weights (.safetensors)": Target([network[1]], [mutations.of_bytes, mutations.of_safetensors], read_weights),
-        "archives": Target(
-            corpus.archives(folder / "archives"), [mutations.of_bytes, mutations.of_tar], corpus.unpack(extract)
-        ),
-        "images": Target(corpus.images(folder / "images"), [mutations.of_bytes, mutations.of_png], read_both),
-        "masks": Target(
-            [path for path in corpus.images(folder / "masks") if path.name != "turned.jpg"],  # of another size
-            [mutations.of_bytes, mutations.of_png],
-            lambda path: read_mask([path], corpus.SIZE),
-        ),
+        "published k-means": Target([published / KMEANS_FILE], [of_bytes], lambda path: read_published(path.parent)),
+        "weights (.pth)": Target([network[0]], [of_bytes, of_zip], corpus.read_weights),
+        "weights (.safetensors)": Target([network[1]], [of_bytes, of_safetensors], corpus.read_weights),
+        "archives": Target(corpus.archives(folder / "archives"), [of_bytes, of_tar], corpus.unpack),
+        "images": Target(corpus.images(folder / "images"), [of_bytes, of_png], read_both),
+        "masks": Target(corpus.images(folder / "masks"), [of_bytes, of_png], lambda path: read_mask([path])),
     }
 
 

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from tiny import SMALL_NETWORKS, contents, draw_category, small_flags
 from utils.command_line import run
 
 SECONDS = 10  # after which an interrupted script has ended
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
+SAID = {signal.SIGINT: "error: interrupted", signal.SIGTERM: "error: terminated"}
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir"}
 
 
@@ -90,13 +91,13 @@ class Bench:
         draw_category(self.work / "data" / "belt")
         for seed in (5, 22):
             Published(384, 768, 1536, seed=seed).write(self.work / f"published {seed}")
-        for name, flags in commands(self.work, 5).items():
-            self.finish(name, flags)
+        for name in commands(self.work, 5):
+            self.finish(name, seed=5)
         shutil.copytree(self.work, self.before)
-        for name, flags in commands(self.work, 22).items():
+        for name in commands(self.work, 22):
             self.lay()
             start = time.monotonic()
-            self.finish(name, flags)
+            self.finish(name)
             self.seconds[name] = time.monotonic() - start
             self.events[name] = int(Path(f"{self.log}.count").read_text())
             self.after[name] = shutil.copytree(self.work, folder / f"after {name}")
@@ -106,47 +107,37 @@ class Bench:
         shutil.rmtree(self.work)
         shutil.copytree(self.before, self.work)
 
-    def finish(self, name: str, flags: list) -> list[str]:
-        """Run a script to its end; returns what went wrong."""
-        process = Script(name, flags, self.log)
+    def begin(self, name: str, seed: int = 22, end_at: int | None = None) -> Script:
+        """Start a script."""
+        process = Script(name, commands(self.work, seed)[name], self.log, end_at)
         process.start()
+        return process
+
+    def finish(self, name: str, seed: int = 22) -> list[str]:
+        """Run a script to its end; returns what went wrong."""
+        process = self.begin(name, seed)
         process.join()
         return [] if process.exitcode == 0 else [f"exit code {process.exitcode}: {self.log.read_text()[-300:]}"]
 
-    def kills(self, count: int, rng: random.Random) -> Iterator[tuple[str, list[str]]]:
-        """Kill the scripts in turn, half at a random time, half at a file operation; returns what went wrong."""
-        for number in range(count):
-            name = list(self.after)[number % len(self.after)]
+    def disturb(self, numbers: Sequence[int], count: int, rng: random.Random) -> Iterator[tuple[str, list[str]]]:
+        """Send the scripts in turn a signal, half of the SIGKILLs at a file operation; returns what went wrong."""
+        for case in range(count):
+            name, number = list(self.after)[case % len(self.after)], rng.choice(numbers)
             self.lay()
-            end_at = rng.randint(1, self.events[name]) if rng.random() < 0.5 else None
-            process = Script(name, commands(self.work, 22)[name], self.log, end_at)
-            process.start()
+            end_at = rng.randint(1, self.events[name]) if number == signal.SIGKILL and rng.random() < 0.5 else None
+            process = self.begin(name, end_at=end_at)
             if end_at is None:
-                time.sleep(rng.uniform(0, self.seconds[name]))
-                process.signal(signal.SIGKILL, group=rng.random() < 0.5)
-            process.join()
-            yield name, self.state(name) + self.rerun(name) + orphans(process.pid)
-
-    def signals(self, count: int, rng: random.Random) -> Iterator[tuple[str, list[str]]]:
-        """Interrupt or terminate the scripts in turn; returns what went wrong."""
-        for number in range(count):
-            name, kind = list(self.after)[number % len(self.after)], rng.choice(list(CODES))
-            self.lay()
-            process = Script(name, commands(self.work, 22)[name], self.log)
-            process.start()
-            time.sleep(0.05 + rng.uniform(0, self.seconds[name]))  # first its handlers must be in place
+                handled = 0 if number == signal.SIGKILL else 0.05  # seconds until its handlers are in place
+                time.sleep(handled + rng.uniform(0, self.seconds[name]))
+                process.signal(number, group=rng.random() < 0.5)
             start = time.monotonic()
-            process.signal(kind, group=rng.random() < 0.5)
-            process.join(60)
-            took, wrong = time.monotonic() - start, []
-            if process.exitcode not in (0, CODES[kind]) or took > SECONDS:
-                wrong.append(f"exit code {process.exitcode} after {took:.1f} s: {self.log.read_text()[-600:]}")
-            elif process.exitcode:
-                said = [
-                    line for line in self.log.read_text().splitlines() if "error" in line.lower() or "  File" in line
-                ]
-                expected = ["error: interrupted" if kind == signal.SIGINT else "error: terminated"]
-                wrong += [] if said == expected else [f"said {self.log.read_text()[-600:]}"]
+            process.join(60 if end_at is None else None)
+            took, log, wrong = time.monotonic() - start, self.log.read_text(errors="replace"), []
+            if process.exitcode not in (0, CODES[number]) or (end_at is None and took > SECONDS):
+                wrong.append(f"exit code {process.exitcode} after {took:.1f} s: {log[-600:]}")
+            elif process.exitcode and number in SAID:
+                said = [line for line in log.splitlines() if "error" in line.lower() or "  File" in line]
+                wrong += [] if said == [SAID[number]] else [f"said {log[-600:]}"]
             yield name, wrong + self.state(name) + self.rerun(name) + orphans(process.pid)
 
     def state(self, name: str) -> list[str]:
@@ -171,7 +162,7 @@ class Bench:
 
     def rerun(self, name: str) -> list[str]:
         """What is wrong after running the command again: everything must be as after an undisturbed run."""
-        wrong = self.finish(name, commands(self.work, 22)[name])
+        wrong = self.finish(name)
         expected, found = read_all(self.after[name]), read_all(self.work)
         for path, content in expected.items():
             if found.get(path) != content and not is_whole(self.work / path, found.get(path, b"")):

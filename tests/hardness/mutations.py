@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from pictures import png_chunk
+
 Mutation = Callable[[random.Random, bytes], bytes]
 
 LIES = [
@@ -105,23 +107,22 @@ def of_zip(rng: random.Random, data: bytes) -> bytes:
     return written.getvalue()
 
 
+TAR_FIELDS = [  # place, length, and what is written there
+    (0, 100, [b"../x", b"/tmp/x", b"coal_ad/../../x", b"C:\\x", b"coal_ad", b"\xff", b"a" * 100]),  # name
+    (124, 12, [b"77777777777", b"-0000000001", b"\x80" + b"\xff" * 11, b"99999", b"00000000001"]),  # size
+    (156, 1, [bytes([kind]) for kind in b"0123456789xgLKSDNVMA\x00"]),  # kind
+    (157, 100, [b"/etc/passwd", b"../x", b"coal_ad/train"]),  # target of a link
+]
+
+
 def of_tar(rng: random.Random, data: bytes) -> bytes:
     """A tar archive with changed header fields, with correct checksums."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 3)):
         start = tarfile.BLOCKSIZE * rng.randrange(len(changed) // tarfile.BLOCKSIZE)
         header = changed[start : start + tarfile.BLOCKSIZE]
-        match rng.randrange(4):
-            case 0:
-                header[156] = rng.choice(b"0123456789xgLKSDNVMA\x00")
-            case 1:
-                name = rng.choice((b"../x", b"/tmp/x", b"coal_ad/../../x", b"C:\\x", b"coal_ad", b"\xff", b"a" * 100))
-                header[:100] = name.ljust(100, b"\x00")[:100]
-            case 2:
-                size = rng.choice((b"77777777777", b"-0000000001", b"\x80" + b"\xff" * 11, b"99999", b"00000000001"))
-                header[124:136] = size.ljust(12, b"\x00")
-            case 3:
-                header[157:257] = rng.choice((b"/etc/passwd", b"../x", b"coal_ad/train")).ljust(100, b"\x00")
+        place, length, values = rng.choice(TAR_FIELDS)
+        header[place : place + length] = rng.choice(values).ljust(length, b"\x00")[:length]
         header[148:156] = b" " * 8
         header[148:156] = b"%06o\x00 " % sum(header)
         changed[start : start + tarfile.BLOCKSIZE] = header
@@ -149,8 +150,4 @@ def of_png(rng: random.Random, data: bytes) -> bytes:
     chunks[index] = kind, content
     if rng.random() < 0.2:
         chunks.insert(rng.randrange(len(chunks)), rng.choice(chunks))
-    packed = (
-        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        for kind, content in chunks
-    )
-    return data[:8] + b"".join(packed)
+    return data[:8] + b"".join(png_chunk(kind, content) for kind, content in chunks)

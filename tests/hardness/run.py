@@ -10,6 +10,7 @@ Exit code 1 if anything was lost, crashed, hung, or went where it should not. Li
 
 import os
 import random
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -88,10 +89,10 @@ def work(args, folder: Path, tally: Tally) -> None:
 def disturb(args, folder: Path, tally: Tally) -> None:
     """Kills and signals."""
     bench, rng = interruption.Bench(folder), random.Random(args.seed)
-    for name, wrong in tqdm(bench.kills(args.kills, rng), total=args.kills, desc="kills", disable=None):
-        tally.add(f"SIGKILL {name}", wrong)
-    for name, wrong in tqdm(bench.signals(args.signals, rng), total=args.signals, desc="signals", disable=None):
-        tally.add(f"SIGINT, SIGTERM {name}", wrong)
+    for kinds, count in ((["SIGKILL"], args.kills), (["SIGINT", "SIGTERM"], args.signals)):
+        kind, numbers = ", ".join(kinds), [signal.Signals[name] for name in kinds]
+        for name, wrong in tqdm(bench.disturb(numbers, count, rng), total=count, desc=kind, disable=None):
+            tally.add(f"{kind} {name}", wrong)
 
 
 def train(root: Path) -> Path:
