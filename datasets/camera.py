@@ -97,7 +97,7 @@ class Camera:
         before = self._connection
         if before:
             before.leaving = True
-            self._left = [connection for connection in [*self._left, before] if connection.is_alive()]
+            self._left = [connection for connection in {*self._left, before} if connection.is_alive()]
             if len(self._left) > MOST_HUNG:
                 return
         self._connection = Connection(self.address, self._every, self._numbers, pause, before)

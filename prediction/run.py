@@ -1,6 +1,7 @@
 """From frames to rows and alarms, with any model that gives scores and maps."""
 
 import contextlib
+import errno
 import itertools
 import os
 import sys
@@ -111,9 +112,9 @@ def look(sources: list[Source] | list[Incoming], batch_size: int, recorder: Reco
         if not isinstance(sources[0], ENDLESS):
             raise
         return error
-    except BrokenPipeError:  # the reader of the JSON lines has ended; at its exit Python would complain again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # at its exit Python would complain again
+        raise BrokenPipeError(errno.EPIPE, "the program that reads --json-lines has ended") from None
     return None
 
 

@@ -1,6 +1,7 @@
 """predict.py: frames from files and cameras in, rows, pictures and videos out."""
 
 import json
+import os
 import shutil
 import socket
 import time
@@ -14,6 +15,7 @@ from machine import resident, wait_until
 from PIL import Image
 from scipy import ndimage
 from stub_camera import Capture, StubCamera, jpeg, write_video
+from stub_model import RedModel
 from tiny import contents, end_well, read_json, read_rows, refusal, run_apart, run_in_process
 
 from datasets import connection
@@ -22,7 +24,9 @@ from datasets.sources import Camera, Images, Video, find_sources
 from models import USAD, Branch, Part
 from models.fusion.prediction import regions
 from prediction import recorder
+from prediction.options import PredictionSettings
 from prediction.recorder import Alarm
+from prediction.run import predict
 from reporting.gallery import Gallery
 from utils.errors import InputError
 from utils.safe_text import redact, safe_cell
@@ -378,6 +382,16 @@ def test_json_lines_are_the_rows(tmp_path, out):
         assert line["score"] == float(row["score"]) and line["anomalous"] is (row["anomalous"] == "1")
         assert line["boxes"] == json.loads(row["boxes"])
     assert not (out / "report.html").exists()
+
+
+def test_a_reader_that_ends_is_named(tmp_path, out, monkeypatch):
+    settings = PredictionSettings((str(photos(tmp_path / "in", [0, 1, 0])),), out, overlays=None, json_lines=True)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe, pytest.raises(BrokenPipeError, match="reads --json-lines has ended"):
+        monkeypatch.setattr("sys.stdout", pipe)
+        predict(settings, RedModel, None, {})
+    assert len(rows(out)) == 1
 
 
 def test_without_thresholds_scores_only(tmp_path, out):
