@@ -152,7 +152,7 @@ def _check_size(image: Image.Image, path: str | os.PathLike, decoding: Decoding,
 
 def _to_8_bits(image: Image.Image, path: str | os.PathLike, bit_depth: int) -> tuple[Image.Image, bool]:
     """The image with 8 bits a channel, and whether it had 16 and uses less than an eighth of their range."""
-    grey, deep_color = image.mode.startswith("I"), _has_deep_color(image)
+    grey, deep_color = image.mode.startswith("I"), has_deep_color(image)
     image.load()
     if not (grey or deep_color):
         return image, False
@@ -173,9 +173,9 @@ def _as_lying(values: np.ndarray, image: Image.Image) -> Image.Image:
     return other
 
 
-def _has_deep_color(image: Image.Image) -> bool:
+def has_deep_color(image: Image.Image) -> bool:
     """Whether an image that is not loaded yet has colours of 16 bits, of which Pillow would drop 8."""
-    return image.mode[0] != "I" and ";16" in str(image.tile)
+    return image.mode[0] != "I" and ";16" in str(getattr(image, "tile", ""))
 
 
 def _grey_values(image: Image.Image) -> np.ndarray:
@@ -215,7 +215,7 @@ def read_mask(
         with _opened(path) as mask:
             if _check_size(mask, path, decoding, reducible=False) == Note.PAGES:
                 notes |= Note.MASK_PAGES
-            deep_color = _has_deep_color(mask)
+            deep_color = has_deep_color(mask)
             mask.load()
             if deep_color:
                 mask = _as_lying(_read_deep_color(path).max(2), mask)  # the strongest channel, as a grey image

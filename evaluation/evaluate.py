@@ -248,7 +248,7 @@ def average(title: str, path: Path, metrics: dict[str, dict[str, Any]]) -> None:
         return
     means = {}
     for key in protocols():
-        values = [part[key] for part in metrics.values() if part.get(key) is not None]
+        values = [part[key] for part in metrics.values() if part[key] is not None]
         means[key] = float(np.mean(values)) if values else None
     means |= {key: sum(part[key] for part in metrics.values()) for key in ("n_images", "n_anomalous")}
     write_json(path, {"program": PROGRAM, **means, "categories": metrics})

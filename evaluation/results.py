@@ -108,7 +108,11 @@ class Results:
         counts = {"n_images": len(self.samples), "n_anomalous": sum(sample.label for sample in self.samples)}
 
         def figures(part: str) -> dict[str, Any]:
-            return {key: value for metric in self.measured[part].values() for key, value in metric.compute().items()}
+            found = {}
+            for metric in self.measured[part].values():
+                values = metric.compute()
+                found |= {key: None if values[key] is None else float(values[key]) for key in metric.protocols}
+            return found
 
         return {part: found | counts for part, found in self._for_each_part(figures).items()}
 

@@ -16,6 +16,7 @@ from models import BRANCHES, USAD
 from models.branches.branch import Branch
 from models.fusion import RULES
 from models.fusion.rule import FusionRule
+from utils.errors import InputError
 
 HERE = "test_extending"
 
@@ -26,9 +27,11 @@ class Brightness(Branch):
     name = "brightness"
     score_weight = 0.5
 
-    def __init__(self, backbone: nn.Module, power: float = 2.0, label: str | None = None) -> None:
+    def __init__(
+        self, backbone: nn.Module, power: float = 2, label: str | None = None, depth: int | None = None
+    ) -> None:
         super().__init__(backbone)
-        self.power, self.label = power, label  # a setting without a default value, too
+        self.power, self.label, self.depth = power, label, depth
 
     def fit(self, loader):
         self.mean = torch.cat([self.extract(batch["image"]) for batch in loader]).mean((0, 1))
@@ -56,9 +59,9 @@ class Loudest(FusionRule):
 
     name = "loudest"
 
-    def __init__(self, branches, gain: float = 3.0) -> None:
+    def __init__(self, branches, gain: float = 3.0, word: str = "loud", cap: float | None = None) -> None:
         super().__init__(branches)
-        self.gain = gain
+        self.gain, self.word, self.cap = gain, word, cap
 
     def fuse(self, parts):
         scores = torch.stack([part.scores.double() for part in parts.values()]).amax(0)
@@ -77,7 +80,7 @@ class HighestNormal(Metric):
         self.scores = np.append(self.scores, np.asarray(scores)[~np.asarray(anomalous)])
 
     def compute(self):
-        return {"highest_normal": float(self.scores.max()) if len(self.scores) else None}
+        return {"highest_normal": np.float32(self.scores.max()) if len(self.scores) else None}
 
     def state(self):
         return {"scores": self.scores}
@@ -126,7 +129,7 @@ def test_a_fourth_branch_from_training_to_tables(workplace, fourth):
     three = fuse(workplace, "--no-images")
     assert set(three["branches"]) == {"ma_clu", "ma2patch", "pc"}  # folders of three checkpoints stay valid
     flags = small_flags(workplace, "train_ma_clu")
-    end_well("training.__main__", "brightness", *flags, "--power", 1.5)
+    end_well("training.__main__", "brightness", *flags, "--power", 1.5, "--depth", 3)
     assert (workplace / "models/belt/brightness.safetensors").is_file()
     assert "'brightness' cannot take in new frames" in refusal("training.__main__", "brightness", *flags, "--update")
     assert figures(workplace, "brightness")["image_auroc"] is not None
@@ -137,10 +140,44 @@ def test_a_fourth_branch_from_training_to_tables(workplace, fourth):
     assert "brightness" in report.lower()
     usad = USAD.load(workplace / "models/belt")
     added = usad.branches[-1]
-    assert (added.name, added.power, added.label) == ("brightness", 1.5, None)
+    assert (added.name, added.power, added.label, added.depth) == ("brightness", 1.5, None, 3)
     assert usad.rule.score_weights["brightness"] == 0.5
     assert len(ablation(workplace)[0]["rows"]) == 15
     assert "no.pth" in refusal("test_fusion", *small_flags(workplace, "test_fusion"), "--brightness-weights", "no.pth")
+
+
+class Unkept(Brightness):
+    def __init__(self, backbone: nn.Module, scale: float = 2.0) -> None:
+        super().__init__(backbone)
+
+
+class Flag(Brightness):
+    def __init__(self, backbone: nn.Module, batch_size: int = 8) -> None:
+        super().__init__(backbone)
+
+
+class Pair(Brightness):
+    def __init__(self, backbone: nn.Module, levels: tuple = (1, 2)) -> None:
+        super().__init__(backbone)
+
+
+class Forgetful(Brightness):
+    state = Branch.state
+
+
+@pytest.mark.parametrize(
+    ("branch", "reason"),
+    [
+        ("Unkept", "keep its setting 'scale' as self.scale"),
+        ("Flag", "each training has a flag --batch-size"),
+        ("Pair", "annotate its setting 'levels' as bool, int, float or str"),
+        ("Forgetful", "lacks state and load_state"),
+    ],
+)
+def test_a_branch_that_cannot_be_stored_is_refused_before_the_fit(workplace, monkeypatch, branch, reason):
+    monkeypatch.setitem(BRANCHES, "brightness", f"{HERE}:{branch}")
+    monkeypatch.setattr(Brightness, "fit", None)
+    assert reason in refusal("training.__main__", "brightness", *small_flags(workplace, "train_ma_clu"))
 
 
 def test_a_fourth_branch_in_the_benchmark(fourth, tmp_path):
@@ -162,6 +199,12 @@ def test_a_rule(workplace, monkeypatch):
     flags = [*small_flags(workplace, "test_fusion"), "--fusion", "loudest", "--lambda-map", 2]
     assert "--lambda-map has no effect" in refusal("test_fusion", *flags)
     assert [section["title"] for section in ablation(workplace, "--fusion", "loudest")] == ["Branches"]
+    fuse(workplace, "--fusion", "loudest", "--false-alarm-rate", 0.2)
+    for options in ({}, {"gain": 3.0}):  # usad.json names the rule
+        usad = USAD.load(workplace / "models/belt", **options)
+        assert usad.rule.settings() == {"gain": 3.0, "word": "loud", "cap": None} and usad.threshold is not None
+    with pytest.raises(InputError, match="no settings of the fusion loudest"):
+        USAD.load(workplace / "models/belt", volume=1.0)
 
 
 def test_a_metric(workplace, monkeypatch):
@@ -169,7 +212,7 @@ def test_a_metric(workplace, monkeypatch):
     fused = fuse(workplace)
     rows = read_rows(workplace / "result/belt/fusion/scores.csv")
     normal = [float(row["score"]) for row in rows if row["label"] == "0"]
-    assert fused["highest_normal"] == max(normal)
+    assert fused["highest_normal"] == pytest.approx(max(normal))
     assert all("highest_normal" in branch for branch in fused["branches"].values())
     report = (workplace / "result/belt/fusion/report.html").read_text(encoding="utf-8")
     assert "highest score of a normal image" in report

@@ -11,7 +11,8 @@ from models.branches import BRANCHES, METHOD
 from training.options import parse_training, training_parser
 from training.training import train
 from utils.command_line import run
-from utils.errors import require_known
+from utils.errors import InputError, require_known
+from utils.settings import types
 
 NETWORKS = {"tokens": METHOD["ma_clu"], "maps": METHOD["pc"]}  # defaults, by kind
 
@@ -22,14 +23,15 @@ def main() -> None:
     branch = BRANCHES[name]
     parser = training_parser(inspect.getdoc(branch) or __doc__, *NETWORKS[branch.backbone_kind], train_ratio=1.0)
     group = parser.add_argument_group("branch")
-    for setting in list(inspect.signature(branch).parameters.values())[1:]:
-        flag, default = f"--{setting.name.replace('_', '-')}", setting.default
-        if flag in parser.flags():  # --seed is there for all trainings
-            continue
-        kind = {"type": str if default is None else type(default)}
-        if isinstance(default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        group.add_argument(flag, default=default, **kind)
+    for setting, kind in types(branch).items():
+        flag, default = f"--{setting.replace('_', '-')}", inspect.signature(branch).parameters[setting].default
+        if flag in parser.flags():
+            if setting == "seed":  # it is there for all trainings
+                continue
+            raise InputError(f"{branch.__name__}: each training has a flag {flag}; give its setting another name")
+        given = {"required": True} if default is inspect.Parameter.empty else {"default": default}
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        group.add_argument(flag, **given, **how)
     train(parse_training(parser), name)
 
 

@@ -175,9 +175,9 @@ def add_output_flags(parser: Parser) -> None:
 
 
 def fusion_record(settings: dict[str, Any]) -> dict[str, Any]:
-    """`USAD.settings` under the names of the flags; a factor that the rule does not have is None."""
-    lambda_obj = settings.get("score_weights", {}).get(LAMBDA_OBJ)
-    return {"fusion": settings["fusion"], "lambda_obj": lambda_obj, "lambda_map": settings.get("lambda_map")}
+    """`USAD.settings` under the names of the flags, if there are any; a factor that the rule does not have is None."""
+    weights, others = settings.get("score_weights", {}), {k: v for k, v in settings.items() if k != "score_weights"}
+    return {"lambda_obj": weights.get(LAMBDA_OBJ), "lambda_map": None} | others
 
 
 def record(args: argparse.Namespace, **settled: Any) -> dict[str, Any]:

@@ -59,7 +59,9 @@ def fusion_of(args: argparse.Namespace, category: Category, run: RunSettings, op
         warn(f"the branches of {category.name} were trained on different lists of files")
     if args.false_alarm_rate:
         usad.set_operating_point(find_thresholds(usad, category, run, checkpoints, digests, args.false_alarm_rate))
-    elif point and point.checkpoints == digests and point.fusion != usad.settings():
+    elif point and point.checkpoints != digests:
+        warn(f"{checkpoints / FILE_NAME} was made for other checkpoints: no thresholds without --false-alarm-rate")
+    elif point and point.fusion != usad.settings():
         warn(f"{checkpoints / FILE_NAME} is for another fusion, which predict.py goes by: {point.fusion}")
     return usad
 

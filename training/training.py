@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,8 +29,8 @@ from training.update import Present, portion, present_checkpoint, replace, roll_
 from utils.command_line import warn
 from utils.distributed import is_main_process
 from utils.errors import InputError, UnreadableError
-from utils.files import read_json
 from utils.gather import from_first, one_per_machine_first, require_same
+from utils.settings import names
 
 
 def train(args: argparse.Namespace, name: str) -> None:
@@ -54,6 +53,10 @@ def train(args: argparse.Namespace, name: str) -> None:
     average_file = average_path(data.results_dir, name)
     results = None if args.no_eval else name
     roi = args.roi and RegionOfInterest.read(args.roi, data.decoding)
+    if branch_class.state is Branch.state:
+        raise InputError(
+            f"branch '{name}' lacks state and load_state, which a checkpoint needs; see docs/architecture.md"
+        )
     if args.tiles not in (None, 1) and branch_class.predict is not Branch.predict:
         raise InputError(f"--tiles: branch '{name}' looks at whole frames; leave it out")
     present = {}
@@ -82,8 +85,6 @@ def train(args: argparse.Namespace, name: str) -> None:
                 in_force = {key: value for key, value in settings_in(branch.metadata()).items() if key in vars(args)}
                 network = {"backbone": branch.backbone.spec.to_dict()}
                 metrics[category.name] = tested(args, run, category, branch, in_force, network)
-    if args.update and metrics:  # the other categories of the present average are as they were
-        metrics = read_json(average_file).get("categories", {}) | metrics
     average(name, average_file, metrics)
 
 
@@ -116,11 +117,12 @@ def fitted_branches(
     split = SplitSettings(args.train_ratio, args.holdout_ratio, args.seed)
     by_default = isinstance(args.holdout_ratio, Default)
     splits = [suited_split(split, category, by_default) for category in categories]
-    settings = {name: getattr(args, name) for name in list(inspect.signature(branch_class).parameters)[1:]}
+    settings = {name: getattr(args, name) for name in names(branch_class)}
     with one_per_machine_first():
         backbone = build_backbone(spec, run.device, precision=run.precision)
     for category, split in zip(categories, splits, strict=True):
         branch = branch_class(backbone, **settings)
+        branch.settings()  # raises, before the fit, if one is not kept
         branch.roi, branch.bit_depth, branch.tiles = roi, category.decoding.bit_depth, args.tiles
         yield category, fit_branch(run, category, split, branch)
 

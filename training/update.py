@@ -49,13 +49,13 @@ def settings_in(metadata: dict[str, Any]) -> dict[str, Any]:
     network = metadata["backbone"]
     return {
         **metadata["training"],
-        **metadata["settings"],
         **network,
         "backbone": network["name"],
         "weights": network["file"] if network["weights"] == "file" else network["weights"],
         "position_size": network["position_size"] or network["image_size"],
         "bit_depth": bit_depth_in(metadata),
         "tiles": tiles_in(metadata),
+        **metadata["settings"],
     }
 
 
@@ -69,9 +69,10 @@ def present_checkpoint(path: Path, args: argparse.Namespace, roi: RegionOfIntere
             "train the branch again"
         )
     with understood(path, metadata, path.stem):
-        stored, region = settings_in(metadata), region_in(metadata)
-        split = SplitSettings(float(stored["train_ratio"]), float(stored["holdout_ratio"]), int(stored["seed"]))
-        settled = stored["bit_depth"], stored["precision"], int(stored["images"]), list(stored["left_out"])
+        stored, region, training = settings_in(metadata), region_in(metadata), metadata["training"]
+        split = SplitSettings(float(training["train_ratio"]), float(training["holdout_ratio"]), int(training["seed"]))
+        precision = metadata["backbone"]["precision"]
+        settled = bit_depth_in(metadata), precision, int(training["images"]), list(training["left_out"])
     for name, value in vars(args).items():
         if name in RUN_FLAGS or value is None or stored.get(name) == value:
             continue
@@ -150,7 +151,9 @@ def roll_back(paths: Iterable[Path]) -> None:
             training = read_metadata(path).get("training")
             digest = training.get("former") if isinstance(training, dict) else None
             if not isinstance(digest, str):
-                raise InputError(f"{path} was not updated: there is no former checkpoint to put back")
+                raise InputError(
+                    f"{path} was not updated: there is no former checkpoint to put back; leave its category out"
+                )
             formers[path] = _former(path, digest)
             if not formers[path].is_file() or sha256_of_file(formers[path]) != digest:
                 raise InputError(f"{formers[path]}, the checkpoint from before the last --update, is gone or damaged")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
-import inspect
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from models.branches.tiling import TiledBatches, Tiling
 from models.networks.backbones import BackboneSpec, build_backbone
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError
+from utils.settings import kept, restored
 from utils.timing import Stopwatch
 
 AS_PUBLISHED = "as_published"
@@ -161,8 +161,7 @@ class Branch(abc.ABC):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, plain JSON values kept under their names; the backbone has the image size."""
-        names = list(inspect.signature(type(self)).parameters)[1:]
-        return {name: getattr(self, name) for name in names if name != "image_size"}
+        return kept(self)
 
     def state(self) -> dict[str, Tensor]:
         """What `fit` learned, as named tensors."""
@@ -208,10 +207,7 @@ class Branch(abc.ABC):
         with understood(path, metadata, cls.name):
             spec = BackboneSpec.from_dict(metadata["backbone"])
             settings, training, calibration = (metadata[key] for key in ("settings", "training", "calibration"))
-            parameters = inspect.signature(cls).parameters
-            for name, value in settings.items():
-                default = parameters[name].default
-                settings[name] = value if default is None else type(default)(value)
+            settings = restored(cls, settings)
             roi, bit_depth, tiles = region_in(metadata), bit_depth_in(metadata), tiles_in(metadata)
             Tiling(tiles, spec.image_size)  # raises if that cannot be
             if not isinstance(training, dict):

@@ -98,18 +98,14 @@ class OperatingPoint:
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> OperatingPoint:
         """From plain JSON values; raises ValueError, KeyError, TypeError or AttributeError if they are none of its."""
-        low, high = values["interval"]
-        point = cls(**values | {"interval": (float(low), float(high))})
-        factors = {name: value for name, value in point.fusion.items() if name != "fusion"}
-        if not _are_numbers([*point.figures().values(), factors]):
+        low, high = map(float, values["interval"])
+        point = cls(**values | {"interval": (low, high)})
+        numbers = [low, high, *(value for name, value in point.figures().items() if name != "interval")]
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
             raise ValueError("figures that are not numbers")
+        if not isinstance(point.fusion["fusion"], str):
+            raise ValueError("the name of a fusion that is none")
         return point
-
-
-def _are_numbers(value: Any) -> bool:
-    if isinstance(value, dict | list):
-        return all(map(_are_numbers, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def find_operating_point(

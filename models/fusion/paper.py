@@ -1,5 +1,6 @@
 """The paper's fusion: maps multiplied, scores added."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from models.branches.branch import Branch
 from models.branches.part import Part
 from models.branches.postprocess import gaussian_blur
 from models.fusion.rule import FusionRule
-from utils.errors import require_known
+from utils.errors import InputError, require_known
 
 
 class PaperProduct(FusionRule):
@@ -29,6 +30,9 @@ class PaperProduct(FusionRule):
         require_known("score_weights: branch", score_weights or {}, own)
         self.score_weights = own | (score_weights or {})
         self.lambda_map = lambda_map
+        for factor in (*self.score_weights.values(), lambda_map):
+            if not (isinstance(factor, int | float) and math.isfinite(factor)):
+                raise InputError(f"score_weights and lambda_map are numbers, not {factor!r}")
 
     def fuse(self, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor]:
         product = torch.stack([part.scaled() for part in parts.values()]).prod(0)

@@ -4,13 +4,14 @@ import abc
 import dataclasses
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from datasets.images import BROKEN, PLAIN, Decoding, Picture, read_picture, to_rgb
+from datasets.images import BROKEN, PLAIN, Decoding, Picture, has_deep_color, read_picture, to_rgb
 from datasets.region import RegionOfInterest
 from models.fusion.operating_point import OperatingPoint
 from utils.errors import InputError
@@ -58,8 +59,8 @@ class Model(abc.ABC):
         Maps, boxes and areas are in each image's own pixels. Raises OSError for a missing file; InputError for
         one that cannot be read, an array of another kind, scores that are not finite.
         """
-        if batch_size is not None and not (isinstance(batch_size, int) and batch_size > 0):
-            raise InputError(f"batch_size {batch_size} is not a whole number of at least 1")
+        if batch_size is not None and not (isinstance(batch_size, Integral) and batch_size > 0):
+            raise InputError(f"batch_size {batch_size!r} is not a whole number of at least 1")
         images = list(images) if isinstance(images, list | tuple) else [images]
         batch_size = batch_size or self.batch_size
         predictions = []
@@ -96,6 +97,8 @@ def as_picture(image: ImageLike, roi: RegionOfInterest | None = None, decoding: 
     elif isinstance(image, Picture):
         picture = image
     elif isinstance(image, Image.Image) and image.mode[0] not in "IF" and all(image.size):  # 8 bits a channel
+        if has_deep_color(image) and decoding.bit_depth != 16:
+            raise InputError(f"Pillow drops half of a picture's {decoding.bit_depth} bits of colour; give its path")
         try:
             rgb = to_rgb(ImageOps.exif_transpose(image))
         except BROKEN as error:
@@ -109,7 +112,9 @@ def as_picture(image: ImageLike, roi: RegionOfInterest | None = None, decoding: 
             kind = f"{image.dtype} {list(image.shape)}"
         elif isinstance(image, Image.Image):
             kind = f"a PIL image of mode {image.mode} and size {image.size}"
-        raise InputError(f"an image is {kind}; give a path, a PIL image or an RGB array [H, W, 3] of uint8")
+        raise InputError(
+            f"an image is {kind}; give a path, a PIL image of 8 bits a channel or an RGB array [H, W, 3] of uint8"
+        )
     return picture._replace(image=roi.apply(picture.image)) if roi else picture
 
 

@@ -1,7 +1,6 @@
 """The base class of fusion rules: from the branches' parts to one score and one map."""
 
 import abc
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from models.branches.branch import Branch
 from models.branches.part import Part
+from utils.settings import kept
 
 
 class FusionRule(abc.ABC):
@@ -28,4 +28,4 @@ class FusionRule(abc.ABC):
         """Parts by branch name, maps all [B, S, S] -> scores [B] (float64), maps [B, S, S]."""
 
     def settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in list(inspect.signature(type(self)).parameters)[1:]}
+        return kept(self)

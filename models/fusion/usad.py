@@ -78,6 +78,10 @@ class USAD(Model):
         """
         weights = weights or {}
         require_known("weights: branch", weights, BRANCHES)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device {device}: {str(error).splitlines()[0]}") from None
         folder = Path(folder)
         paths = checkpoint_paths(folder)
         point = OperatingPoint.read(folder)
@@ -90,14 +94,14 @@ class USAD(Model):
                 )
             options = point.fusion
         if "fusion" not in options:
-            options = options | {"fusion": default_fusion(folder)}
+            options = options | {"fusion": point.fusion["fusion"] if current else default_fusion(folder)}
         branches = [BRANCHES[name].load(path, weights.get(name), device, precision) for name, path in paths.items()]
         try:
             usad = cls(branches, **options)
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
         except TypeError as error:
-            raise InputError(f"{folder}: these are no fusion settings ({error})") from None
+            raise InputError(f"{folder}: these are no settings of the fusion {options['fusion']} ({error})") from None
         if current and point.fusion == usad.settings():
             usad.set_operating_point(point)
         return usad
