@@ -47,11 +47,13 @@ class Note(enum.IntFlag):
     PAGES = 16  # a TIFF of several pages
     FULL = 32  # masks that mark everything
     MASK_PAGES = 64  # a mask of several pages
+    FAINT = 128  # a mask with more values below half of full scale than above
 
 
-OF_MASKS = Note.LABELS | Note.EMPTY | Note.FULL | Note.MASK_PAGES
+OF_MASKS = Note.LABELS | Note.EMPTY | Note.FULL | Note.MASK_PAGES | Note.FAINT
 TEXTS = {
     Note.LABELS: "the masks hold labels, not black and white: every pixel that is not background counts as defect",
+    Note.FAINT: "most of what the masks mark is below half of full scale and counts as normal; save defects as 255",
     Note.EMPTY: "the masks mark nothing, although they lie in a defect's folder: all their pixels count as normal",
     Note.FULL: "the masks mark the whole frame; paint black what is no defect (not transparent)",
     Note.DIM: "16 bits, of which under an eighth of the range is used: train with the --bit-depth of the camera, for "
@@ -226,17 +228,16 @@ def read_mask(
                     f"mask {path} is {mask.size[0]}x{mask.size[1]} but its image is {size[0]}x{size[1]}; "
                     "draw it at the image's size"
                 )
-            found, labels = _marked_by_palette(mask) if mask.mode in ("P", "PA") else _marked_by_value(mask)
+            found, note = _marked_by_palette(mask) if mask.mode in ("P", "PA") else _marked_by_value(mask)
         marked = found if marked is None else marked | found
-        if labels:
-            notes |= Note.LABELS
+        notes |= note
     if marked.all():
         notes |= Note.FULL
     return marked, notes if marked.any() else notes | Note.EMPTY
 
 
-def _marked_by_value(mask: Image.Image) -> tuple[np.ndarray, bool]:
-    """The marked pixels, and whether they are labels. A colour counts by its strongest channel, even pure blue."""
+def _marked_by_value(mask: Image.Image) -> tuple[np.ndarray, Note]:
+    """The marked pixels, and what is to be noted. A colour counts by its strongest channel, even pure blue."""
     if mask.mode[0] in "IF":
         values = _grey_values(mask)
     elif mask.mode in ("1", "L", "LA"):
@@ -244,14 +245,16 @@ def _marked_by_value(mask: Image.Image) -> tuple[np.ndarray, bool]:
     else:
         values = np.asarray(mask.convert("RGB")).max(2)
     marked = values >= (32768 if mask.mode[0] == "I" else 128)
-    if marked.any() or "jpeg" in f"{mask.format} {mask.info.get('compression')}".lower():
-        return marked, False
-    marked = values != 0
-    return marked, bool(marked.any())
+    nonzero = values != 0
+    if "jpeg" in f"{mask.format} {mask.info.get('compression')}".lower():
+        return marked, Note(0)
+    if marked.any():
+        return marked, Note.FAINT if 2 * marked.sum() < nonzero.sum() else Note(0)
+    return nonzero, Note.LABELS if nonzero.any() else Note(0)
 
 
-def _marked_by_palette(mask: Image.Image) -> tuple[np.ndarray, bool]:
-    """The marked pixels, and whether any is dark. The background is black or, if there is none, the first colour."""
+def _marked_by_palette(mask: Image.Image) -> tuple[np.ndarray, Note]:
+    """The marked pixels, labels if any is dark. The background is black or, if there is none, the first colour."""
     indices = np.asarray(mask).reshape(*mask.size[::-1], -1)[..., 0]
     flat = mask.getpalette("RGB")
     palette = np.zeros((256, 3), np.uint8)
@@ -262,7 +265,7 @@ def _marked_by_palette(mask: Image.Image) -> tuple[np.ndarray, bool]:
     black = used[(palette[used] == 0).all(1)]
     background = black[0] if len(black) else 0
     brightness = palette[used[used != background]] @ (0.299, 0.587, 0.114)
-    return indices != background, bool((brightness < 128).any())
+    return indices != background, Note.LABELS if (brightness < 128).any() else Note(0)
 
 
 @contextlib.contextmanager

@@ -153,12 +153,16 @@ def test_fusions_that_cannot_be_are_refused(usad, tmp_path):
     for branches, settings, words in (
         ([], {}, "at least one branch"),
         ([*two, pc, pc], {}, "'pc' is the name of 2 of fusion, ma_clu, ma2patch, pc, pc"),
+        (two, {"score_weights": {"ma_clu": "1"}}, "are numbers, not '1'"),
+        (two, {"lambda_map": float("nan")}, "are numbers, not nan"),
         (two, {"score_weights": {"pc": 1.0}}, "score_weights: branch 'pc' is not one of ma_clu, ma2patch$"),
     ):
         with pytest.raises(InputError, match=words):
             USAD(branches, **settings)
     with pytest.raises(InputError, match=r"weights: branch 'pcc' is not one of ma_clu, ma2patch, pc$"):
         USAD.load(tmp_path, weights={"pcc": "wide.pth"})
+    with pytest.raises(InputError, match="device gpu: "):
+        USAD.load(tmp_path, "gpu")
 
 
 def test_batch_size_does_not_matter(usad, test_images):

@@ -98,7 +98,7 @@ def test_white_stored_as_zero(tmp_path, dtype, seed):
     np.testing.assert_array_equal(inverted, 255 - plain)
     marked, notes = read_mask([tmp_path / "inverted.tif"])
     np.testing.assert_array_equal(marked, values <= np.iinfo(dtype).max // 2)
-    assert notes == Note(0)
+    assert notes == (Note.FAINT if marked.mean() < 0.5 else Note(0))
 
 
 @pytest.mark.parametrize("brightest", [0, 1023, 4095, 8191, 8192])
@@ -204,15 +204,12 @@ def indexed(*colors: tuple[int, int, int], first: int = 0) -> Image.Image:
 BLACK, WHITE, RED, DARK_RED, DARK_GREEN = (0, 0, 0), (255, 255, 255), (255, 0, 0), (128, 0, 0), (0, 64, 0)
 BRIGHT_MASKS = {
     "grey": levels(0, 255),
-    "half": levels(127, 128),
     "rgb": levels(0, 255).convert("RGB"),
     "rgba": levels(0, 255).convert("RGBA"),
     "pure blue": Image.merge("RGB", [levels(0, 0), levels(0, 0), levels(0, 255)]),
     "1 bit": Image.fromarray(TRUTH),
     "16 bits": levels(0, 65535, kind=np.uint16),
-    "16 bits, half": levels(32767, 32768, kind=np.uint16),
     "grey ramp as palette": levels(0, 200).convert("P"),
-    "grey ramp with a soft edge": levels(90, 200).convert("P"),
     "black and white": indexed(BLACK, WHITE),
     "white and black": indexed(WHITE, BLACK, first=1),
 }
@@ -245,6 +242,11 @@ EMPTY_MASKS = {
     "black as palette": levels(0, 0).convert("P"),
     "black, 1 bit": levels(0, 0).convert("1"),
 }
+FAINT_MASKS = {
+    "half": levels(127, 128),
+    "16 bits, half": levels(32767, 32768, kind=np.uint16),
+    "grey ramp with a soft edge": levels(90, 200).convert("P"),
+}
 FULL_MASKS = {
     "white": Image.new("L", (8, 6), "white"),
     "white in RGB": Image.new("RGB", (8, 6), "white"),
@@ -254,6 +256,8 @@ MASKS = {  # what is noted of them, and what is marked
     **{name: (image, Note(0), TRUTH) for name, image in BRIGHT_MASKS.items()},
     **{name: (image, Note.LABELS, TRUTH) for name, image in LABEL_MASKS.items()},
     **{name: (image, Note.EMPTY, TRUTH & False) for name, image in EMPTY_MASKS.items()},
+    **{name: (image, Note.FAINT, TRUTH) for name, image in FAINT_MASKS.items()},
+    "labels and 255 for what does not count": (levels(0, 1, 2, 3, 255), Note.FAINT, TRUTH & (np.arange(8) == 3)),
     **{name: (image, Note.FULL, TRUTH | True) for name, image in FULL_MASKS.items()},
 }
 

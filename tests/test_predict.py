@@ -155,7 +155,8 @@ def test_call_in_batches_and_without_thresholds():
     images = [frame(rng, red=index % 2) for index in range(5)]
     usad = usad_with_thresholds()
     assert [r.score for r in usad(images, batch_size=2)] == [usad(image)[0].score for image in images]
-    for wrong in (0, -1, 1.5):
+    assert len(usad(images, batch_size=np.int64(2))) == 5
+    for wrong in (0, -1, 1.5, "2"):
         with pytest.raises(InputError, match="batch_size"):
             usad(images, batch_size=wrong)
     (result,) = USAD([RedBranch()])(images[1])
@@ -178,7 +179,11 @@ def test_a_pil_image_is_read_like_its_file(tmp_path, mode, suffix, orientation):
     assert by_path.map.shape == ((300, 120) if orientation == 6 else (120, 300))
 
 
-def test_other_images_are_refused():
+def test_other_images_are_refused(tmp_path):
+    usad_of_12_bits = usad_with_thresholds()
+    usad_of_12_bits.bit_depth = 12
+    cv2.imwrite(str(tmp_path / "deep.png"), np.full((4, 4, 3), 4095, np.uint16))
+    assert usad_of_12_bits(tmp_path / "deep.png")
     arrays = np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8)
     empty = np.zeros((0, 4, 3), np.uint8), Image.new("RGB", (0, 4))
     for image in (*arrays, *empty, *(Image.new(mode, (4, 4)) for mode in ("I", "I;16", "F")), 7):
@@ -186,6 +191,8 @@ def test_other_images_are_refused():
             usad_with_thresholds()([image])
     with pytest.raises(InputError, match="PIL image of mode La cannot be made RGB"):
         usad_with_thresholds()(Image.new("La", (4, 4)))
+    with pytest.raises(InputError, match=r"Pillow drops half of a picture's 12 bits of colour; give its path"):
+        usad_of_12_bits(Image.open(tmp_path / "deep.png"))
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         usad_with_thresholds()(["gone.png"])
 
