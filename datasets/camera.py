@@ -63,6 +63,7 @@ class Camera:
                 f"{self.name} gives no picture; check that it is on, its address, user and password, and that no "
                 "other program holds it"
             )
+        self._change(self._connection.newest())  # later pictures are compared with the first
 
     def frames(self, every: int, decoding: Decoding = PLAIN) -> Iterator[Frame | None]:
         """Always the newest frame, or one that tells of an outage; None when there is nothing new, for signals."""
@@ -73,7 +74,7 @@ class Camera:
         while True:
             shot = self._connection.take()
             limit = self.freeze + (self._pause if self._down == FROZEN else 0)
-            trouble = self._connection.trouble(shot, limit) or (shot and self._change(shot))
+            trouble = self._connection.trouble(shot, limit) or self._change(shot)
             if trouble:
                 yield self._reconnect(*trouble, shot)
             elif shot is None or (self._down == FROZEN and shot.still):
@@ -118,9 +119,9 @@ class Camera:
         number, now = (shot.number, shot.time) if shot else (next(self._numbers), utc_now())
         return Frame(self.name, number, now, None, status)
 
-    def _change(self, shot: Shot) -> tuple[str, str] | None:
+    def _change(self, shot: Shot | None) -> tuple[str, str] | None:
         """What is other than before about a picture: its size, or that its colours are gone."""
-        if shot.image is None:
+        if shot is None or shot.image is None:
             return None
         size, before = shot.image.shape[1::-1], self._size
         was_grey, self._is_grey, self._size = self._is_grey, is_grey(shot.image), size

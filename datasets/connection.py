@@ -58,6 +58,10 @@ class Connection(threading.Thread):
             self._news.wait_for(lambda: self.has_pictures or self.ended, ANSWER_SECONDS)
         return self.has_pictures
 
+    def newest(self) -> Shot | None:
+        """The newest picture, which remains to be taken."""
+        return self._newest
+
     def take(self) -> Shot | None:
         """The newest picture, or None if none comes within a TICK."""
         with self._news:

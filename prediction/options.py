@@ -73,6 +73,8 @@ def add_prediction_flags(parser: Parser) -> None:
 
 
 def prediction_settings(parser: Parser, args: argparse.Namespace) -> PredictionSettings:
+    if not all(args.sources):
+        parser.error("SOURCE is empty, perhaps of a variable that is not set; give an image, a folder or an address")
     if args.no_images and args.overlays:
         parser.error("--overlays has no effect with --no-images; drop one of them")
     if args.watch and args.every > 1:

@@ -1,6 +1,7 @@
 """What predict.py writes: a row for each frame, pictures of alarms, annotated videos."""
 
 import itertools
+import json
 import os
 import re
 import time
@@ -12,21 +13,24 @@ from typing import Any
 import cv2
 import numpy as np
 
+from datasets.camera import Camera
 from datasets.frames import Frame
 from datasets.images import Picture
 from datasets.incoming import Incoming
 from datasets.sources import Source, Video
 from models.fusion.prediction import Model, Prediction
 from prediction.options import PredictionSettings
-from prediction.table import Table
+from prediction.table import Table, row
 from prediction.webhook import Webhook
 from reporting.gallery import Entry, Gallery, Pictures
 from reporting.pictures import write_picture
 from reporting.report import Threshold, write_report
+from utils.command_line import warn_once
 from utils.errors import InputError
 from utils.files import check_writable, is_foreign, read_json
 
 SCRIPTS = ("predict.py", "predict_onnx.py")  # the marks by which a later run knows its own folder
+ENDLESS = (Camera, Incoming)  # sources that a signal ends
 TABLE, REPORT, OVERLAYS, VIDEOS = "predictions.csv", "report.html", "overlays", "videos"
 CONTOUR, BOX, QUIET = (255, 0, 0), (255, 220, 0), (80, 200, 80)
 NAME_BYTES = 120  # of a source's name within a file name; file systems take 143 to 255
@@ -119,7 +123,7 @@ class Recorder:
         self.settings = settings
         self.model = model
         self.webhook = webhook
-        self.table = Table(settings.out / TABLE, settings.json_lines, former_rows)
+        self.table = Table(settings.out / TABLE, former_rows)
         self.gallery = Gallery()
         self.frames = 0  # that were looked at
         self._seconds: deque[float] = deque(maxlen=TIMED)  # from reading a frame to its row
@@ -141,19 +145,29 @@ class Recorder:
         self._source, self._alarm = source, Alarm(self.settings.smooth)
 
     def add(self, frame: Frame, prediction: Prediction | None) -> None:
-        """Write the row of one frame and, if asked for, its pictures; None for a frame without a picture."""
-        if prediction is None:
-            self.table.add(frame, None, None)
-            return
-        was_on = self._alarm.on
-        alarm = None if prediction.anomalous is None else self._alarm.update(prediction.anomalous)
-        if self.settings.overlays:
-            self._add_pictures(frame, prediction, alarm)
-        values = self.table.add(frame, prediction, alarm)
+        """Send the alarm of one frame, write its row and, if asked for, its pictures; None for one without a picture.
+
+        The alarm goes first, and without pictures a camera or a watched folder goes on: a full disk loses no alarm.
+        """
+        was_on, alarm = self._alarm.on, None
+        if prediction and prediction.anomalous is not None:
+            alarm = self._alarm.update(prediction.anomalous)
+        values = row(frame, prediction, alarm)
         if self.webhook and alarm and not was_on:
             self.webhook.send(values)
-        self.frames += 1
-        self._seconds.append(time.perf_counter() - frame.read)
+        self.table.add(values)
+        if prediction:
+            self.frames += 1
+            self._seconds.append(time.perf_counter() - frame.read)
+        if self.settings.json_lines:
+            print(json.dumps(values), flush=True)
+        if prediction and self.settings.overlays:
+            try:
+                self._add_pictures(frame, prediction, alarm)
+            except OSError as error:
+                if not isinstance(self._source, ENDLESS):
+                    raise
+                warn_once("pictures", f"{error.filename}: {error.strerror}; rows and alarms go on without pictures")
 
     def latency(self) -> dict[str, float] | None:
         """Median and 99th percentile in milliseconds; None without frames."""
@@ -168,7 +182,7 @@ class Recorder:
         if wanted or is_video:
             picture = draw(image, prediction, alarm, self.model.pixel_threshold)
         if wanted:
-            name = f"{self.table.rows + 1:06d}_{safe_name(frame.source)}.jpg"
+            name = f"{self.table.rows:06d}_{safe_name(frame.source)}.jpg"
             write_picture(self.settings.out / OVERLAYS / name, picture)
         if is_video:
             self._video = self._video or self._new_video(frame, picture)

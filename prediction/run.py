@@ -19,18 +19,16 @@ from datasets.incoming import Incoming
 from datasets.sources import Source, find_sources
 from models.fusion.prediction import Model
 from prediction.options import PredictionSettings
-from prediction.recorder import SCRIPTS, TABLE, Recorder, check_output, clear_output, goes_on, latency_words
+from prediction.recorder import ENDLESS, SCRIPTS, TABLE, Recorder, check_output, clear_output, goes_on, latency_words
 from prediction.table import read_former
 from prediction.webhook import Webhook
 from utils.command_line import warn
 from utils.errors import InputError
-from utils.files import PROGRAM, write_json
+from utils.files import PROGRAM, read_json, write_json
 from utils.locks import folder_lock
 from utils.machine import environment
 from utils.safe_text import redact
 from utils.signals import Terminated, stoppable
-
-ENDLESS = (Camera, Incoming)  # sources that a signal ends
 
 
 def predict(
@@ -65,6 +63,9 @@ def predict(
         shown = {"sources": [redact(source) for source in settings.sources], "webhook": webhook and webhook.name}
         former = read_former(settings.out / TABLE) if settings.watch and goes_on(settings.out) else None
         config = {"program": PROGRAM, "script": script, "finished": False, "settings": {**flags, **shown}}
+        point = config["operating_point"] = point_in_force(model)
+        if former and read_json(settings.out / "config.json").get("operating_point", point) != point:
+            warn(f"the rows in {settings.out} go on with other thresholds; another --out keeps them apart")
         write_json(settings.out / "config.json", config)
         if former:
             sources[0].skip(former.files, former.last)
@@ -82,7 +83,6 @@ def predict(
             "latency_ms": recorder.latency(),
             "webhook": webhook and {"sent": webhook.sent, "given_up": webhook.given_up},
             "unreadable": [problem for source in sources for problem in source.problems],
-            "operating_point": point_in_force(model),
             **environment(model.device),
             "seconds": round(time.perf_counter() - start, 3),
         }

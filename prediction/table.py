@@ -22,10 +22,17 @@ class Former(NamedTuple):
     last: dict[str, tuple[str, str]]  # by source: frame number and time of its last row
 
 
-class Table:
-    """The file, and the same rows as JSON lines if asked for; each row is on the disk when `add` returns."""
+def row(frame: Frame, prediction: Prediction | None, alarm: bool | None) -> dict[str, Any]:
+    """By column, as JSON values; None for what needs a prediction or a threshold that is not there."""
+    score, area, boxes = (prediction.score, prediction.area, prediction.boxes) if prediction else (None,) * 3
+    values = (frame.source, frame.number, frame.time, score, alarm, area, boxes, frame.status)
+    return dict(zip(COLUMNS, values, strict=True))
 
-    def __init__(self, path: Path, json_lines: bool, former_rows: int) -> None:
+
+class Table:
+    """The file; each row is on the disk when `add` returns."""
+
+    def __init__(self, path: Path, former_rows: int) -> None:
         self.rows = former_rows  # that are in the file, and stay there
         self.alarms = 0
         self.statuses: Counter[str] = Counter()
@@ -33,15 +40,11 @@ class Table:
         self._writer = csv.writer(self._file, lineterminator="\n")
         if not former_rows:
             self._writer.writerow(COLUMNS)
-        self._json_lines = json_lines
 
-    def add(self, frame: Frame, prediction: Prediction | None, alarm: bool | None) -> dict[str, Any]:
-        """Write a row, and return it for JSON; None for what needs a prediction or a threshold that is not there."""
-        score, area, boxes = (prediction.score, prediction.area, prediction.boxes) if prediction else (None,) * 3
-        row = (frame.source, frame.number, frame.time, score, alarm, area, boxes, frame.status)
-        values = dict(zip(COLUMNS, row, strict=True))
+    def add(self, values: dict[str, Any]) -> None:
+        alarm, boxes = values["anomalous"], values["boxes"]
         cells = {
-            "source": safe_cell(frame.source),
+            "source": safe_cell(values["source"]),
             "anomalous": None if alarm is None else int(alarm),
             "boxes": None if boxes is None else json.dumps(boxes),
         }
@@ -52,11 +55,8 @@ class Table:
             error.filename = self._file.name
             raise
         self.rows += 1
-        self.statuses[frame.status] += 1
+        self.statuses[values["status"]] += 1
         self.alarms += bool(alarm)
-        if self._json_lines:
-            print(json.dumps(values), flush=True)
-        return values
 
     def close(self) -> None:
         self._file.close()

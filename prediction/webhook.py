@@ -1,9 +1,11 @@
 """Alarms to a server: one POST for each, from a thread of its own, so that no server delays a frame."""
 
 import base64
+import contextlib
 import http.client
 import json
 import queue
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -31,7 +33,7 @@ class Webhook:
         self._waiting: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._ended = threading.Event()
         self._counting = threading.Lock()  # alarms are given up in both threads
-        self._opener = urllib.request.build_opener(NoRedirect)
+        self._opener = urllib.request.build_opener(NoRedirect, Http, Https)
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -94,6 +96,39 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: object) -> None:
         """No other request: the answer counts as an error."""
+
+
+class Limited:
+    """A connection that is cut ANSWER_SECONDS after it is made: who drips bytes stays below the limit of each read."""
+
+    def connect(self) -> None:
+        super().connect()
+        timer = threading.Timer(ANSWER_SECONDS, self._cut, [self.sock])
+        timer.daemon = True
+        timer.start()
+
+    @staticmethod
+    def _cut(connected: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it is closed
+            connected.shutdown(socket.SHUT_RDWR)
+
+
+class HttpConnection(Limited, http.client.HTTPConnection):
+    pass
+
+
+class HttpsConnection(Limited, http.client.HTTPSConnection):
+    pass
+
+
+class Http(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(HttpConnection, request)
+
+
+class Https(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(HttpsConnection, request)
 
 
 def parse(url: str) -> tuple[urllib.request.Request, str]:

@@ -12,7 +12,7 @@ from stub_camera import COLOR, Capture, StubCamera
 
 from datasets import connection
 from datasets.camera import Camera, CameraLost, as_rgb, is_grey
-from datasets.frames import LOST, OK, RESIZED
+from datasets.frames import GREY, LOST, OK, RESIZED
 from datasets.images import Decoding
 
 FREEZE = 0.6  # seconds
@@ -79,6 +79,19 @@ def test_a_fault_is_told_and_the_pictures_come_back(fault, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith(f"warning: {stub.address}: ") and lines[-1].partition(" after")[0].endswith("again")
     assert len(lines) <= 4
+
+
+@pytest.mark.parametrize(("fault", "status"), [("large", RESIZED), ("grey", GREY)])
+def test_what_changes_before_the_first_frame_is_looked_at_is_told(fault, status):
+    with StubCamera() as stub:
+        camera = Camera(stub.address)
+        camera.open(1)  # then the model is loaded
+        stub.disturb(fault)
+        sent = stub.sent
+        wait_until(lambda: stub.sent > sent + 20)
+        with Watch(camera) as watch:
+            wait_until(lambda: status in watch.statuses())
+    assert watch.statuses()[0] == status
 
 
 def test_a_camera_that_stays_away_is_given_up():

@@ -1,6 +1,7 @@
 """--watch: a folder that receives new files, over restarts."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import threading
@@ -16,6 +17,7 @@ from stub_model import RedModel
 from tiny import read_json, read_rows
 
 from datasets import incoming
+from prediction import recorder
 from prediction.options import PredictionSettings
 from prediction.run import predict
 from prediction.table import COLUMNS, read_former
@@ -95,6 +97,28 @@ def test_each_file_once_in_order_over_restarts(folder, out):
     assert sorted(path.name for path in (out / "overlays").iterdir()) == [
         *("000001_c.jpg", "000002_a.jpg", "000003_b.jpg", "000004_last.jpg")
     ]
+
+
+def test_other_thresholds_in_one_table_are_told(folder, out, capsys):
+    for name, age in (("a", 9), ("b", 8), ("c", 7)):
+        add(folder / f"{name}.png", age=age)
+    for threshold, told in ((None, 0), (None, 0), (0.5, 1)):
+        watch(folder, out, 1 if threshold is None else 0, threshold=threshold)
+        assert capsys.readouterr().err.count("go on with other thresholds") == told
+
+
+def test_without_room_for_pictures_rows_and_alarms_go_on(folder, out, monkeypatch, capsys):
+    def full(path, picture):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(recorder, "write_picture", full)
+    for name, age in (("a", 9), ("b", 8), ("c", 7)):
+        add(folder / f"{name}.png", 250, age)
+    assert len(watch(folder, out, 2, overlays="anomalous")) == 2
+    assert capsys.readouterr().err.count("000001_a.jpg: No space left on device; rows and alarms go on") == 1
+    settings = dataclasses.replace(SETTINGS, sources=(str(folder),), out=out / "plain", overlays="all", watch=False)
+    with pytest.raises(OSError, match="No space left"):
+        predict(settings, RedModel, None, {"watch": False})
 
 
 def test_the_rows_of_a_watched_folder_stay_when_the_flag_is_forgotten(folder, out):

@@ -391,6 +391,10 @@ def test_json_lines_are_the_rows(tmp_path, out):
     assert not (out / "report.html").exists()
 
 
+def test_an_empty_source_is_refused(out):
+    assert "SOURCE is empty" in refusal("predict", "", "--out", out)
+
+
 def test_a_reader_that_ends_is_named(tmp_path, out, monkeypatch):
     settings = PredictionSettings((str(photos(tmp_path / "in", [0, 1, 0])),), out, overlays=None, json_lines=True)
     reading, writing = os.pipe()

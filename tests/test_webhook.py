@@ -1,6 +1,7 @@
 """--webhook: one POST for each alarm, whatever the server does, and no frame waits for it."""
 
 import base64
+import contextlib
 import json
 import time
 
@@ -63,10 +64,19 @@ def hang(_) -> None:
     time.sleep(1)
 
 
+def drip(handler) -> None:
+    """The beginning of an answer, then a byte now and then, each before the limit of a read."""
+    handler.wfile.write(b"HTTP/1.1 2")
+    with contextlib.suppress(OSError):  # the other side has had enough
+        while True:
+            handler.wfile.write(b"0")
+            time.sleep(0.1)
+
+
 @pytest.mark.parametrize(
     "answers",
-    [[], [500, 503, 429], [babble, babble], [hang], [lambda handler: handler.connection.close()]],
-    ids=["well", "busy", "babbling", "slow", "broken off"],
+    [[], [500, 503, 429], [babble, babble], [hang], [drip], [lambda handler: handler.connection.close()]],
+    ids=["well", "busy", "babbling", "slow", "dripping", "broken off"],
 )
 def test_alarms_arrive_once_and_in_order(answers, capsys):
     with Hook(*answers) as server:
