@@ -128,4 +128,4 @@ def _files(text: str) -> list[Path]:
         raise InputError(f"{path} does not exist; give an image, a folder, a pattern, a video or a camera")
     if not found:
         raise InputError(f"{text} holds no image or video ({' '.join(sorted(KNOWN))})")
-    return sorted(found, key=lambda file: (file.parent, file.name))
+    return sorted(found, key=lambda file: (file.parent, is_video(file), file.name))
