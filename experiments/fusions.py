@@ -43,6 +43,10 @@ class Fusion:
         """Side of the square at which test images are loaded and maps are evaluated, as in test_fusion.py."""
         return max(variant.network.image_size for variant in self.variants.values())
 
+    @property
+    def rule_in_words(self) -> str:
+        return f"Fused by --fusion {self.settings['fusion']}."
+
     def usad(self, statistics: dict[str, dict[str, float] | None]) -> USAD:
         """The fusion of the parts without networks, with the held-out `statistics` of the branches."""
         branches = [self.variants[name].built() for name in self.parts]
@@ -122,7 +126,7 @@ def ablation(measurements: Measurements, fusions: list[Fusion]) -> Table:
         Row(" + ".join(parts), [cell(measurements, fusion.only(*parts)) for fusion in fusions])
         for parts in subsets(fusions[0].parts)
     ]
-    sections, remarks = [Section("Branches", "branches", rows)], [DEFINED]
+    sections, remarks = [Section("Branches", "branches", rows)], [fusions[0].rule_in_words, DEFINED]
     remarks.append("A branch alone is measured by its own score and map.")
     if "score_weights" in fusions[0].settings:
         sections.append(Section("Terms of the image score", "image score", _score_terms(measurements, fusions)))
@@ -167,6 +171,7 @@ def sensitivity(measurements: Measurements, fusions: list[Fusion], kinds: list[s
         "Each sweep changes one setting of the fusion and leaves the others as the checkpoints have them; branches are "
         "fitted again where the setting takes part in the fit.",
         "Maps are evaluated at the largest input of the three branches, as test_fusion.py does it.",
+        fusions[0].rule_in_words,
         DEFINED,
     ]
     return Table("sensitivity", FIGURES, sections, remarks)

@@ -223,12 +223,6 @@ def test_several_categories_and_their_average(workplace):
             values = [figures[key] for figures in metrics if figures[key] is not None]
             assert len(values) == 2 and average[key] == pytest.approx(np.mean(values))
         assert average["n_images"] == 17 and list(average["categories"]) == ["belt", "second", "third"]
-    frame = draw_category(workplace / "new", train=1, seed=9) / "train/good/000.png"
-    frame.rename(workplace / "data/belt/train/good/new.png")
-    before = read_json(workplace / "result/average_ma_clu.json")["categories"]
-    assert "average of 3 categories" in succeed(workplace, "train_ma_clu", "--update", "--no-images").out
-    after = read_json(workplace / "result/average_ma_clu.json")["categories"]
-    assert after == before | {"belt": figures_of(workplace, "ma_clu")} != before
 
 
 def test_without_anomalous_images_figures_are_null(workplace):
