@@ -99,13 +99,16 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Limited:
-    """A connection that is cut ANSWER_SECONDS after it is made: who drips bytes stays below the limit of each read."""
+    """A connection that is cut ANSWER_SECONDS after the request: who drips bytes stays below the limit of each read."""
 
-    def connect(self) -> None:
-        super().connect()
+    def getresponse(self) -> http.client.HTTPResponse:
         timer = threading.Timer(ANSWER_SECONDS, self._cut, [self.sock])
         timer.daemon = True
         timer.start()
+        try:
+            return super().getresponse()
+        finally:
+            timer.cancel()
 
     @staticmethod
     def _cut(connected: socket.socket) -> None:

@@ -2,7 +2,9 @@
 
 import base64
 import contextlib
+import errno
 import json
+import threading
 import time
 
 import numpy as np
@@ -15,6 +17,7 @@ from stub_server import Answer, Server
 from prediction import webhook
 from prediction.options import PredictionSettings
 from prediction.run import predict
+from prediction.table import Table
 from prediction.webhook import Webhook, parse
 from utils.errors import InputError
 
@@ -89,6 +92,17 @@ def test_alarms_arrive_once_and_in_order(answers, capsys):
         hook.close()
     assert server.got == list(range(5)) and (hook.sent, hook.given_up) == (5, 0)
     assert len(capsys.readouterr().err.splitlines()) == (2 if answers else 0)
+
+
+def test_many_alarms_leave_no_threads(monkeypatch):
+    monkeypatch.setattr(webhook, "ANSWER_SECONDS", 60.0)
+    with Hook() as server:
+        hook = Webhook(f"{server.url}/hook")
+        for number in range(20):
+            hook.send(alarm(number))
+        wait_until(lambda: hook.sent == 20)
+        hook.close()
+        assert sum(isinstance(thread, threading.Timer) for thread in threading.enumerate()) < 5
 
 
 @pytest.mark.parametrize("code", [302, 307, 400, 404])
@@ -176,3 +190,16 @@ def test_each_change_to_an_alarm_is_sent_with_its_row(tmp_path, capsys):
     config = json.loads(text)
     assert config["webhook"] == {"sent": 2, "given_up": 0} and SECRET not in text
     assert config["settings"]["webhook"] == server.url
+
+
+def test_the_alarm_goes_out_where_the_row_finds_no_room(tmp_path, monkeypatch):
+    def full(table, values):
+        raise OSError(errno.ENOSPC, "No space left on device", "predictions.csv")
+
+    monkeypatch.setattr(Table, "add", full)
+    Image.new("RGB", (16, 12), (250, 30, 30)).save(tmp_path / "red.png")
+    with Hook() as server:
+        settings = PredictionSettings((str(tmp_path / "red.png"),), tmp_path / "out", webhook=f"{server.url}/hook")
+        with pytest.raises(OSError, match="No space left"):
+            predict(settings, RedModel, None, {})
+    assert server.got == [0]
