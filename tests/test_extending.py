@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+from stand_in import StandIn
 from tiny import draw_category, end_well, read_json, read_rows, refusal, small_flags, succeed
 from torch import nn
 
@@ -17,6 +18,7 @@ from models.branches.branch import Branch
 from models.fusion import RULES
 from models.fusion.rule import FusionRule
 from utils.errors import InputError
+from utils.settings import restored
 
 HERE = "test_extending"
 
@@ -157,12 +159,22 @@ class Flag(Brightness):
 
 
 class Pair(Brightness):
-    def __init__(self, backbone: nn.Module, levels: tuple = (1, 2)) -> None:
+    def __init__(self, backbone: nn.Module, levels: tuple[int] = (1,)) -> None:
         super().__init__(backbone)
 
 
 class Forgetful(Brightness):
     state = Branch.state
+
+
+class Optional(Brightness):
+    def __init__(self, backbone: nn.Module, *, power: float = 2, depth: int | None = 3) -> None:
+        super().__init__(backbone, power, depth=depth)
+
+
+def test_settings_are_restored_as_their_types():
+    settings = Optional(StandIn(16, (2, 2), 4), depth=None).settings()
+    assert str(restored(Optional, settings)) == "{'power': 2.0, 'depth': None}"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def main() -> None:
     branch = BRANCHES[name]
     parser = training_parser(inspect.getdoc(branch) or __doc__, *NETWORKS[branch.backbone_kind], train_ratio=1.0)
     group = parser.add_argument_group("branch")
-    for setting, kind in types(branch).items():
+    for setting, (kind, _) in types(branch).items():
         flag, default = f"--{setting.replace('_', '-')}", inspect.signature(branch).parameters[setting].default
         if flag in parser.flags():
             if setting == "seed":  # it is there for all trainings

@@ -3,35 +3,40 @@
 import inspect
 import typing
 from collections.abc import Mapping
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any
 
 from utils.errors import InputError
 
 KINDS = bool, int, float, str
+VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 
 def names(kind: type) -> list[str]:
     return [name for name in list(inspect.signature(kind).parameters)[1:] if name != "image_size"]
 
 
-def types(kind: type) -> dict[str, type]:
-    """The types of the settings, by annotation or else by default; raises InputError for others than KINDS."""
+def types(kind: type) -> dict[str, tuple[type, bool]]:
+    """The type of each setting, by annotation or else by default, and whether it may be None instead.
+
+    Raises InputError for others than KINDS.
+    """
     hints, parameters = typing.get_type_hints(kind.__init__), inspect.signature(kind).parameters
     found = {}
     for name in names(kind):
         hint = hints.get(name, type(parameters[name].default))
-        found[name], *others = {*(typing.get_args(hint) or [hint])} - {NoneType} or {NoneType}
-        if others or found[name] not in KINDS or parameters[name].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        choices = {*typing.get_args(hint)} if typing.get_origin(hint) in (typing.Union, UnionType) else {hint}
+        own, *others = choices - {NoneType} or {NoneType}
+        if others or own not in KINDS or parameters[name].kind in VARIADIC:
             raise InputError(f"{kind.__name__}: annotate its setting '{name}' as bool, int, float or str (or None)")
+        found[name] = own, NoneType in choices or parameters[name].default is None
     return found
 
 
 def restored(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Stored settings as their types; raises KeyError, TypeError or ValueError if they cannot be."""
-    known, parameters = types(kind), inspect.signature(kind).parameters
-    optional = {name for name in known if parameters[name].default is None}
-    return {name: None if value is None and name in optional else known[name](value) for name, value in values.items()}
+    known = types(kind)
+    return {name: None if value is None and known[name][1] else known[name][0](value) for name, value in values.items()}
 
 
 def kept(thing: Any) -> dict[str, Any]:
