@@ -54,8 +54,10 @@ class Connection(threading.Thread):
 
     def answers(self) -> bool:
         """Wait for the first picture, ANSWER_SECONDS at most; returns whether there is one."""
+        end = time.monotonic() + ANSWER_SECONDS
         with self._news:
-            self._news.wait_for(lambda: self.has_pictures or self.ended, ANSWER_SECONDS)
+            while not (self.has_pictures or self.ended) and time.monotonic() < end:
+                self._news.wait(TICK)  # on Windows Ctrl-C is not seen during it
         return self.has_pictures
 
     def newest(self) -> Shot | None:
@@ -116,12 +118,12 @@ class Connection(threading.Thread):
         if image is not None:
             self._heard, self._last = time.monotonic(), image
             self._changed = self._changed if still and self.has_pictures else self._heard
-            self.has_pictures = True
         with self._news:
             if self._newest is not None:
                 self.dropped += self.taking
                 still = still and self._newest.still
             self._newest = Shot(number, utc_now(), read, image, still)
+            self.has_pictures |= image is not None
             self._news.notify_all()
 
     def _is_last(self, image: np.ndarray) -> bool:
