@@ -99,39 +99,33 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Limited:
-    """A connection that is cut ANSWER_SECONDS after the request: who drips bytes stays below the limit of each read."""
+    """Connections are cut ANSWER_SECONDS after the request: who drips bytes stays below the limit of each read."""
 
-    def getresponse(self) -> http.client.HTTPResponse:
-        timer = threading.Timer(ANSWER_SECONDS, self._cut, [self.sock])
-        timer.daemon = True
-        timer.start()
-        try:
-            return super().getresponse()
-        finally:
-            timer.cancel()
+    def do_open(self, kind: type, request: urllib.request.Request, **options: Any) -> http.client.HTTPResponse:
+        class Connection(kind):
+            def getresponse(self) -> http.client.HTTPResponse:
+                timer = threading.Timer(ANSWER_SECONDS, cut, [self.sock])
+                timer.daemon = True
+                timer.start()
+                try:
+                    return super().getresponse()
+                finally:
+                    timer.cancel()
 
-    @staticmethod
-    def _cut(connected: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # it is closed
-            connected.shutdown(socket.SHUT_RDWR)
+        return super().do_open(Connection, request, **options)
 
 
-class HttpConnection(Limited, http.client.HTTPConnection):
+class Http(Limited, urllib.request.HTTPHandler):
     pass
 
 
-class HttpsConnection(Limited, http.client.HTTPSConnection):
+class Https(Limited, urllib.request.HTTPSHandler):
     pass
 
 
-class Http(urllib.request.HTTPHandler):
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(HttpConnection, request)
-
-
-class Https(urllib.request.HTTPSHandler):
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(HttpsConnection, request)
+def cut(connected: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it is closed
+        connected.shutdown(socket.SHUT_RDWR)
 
 
 def parse(url: str) -> tuple[urllib.request.Request, str]:

@@ -123,6 +123,7 @@ def test_file_round_trip(tmp_path):
         lambda content: {**content, "format": "other"},
         lambda content: {**content, "threshold": float("nan")},
         lambda content: {**content, "threshold": "1"},
+        lambda content: {**content, "threshold": 10**400},
         lambda content: {**content, "interval": [1]},
         lambda content: {**content, "fusion": 3},
         lambda content: {**content, "fusion": {"lambda_map": "x"}},

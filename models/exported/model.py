@@ -46,7 +46,7 @@ class OnnxModel(Model):
         session = open_session(path)
         try:
             return cls(session, json.loads(session.get_modelmeta().custom_metadata_map[FORMAT]))
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise InputError(
                 f"{path}: its metadata are not what export_onnx.py writes ({error!r}); export the model again"
             ) from None

@@ -89,7 +89,7 @@ class OperatingPoint:
             if content.pop("format") != FORMAT:
                 raise ValueError("another format")
             return cls.from_values(content)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise InputError(
                 f"{path} is not an operating point of USAD ({error}); move it away and run test_fusion.py "
                 "--false-alarm-rate"
@@ -97,7 +97,7 @@ class OperatingPoint:
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> OperatingPoint:
-        """From plain JSON values; raises ValueError, KeyError, TypeError or AttributeError if they are none of its."""
+        """From plain JSON values; raises ValueError, KeyError, TypeError or OverflowError if they are none of its."""
         low, high = map(float, values["interval"])
         point = cls(**values | {"interval": (low, high)})
         numbers = [low, high, *(value for name, value in point.figures().items() if name != "interval")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -81,7 +82,8 @@ class USAD(Model):
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise InputError(f"device {device}: {str(error).splitlines()[0]}") from None
+            reason, *_ = re.split(r"\.\s|\n", str(error))
+            raise InputError(f"device {device}: {reason}") from None
         folder = Path(folder)
         paths = checkpoint_paths(folder)
         point = OperatingPoint.read(folder)

@@ -62,7 +62,10 @@ def onednn_pays(dtype: torch.dtype) -> bool:
 
 
 def is_right(kernel: Callable[[], Tensor], expected: Tensor, tolerance: float) -> bool:
-    """Whether torch has the kernel, by its private name and in this precision; `tolerance` is of the largest value."""
+    """Whether torch has the kernel, by its private name and in this precision, and it computes what is `expected`.
+
+    The `tolerance` is a share of the largest value.
+    """
     try:
         return bool((kernel() - expected).abs().max() <= tolerance * expected.abs().max())
     except (AttributeError, RuntimeError, TypeError):
