@@ -204,6 +204,7 @@ def test_a_rule(workplace, monkeypatch):
     monkeypatch.setitem(RULES, "loudest", f"{HERE}:Loudest")
     before = fuse(workplace, "--no-images")
     fused = fuse(workplace, "--fusion", "loudest", "--no-images")
+    assert read_json(workplace / "result/belt/fusion/config.json")["settings"]["gain"] == 3.0
     assert fused["branches"]["pc"] == before["branches"]["pc"]  # a rule changes nothing of the branches
     for row in read_rows(workplace / "result/belt/fusion/scores.csv"):
         score, *parts = map(float, list(row.values())[2:])
