@@ -1,9 +1,11 @@
 """What predict.py writes: a row for each frame, pictures of alarms, annotated videos."""
 
+import errno
 import itertools
 import json
 import os
 import re
+import sys
 import time
 import unicodedata
 from collections import deque
@@ -160,7 +162,7 @@ class Recorder:
             self.frames += 1
             self._seconds.append(time.perf_counter() - frame.read)
         if self.settings.json_lines:
-            print(json.dumps(values), flush=True)
+            self._print(values)
         if prediction and self.settings.overlays:
             try:
                 self._add_pictures(frame, prediction, alarm)
@@ -168,6 +170,13 @@ class Recorder:
                 if not isinstance(self._source, ENDLESS):
                     raise
                 warn_once("pictures", f"{error.filename}: {error.strerror}; rows and alarms go on without pictures")
+
+    def _print(self, values: dict[str, Any]) -> None:
+        try:
+            print(json.dumps(values), flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # at its exit Python would complain again
+            raise BrokenPipeError(errno.EPIPE, "the program that reads --json-lines has ended") from None
 
     def latency(self) -> dict[str, float] | None:
         """Median and 99th percentile in milliseconds; None without frames."""

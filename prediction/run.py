@@ -1,7 +1,6 @@
 """From frames to rows and alarms, with any model that gives scores and maps."""
 
 import contextlib
-import errno
 import itertools
 import os
 import sys
@@ -112,9 +111,6 @@ def look(sources: list[Source] | list[Incoming], batch_size: int, recorder: Reco
         if not isinstance(sources[0], ENDLESS):
             raise
         return error
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # at its exit Python would complain again
-        raise BrokenPipeError(errno.EPIPE, "the program that reads --json-lines has ended") from None
     return None
 
 
