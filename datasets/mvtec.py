@@ -139,7 +139,8 @@ class Category:
 class _Masks:
     """The mask files below `folder`, looked up by the paths of images below test/."""
 
-    def __init__(self, folder: Path, images: Iterable[Path]) -> None:
+    def __init__(self, folder: Path, images: Sequence[Path]) -> None:
+        self._folders = {image.parent.as_posix() for image in images}
         self._namesakes = Counter((image.parts[0], image.stem) for image in images)
         self._found: dict[str, list[Path]] = {}  # by <defect>/<stem>_mask, <defect>/<stem>, <defect>/<stem>/ (a folder)
         for path in sorted(find_files(folder)) if folder.is_dir() else ():
@@ -155,7 +156,7 @@ class _Masks:
             places.append(f"{image.parts[0]}/{image.stem}")
         for place in places:
             for name in (f"{place}_mask", place, f"{place}/"):
-                if name in self._found:
+                if name in self._found and name.removesuffix("/") not in self._folders:  # those are of its images
                     return tuple(self._found[name])
         return ()
 

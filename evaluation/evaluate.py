@@ -96,10 +96,13 @@ def evaluate(
         threshold = point and Threshold(point.threshold, point.pixel_threshold, point.source)
         write_test_report(folder, results, metrics, threshold or results.best_threshold(), config)
     stale = set() if results.gallery is not None else {folder / REPORT, folder / SHEET}  # they show an earlier run
-    gone = former - {sample.name for sample in samples}
     for name, suffix, wanted in (("heatmaps", ".png", images), ("anomaly_maps", ".tiff", save_maps)):
         found = set((folder / name).rglob(f"*{suffix}"))
-        stale |= found & {_result_path(folder / name, image, suffix) for image in gone} if wanted else found
+        before, now = (
+            {_result_path(folder / name, image, suffix) for image in of}
+            for of in (former, [sample.name for sample in samples])
+        )
+        stale |= found & (before - now) if wanted else found
     for path in stale:
         path.unlink(missing_ok=True)
     print_metrics(model.name, metrics)

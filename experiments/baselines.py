@@ -92,6 +92,10 @@ def _cell(name: str, baselines: Baselines, measurements: Measurements, fusion: F
         "network": network and [network.name, network.image_size, network.fingerprint],
         "training": [measurements.training_digest if baselines.version else None, dataclasses.asdict(split)],
         "images": measurements.images_digest,
+        "decoding": dataclasses.asdict(measurements.category.decoding),
+        "roi": pc.roi and pc.roi.to_text(),
+        "precision": run.precision,
+        "device": torch.device(run.device).type,
         "size": fusion.size,
     }
 

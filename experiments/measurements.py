@@ -88,7 +88,10 @@ class Measurements:
         run, weights, flag = self.run, self.weights.get(variant.branch.name), weights_flag(variant.branch.name)
         path = variant.checkpoint or self.folder / "fitted" / f"{self._fit_key(variant)}.safetensors"
         if path.is_file():
-            return variant.branch.load(path, weights, run.device, run.precision)
+            branch = variant.branch.load(path, weights, run.device, run.precision)
+            if variant.checkpoint and sha256_of_file(path) != variant.checkpoint_digest:
+                raise InputError(f"{path} has just been changed by another run; start this one again")
+            return branch
         try:
             backbone = build_backbone(variant.network, run.device, weights, run.precision, flag)
             with warnings.catch_warnings():

@@ -11,7 +11,7 @@ from utils.files import atomic_write, digest_of_lines, write_csv, write_json, wr
 from utils.processes import ProcessFailed
 from utils.safe_text import safe_cell
 
-VERSION = 4  # goes up when a figure is computed in another way, so that older cells are not used again
+VERSION = 5  # goes up when a figure is computed in another way, so that older cells are not used again
 PLOTTED = ("image_auroc", "pixel_auroc", "aupro")
 IN_FORCE = "the value in force"
 

@@ -147,7 +147,7 @@ class Recorder:
         self._source, self._alarm = source, Alarm(self.settings.smooth)
 
     def add(self, frame: Frame, prediction: Prediction | None) -> None:
-        """Send the alarm of one frame, write its row and, if asked for, its pictures; None for one without a picture.
+        """Send the alarm of one frame, write its pictures, if asked for, and its row; None for one without a picture.
 
         The alarm goes first, and without pictures a camera or a watched folder goes on: a full disk loses no alarm.
         """
@@ -157,12 +157,6 @@ class Recorder:
         values = row(frame, prediction, alarm)
         if self.webhook and alarm and not was_on:
             self.webhook.send(values)
-        self.table.add(values)
-        if prediction:
-            self.frames += 1
-            self._seconds.append(time.perf_counter() - frame.read)
-        if self.settings.json_lines:
-            self._print(values)
         if prediction and self.settings.overlays:
             try:
                 self._add_pictures(frame, prediction, alarm)
@@ -170,6 +164,12 @@ class Recorder:
                 if not isinstance(self._source, ENDLESS):
                     raise
                 warn_once("pictures", f"{error.filename}: {error.strerror}; rows and alarms go on without pictures")
+        self.table.add(values)
+        if prediction:
+            self.frames += 1
+            self._seconds.append(time.perf_counter() - frame.read)
+        if self.settings.json_lines:
+            self._print(values)
 
     def _print(self, values: dict[str, Any]) -> None:
         try:
@@ -191,7 +191,7 @@ class Recorder:
         if wanted or is_video:
             picture = draw(image, prediction, alarm, self.model.pixel_threshold)
         if wanted:
-            name = f"{self.table.rows:06d}_{safe_name(frame.source)}.jpg"
+            name = f"{self.table.rows + 1:06d}_{safe_name(frame.source)}.jpg"
             write_picture(self.settings.out / OVERLAYS / name, picture)
         if is_video:
             self._video = self._video or self._new_video(frame, picture)

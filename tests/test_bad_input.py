@@ -317,7 +317,7 @@ def test_weights_that_moved_or_changed(workplace, weights):
     path = weights("net.pth", 1)
     succeed(workplace, "train_pc", "--weights", path, "--no-eval", "--holdout-ratio", 0.25)
     path.unlink()
-    refused(workplace, "test_fusion", said=["net.pth", "no such file"])
+    refused(workplace, "test_fusion", said=["net.pth", "no such file; --pc-weights says where it is now"])
     other = weights("other.pth", 2)
     refused(workplace, "test_fusion", "--pc-weights", other, said=["other.pth", "--pc-weights"])
     succeed(workplace, "test_fusion", "--pc-weights", weights("moved.safetensors", 1), "--no-images")

@@ -153,8 +153,9 @@ def test_fusions_that_cannot_be_are_refused(usad, tmp_path):
     for branches, settings, words in (
         ([], {}, "at least one branch"),
         ([*two, pc, pc], {}, "'pc' is the name of 2 of fusion, ma_clu, ma2patch, pc, pc"),
-        (two, {"score_weights": {"ma_clu": "1"}}, "are numbers, not '1'"),
-        (two, {"lambda_map": float("nan")}, "are numbers, not nan"),
+        (two, {"score_weights": {"ma_clu": "1"}}, "are finite numbers, not '1'"),
+        (two, {"lambda_map": 10**400}, "are finite numbers, not 10"),
+        (two, {"lambda_map": float("nan")}, "are finite numbers, not nan"),
         (two, {"score_weights": {"pc": 1.0}}, "score_weights: branch 'pc' is not one of ma_clu, ma2patch$"),
     ):
         with pytest.raises(InputError, match=words):
@@ -238,6 +239,12 @@ def test_statistics_on_held_out_images(usad):
     found = [statistics[f"{part}_{figure}"] for part in ("score", "top", "map") for figure in ("mean", "std")]
     assert statistics["images"] == 6 and reach > 2
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_held_out_images_that_are_all_the_same_are_told(usad, capsys):
+    branch = usad.branches[2]
+    calibrate(branch, Batches.of(random_images(1, branch.image_size, seed=6).expand(4, -1, -1, -1), 4))
+    assert "branch 'pc' gives all held-out images one score" in capsys.readouterr().err
 
 
 def test_standardized_fusion(usad, test_images, monkeypatch):

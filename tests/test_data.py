@@ -385,6 +385,12 @@ LAYOUTS = {  # images below test/ with their masks below ground_truth/
 IGNORED = "test/good/.hidden.png", "test/good/notes.txt", "test/.cache/x.png", "test/stray.png", "test/good/x.npy"
 
 
+def test_masks_in_a_sub_folder_are_not_those_of_an_image_of_its_name(tmp_path):
+    category = touch(tmp_path, "test/rope/0.png", "test/rope/0/1.png", "ground_truth/rope/0/1_mask.png")
+    with pytest.raises(InputError, match=r"no mask .*0_mask\.png"):
+        category.test_samples()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(tmp_path, layout):
     images, category = LAYOUTS[layout], touch(tmp_path, *IGNORED)

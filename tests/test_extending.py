@@ -18,7 +18,7 @@ from models.branches.branch import Branch
 from models.fusion import RULES
 from models.fusion.rule import FusionRule
 from utils.errors import InputError
-from utils.settings import restored
+from utils.settings import settings_from
 
 HERE = "test_extending"
 
@@ -174,7 +174,7 @@ class Optional(Brightness):
 
 def test_settings_are_restored_as_their_types():
     settings = Optional(StandIn(16, (2, 2), 4), depth=None).settings()
-    assert str(restored(Optional, settings)) == "{'power': 2.0, 'depth': None}"
+    assert str(settings_from(Optional, settings)) == "{'power': 2.0, 'depth': None}"
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,16 @@ def test_files(fused, part):
     assert found == expected | ({"report.html", "sheet.jpg"} if part == "fusion" else set())
 
 
+def test_files_of_an_image_whose_suffix_changes_stay(fused, tmp_path):
+    root = shutil.copytree(fused, tmp_path / "copy")
+    image = root / "data/belt/test/rope/000.png"
+    Image.open(image).save(image.with_suffix(".bmp"))
+    image.unlink()
+    succeed(root, "test_fusion", "--save-maps")
+    for name in ("heatmaps/rope/000.png", "anomaly_maps/rope/000.tiff"):
+        assert (root / "result/belt/fusion" / name).is_file()
+
+
 def test_files_of_images_that_are_gone_go_too(fused, tmp_path):
     root = shutil.copytree(fused, tmp_path / "copy")
     folder, images = root / "result/belt/fusion", root / "data/belt"

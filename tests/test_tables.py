@@ -229,6 +229,21 @@ def test_only_what_depends_on_the_seed_is_fitted_again(branch, weights, split, d
     assert (other.fit_needs() != variant.fit_needs()) == depends == (other.checkpoint is None)
 
 
+def test_a_checkpoint_that_changes_meanwhile_is_not_measured(place, monkeypatch):
+    """Its figures would be kept under the former one's digest."""
+    shutil.rmtree(place / "result/belt/tables")
+    load = MACLU.load
+
+    def changed(path, *arguments, **options):
+        branch = load(path, *arguments, **options)
+        train(place, "models", "train_ma_clu", "--seed", 7)
+        return branch
+
+    monkeypatch.setattr(MACLU, "load", changed)
+    assert "ma_clu.safetensors has just been changed by another run" in refused(place, "--tables", "ablation")
+    assert not list(place.glob("result/belt/tables/measured/*.safetensors"))
+
+
 def test_seeds(place):
     reproduce(place, "--tables", "ablation", "--seeds", 7, 22)
     assert len(list(place.glob("result/belt/tables/measured/*.safetensors"))) == 6  # 22 is the checkpoints' own

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from stand_in import Batches, StandIn
-from tiny import SMALL_NETWORKS, contents, draw_category, end_well, read_json, refusal, run_in_process
+from tiny import SMALL_NETWORKS, contents, draw_category, end_well, read_json, refusal, run_in_process, succeed
 
 from datasets.mvtec import Category
 from models import MACLU, MA2Patch, PatchCore
@@ -212,6 +212,8 @@ def test_held_out_frames_that_are_gone(workplace):
 def test_a_checkpoint_of_another_category(workplace):
     for place in ("data", "models"):
         (workplace / place / "belt").rename(workplace / place / "other")
+    told = succeed(workplace, "test_fusion", "--no-images", categories=["other"]).err
+    assert "other were trained on category belt" in told
     finished = update(workplace, "train_pc", category="other")
     assert "is of category 'belt'" in finished.err and "no new frames" in finished.out
 

@@ -12,7 +12,7 @@ from training.options import parse_training, training_parser
 from training.training import train
 from utils.command_line import run
 from utils.errors import InputError, require_known
-from utils.settings import types
+from utils.settings import setting_types
 
 NETWORKS = {"tokens": METHOD["ma_clu"], "maps": METHOD["pc"]}  # defaults, by kind
 
@@ -23,15 +23,14 @@ def main() -> None:
     branch = BRANCHES[name]
     parser = training_parser(inspect.getdoc(branch) or __doc__, *NETWORKS[branch.backbone_kind], train_ratio=1.0)
     group = parser.add_argument_group("branch")
-    for setting, (kind, _) in types(branch).items():
+    for setting, (kind, _) in setting_types(branch).items():
         flag, default = f"--{setting.replace('_', '-')}", inspect.signature(branch).parameters[setting].default
         if flag in parser.flags():
             if setting == "seed":  # it is there for all trainings
                 continue
             raise InputError(f"{branch.__name__}: each training has a flag {flag}; give its setting another name")
-        given = {"required": True} if default is inspect.Parameter.empty else {"default": default}
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        group.add_argument(flag, **given, **how)
+        group.add_argument(flag, default=default, **how)
     train(parse_training(parser), name)
 
 

@@ -57,6 +57,9 @@ def fusion_of(args: argparse.Namespace, category: Category, run: RunSettings, op
         usad = USAD.load(checkpoints, run.device, run.precision, weights_by_branch(args), **options)
     if len({branch.frames for branch in usad.branches if branch.frames.known}) > 1:
         warn(f"the branches of {category.name} were trained on different lists of files")
+    others = {branch.training.get("category", category.name) for branch in usad.branches} - {category.name}
+    if others:
+        warn(f"the checkpoints in {checkpoints} were trained on category {', '.join(sorted(map(str, others)))}")
     if args.false_alarm_rate:
         usad.set_operating_point(find_thresholds(usad, category, run, checkpoints, digests, args.false_alarm_rate))
     elif point and point.checkpoints != digests:

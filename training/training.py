@@ -30,7 +30,7 @@ from utils.command_line import warn
 from utils.distributed import is_main_process
 from utils.errors import InputError, UnreadableError
 from utils.gather import from_first, one_per_machine_first, require_same
-from utils.settings import names
+from utils.settings import setting_names
 
 
 def train(args: argparse.Namespace, name: str) -> None:
@@ -117,7 +117,7 @@ def fitted_branches(
     split = SplitSettings(args.train_ratio, args.holdout_ratio, args.seed)
     by_default = isinstance(args.holdout_ratio, Default)
     splits = [suited_split(split, category, by_default) for category in categories]
-    settings = {name: getattr(args, name) for name in names(branch_class)}
+    settings = {name: getattr(args, name) for name in setting_names(branch_class)}
     with one_per_machine_first():
         backbone = build_backbone(spec, run.device, precision=run.precision)
     for category, split in zip(categories, splits, strict=True):

@@ -12,36 +12,41 @@ KINDS = bool, int, float, str
 VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 
-def names(kind: type) -> list[str]:
+def setting_names(kind: type) -> list[str]:
     return [name for name in list(inspect.signature(kind).parameters)[1:] if name != "image_size"]
 
 
-def types(kind: type) -> dict[str, tuple[type, bool]]:
+def setting_types(kind: type) -> dict[str, tuple[type, bool]]:
     """The type of each setting, by annotation or else by default, and whether it may be None instead.
 
     Raises InputError for others than KINDS.
     """
-    hints, parameters = typing.get_type_hints(kind.__init__), inspect.signature(kind).parameters
+    try:
+        hints, parameters = typing.get_type_hints(kind.__init__), inspect.signature(kind).parameters
+    except NameError as error:
+        raise InputError(f"{kind.__name__}: {error}; its annotations must be imported at run time, too") from None
     found = {}
-    for name in names(kind):
+    for name in setting_names(kind):
         hint = hints.get(name, type(parameters[name].default))
         choices = {*typing.get_args(hint)} if typing.get_origin(hint) in (typing.Union, UnionType) else {hint}
         own, *others = choices - {NoneType} or {NoneType}
         if others or own not in KINDS or parameters[name].kind in VARIADIC:
             raise InputError(f"{kind.__name__}: annotate its setting '{name}' as bool, int, float or str (or None)")
+        if parameters[name].default is inspect.Parameter.empty:
+            raise InputError(f"{kind.__name__}: give its setting '{name}' a default")
         found[name] = own, NoneType in choices or parameters[name].default is None
     return found
 
 
-def restored(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def settings_from(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Stored settings as their types; raises KeyError, TypeError or ValueError if they cannot be."""
-    known = types(kind)
+    known = setting_types(kind)
     return {name: None if value is None and known[name][1] else known[name][0](value) for name, value in values.items()}
 
 
-def kept(thing: Any) -> dict[str, Any]:
+def settings_of(thing: Any) -> dict[str, Any]:
     """The settings of an object, as plain JSON values; raises InputError if one is not kept."""
-    values = {name: getattr(thing, name, thing) for name in names(type(thing))}
+    values = {name: getattr(thing, name, thing) for name in setting_names(type(thing))}
     for name, value in values.items():
         if not isinstance(value, (*KINDS, NoneType, dict, list)):
             raise InputError(f"{type(thing).__name__}: keep its setting '{name}' as self.{name}, as it was given")

@@ -23,7 +23,7 @@ from models.branches.tiling import TiledBatches, Tiling
 from models.networks.backbones import BackboneSpec, build_backbone
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import InputError
-from utils.settings import kept, restored
+from utils.settings import settings_from, settings_of
 from utils.timing import Stopwatch
 
 AS_PUBLISHED = "as_published"
@@ -161,7 +161,7 @@ class Branch(abc.ABC):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, plain JSON values kept under their names; the backbone has the image size."""
-        return kept(self)
+        return settings_of(self)
 
     def state(self) -> dict[str, Tensor]:
         """What `fit` learned, as named tensors."""
@@ -207,7 +207,7 @@ class Branch(abc.ABC):
         with understood(path, metadata, cls.name):
             spec = BackboneSpec.from_dict(metadata["backbone"])
             settings, training, calibration = (metadata[key] for key in ("settings", "training", "calibration"))
-            settings = restored(cls, settings)
+            settings = settings_from(cls, settings)
             roi, bit_depth, tiles = region_in(metadata), bit_depth_in(metadata), tiles_in(metadata)
             Tiling(tiles, spec.image_size)  # raises if that cannot be
             if not isinstance(training, dict):

@@ -13,12 +13,14 @@ from models.branches.branch import Branch
 from models.branches.monochrome import as_coded
 from models.branches.part import pixels_inside
 from models.branches.postprocess import mean_of_top, resize_maps
+from utils.command_line import warn
 from utils.distributed import gathered
 from utils.errors import InputError
 from utils.gather import all_rows
 
 Statistics = dict[str, "float | list[float]"]
 LEAST = 1e-12  # standard deviation
+SAME = 1e-6  # relative differences of scores that are rounding
 BORDER_IMAGES = 32  # on which the border's effect is measured: the held-out ones, and fitted ones where those are few
 
 
@@ -63,6 +65,8 @@ def calibrate(branch: Branch, held_out: Iterable[dict[str, Any]], fitted: Iterab
     mean, deviation = coarse(torch.stack(fields))
     tops = mean_of_top((held.maps - mean) / deviation).double()
     statistics |= {"top_mean": float(tops.mean()), "top_std": max(float(tops.std()), LEAST)}
+    if statistics["score_std"] <= max(SAME * abs(statistics["score_mean"]), LEAST):
+        warn(f"branch '{branch.name}' gives all held-out images one score, so its statistics mean nothing; check them")
     if not all(math.isfinite(value) for entry in statistics.values() for value in np.atleast_1d(entry)):
         raise InputError(f"branch '{branch.name}' gives scores that are not finite on held-out images; check them")
     return statistics

@@ -1,7 +1,8 @@
 """The paper's fusion: maps multiplied, scores added."""
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -28,14 +29,17 @@ class PaperProduct(FusionRule):
         super().__init__(branches)
         own = {name: branch.score_weight for name, branch in self.branches.items()}
         require_known("score_weights: branch", score_weights or {}, own)
-        self.score_weights = own | (score_weights or {})
-        self.lambda_map = lambda_map
-        for factor in (*self.score_weights.values(), lambda_map):
-            if not (isinstance(factor, int | float) and math.isfinite(factor)):
-                raise InputError(f"score_weights and lambda_map are numbers, not {factor!r}")
+        self.score_weights = {name: _number(factor) for name, factor in (own | (score_weights or {})).items()}
+        self.lambda_map = _number(lambda_map)
 
     def fuse(self, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor]:
         product = torch.stack([part.scaled() for part in parts.values()]).prod(0)
         scores = sum(self.score_weights[name] * part.scores.double() for name, part in parts.items())
         scores = scores + self.lambda_map * product.amax((1, 2)).double()
         return scores, gaussian_blur(product, sigma=1.0, radius=2, edge_repeated=False)
+
+
+def _number(factor: float) -> float:
+    if not (isinstance(factor, Real) and abs(factor) <= sys.float_info.max):
+        raise InputError(f"score_weights and lambda_map are finite numbers, not {factor!r}")
+    return float(factor)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.branches.branch import Branch
 from models.branches.part import Part
-from utils.settings import kept
+from utils.settings import settings_of
 
 
 class FusionRule(abc.ABC):
@@ -28,4 +28,4 @@ class FusionRule(abc.ABC):
         """Parts by branch name, maps all [B, S, S] -> scores [B] (float64), maps [B, S, S]."""
 
     def settings(self) -> dict[str, Any]:
-        return kept(self)
+        return settings_of(self)

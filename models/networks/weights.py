@@ -43,6 +43,8 @@ def state_dict_of(spec: BackboneSpec, build: Callable[[], nn.Module], flag: str)
     Raises InputError, naming `flag`, where they cannot be had.
     """
     if spec.weights == "file":
+        if not os.path.isfile(spec.file):
+            raise InputError(f"weights {spec.file}: no such file; {flag} says where it is now")
         return read_state_dict(spec.file)
     if spec.weights == "pretrained":
         return pretrained_state_dict(spec.name, flag)
