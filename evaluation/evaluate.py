@@ -87,7 +87,7 @@ def evaluate(
         scaled = by_part[AS_PUBLISHED]
         metrics[AS_PUBLISHED] = {key: scaled[key] for key in scaled if not key.startswith(("image_", "n_"))}
     timings = {**watch.seconds, **stage_seconds(model), "total": time.perf_counter() - start}
-    former = images_in(folder / "scores.csv")
+    former, tested = images_in(folder / "scores.csv"), [sample.name for sample in samples]
     write_scores(folder / "scores.csv", results, others if fusion else [])
     write_json(folder / "metrics.json", metrics)
     config = {"program": PROGRAM, **config, **environment(model.device), "seconds": _rounded(timings)}
@@ -98,10 +98,7 @@ def evaluate(
     stale = set() if results.gallery is not None else {folder / REPORT, folder / SHEET}  # they show an earlier run
     for name, suffix, wanted in (("heatmaps", ".png", images), ("anomaly_maps", ".tiff", save_maps)):
         found = set((folder / name).rglob(f"*{suffix}"))
-        before, now = (
-            {_result_path(folder / name, image, suffix) for image in of}
-            for of in (former, [sample.name for sample in samples])
-        )
+        before, now = ({_result_path(folder / name, image, suffix) for image in some} for some in (former, tested))
         stale |= found & (before - now) if wanted else found
     for path in stale:
         path.unlink(missing_ok=True)

@@ -27,21 +27,25 @@ def setting_types(kind: type) -> dict[str, tuple[type, bool]]:
         raise InputError(f"{kind.__name__}: {error}; its annotations must be imported at run time, too") from None
     found = {}
     for name in setting_names(kind):
-        hint = hints.get(name, type(parameters[name].default))
-        choices = {*typing.get_args(hint)} if typing.get_origin(hint) in (typing.Union, UnionType) else {hint}
-        own, *others = choices - {NoneType} or {NoneType}
-        if others or own not in KINDS or parameters[name].kind in VARIADIC:
+        parameter = parameters[name]
+        hint = hints.get(name, type(parameter.default))
+        choices = set(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, UnionType) else {hint}
+        own = choices - {NoneType}
+        if len(own) != 1 or not own <= set(KINDS) or parameter.kind in VARIADIC:
             raise InputError(f"{kind.__name__}: annotate its setting '{name}' as bool, int, float or str (or None)")
-        if parameters[name].default is inspect.Parameter.empty:
+        if parameter.default is inspect.Parameter.empty:
             raise InputError(f"{kind.__name__}: give its setting '{name}' a default")
-        found[name] = own, NoneType in choices or parameters[name].default is None
+        found[name] = own.pop(), NoneType in choices or parameter.default is None
     return found
 
 
 def settings_from(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Stored settings as their types; raises KeyError, TypeError or ValueError if they cannot be."""
-    known = setting_types(kind)
-    return {name: None if value is None and known[name][1] else known[name][0](value) for name, value in values.items()}
+    known, found = setting_types(kind), {}
+    for name, value in values.items():
+        own, may_be_none = known[name]
+        found[name] = None if value is None and may_be_none else own(value)
+    return found
 
 
 def settings_of(thing: Any) -> dict[str, Any]:
