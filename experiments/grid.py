@@ -18,6 +18,7 @@ from models.fusion.paper import PaperProduct
 from training.categories import opened_categories
 from training.options import data_settings, fusion_options, fusion_record, record, run_settings, weights_by_branch
 from training.settings import RunSettings
+from utils.command_line import warn_once
 from utils.errors import InputError
 from utils.files import PROGRAM, mark_folder, write_json
 from utils.machine import environment
@@ -77,6 +78,11 @@ def make_tables(
             sections = []
             for section in table.sections:
                 sections.append((section, [computed(folder / "cells", row) for row in section.rows]))
+                for row in sections[-1][1]:
+                    if not row["figures"]:
+                        warn_once(
+                            row["note"], f"{category.name}: {table.name}: nothing for {row['label']}: {row['note']}"
+                        )
                 progress.update(len(section.rows))
             write_table(folder, table, sections, facts)
             tqdm.write(f"{category.name}: {folder / table.name}.md")
