@@ -140,14 +140,15 @@ class _Masks:
     """The mask files below `folder`, looked up by the paths of images below test/."""
 
     def __init__(self, folder: Path, images: Sequence[Path]) -> None:
-        self._folders = {image.parent.as_posix() for image in images}
+        folders = {image.parent for image in images}
         self._namesakes = Counter((image.parts[0], image.stem) for image in images)
         self._found: dict[str, list[Path]] = {}  # by <defect>/<stem>_mask, <defect>/<stem>, <defect>/<stem>/ (a folder)
         for path in sorted(find_files(folder)) if folder.is_dir() else ():
             place = path.relative_to(folder)
             stem = re.sub("_mask$", "_mask", place.stem, flags=re.IGNORECASE)
             self._found.setdefault((place.parent / stem).as_posix(), [path])
-            self._found.setdefault(f"{place.parent.as_posix()}/", []).append(path)
+            if place.parent not in folders:  # else its masks are those of the images in the folder of that name
+                self._found.setdefault(f"{place.parent.as_posix()}/", []).append(path)
 
     def of(self, image: Path) -> tuple[Path, ...]:
         """The masks of the image at this path: in its sub-folder or, if its name is unique, in the defect's folder."""
@@ -156,7 +157,7 @@ class _Masks:
             places.append(f"{image.parts[0]}/{image.stem}")
         for place in places:
             for name in (f"{place}_mask", place, f"{place}/"):
-                if name in self._found and name.removesuffix("/") not in self._folders:  # those are of its images
+                if name in self._found:
                     return tuple(self._found[name])
         return ()
 

@@ -389,6 +389,9 @@ def test_masks_in_a_sub_folder_are_not_those_of_an_image_of_its_name(tmp_path):
     category = touch(tmp_path, "test/rope/0.png", "test/rope/0/1.png", "ground_truth/rope/0/1_mask.png")
     with pytest.raises(InputError, match=r"no mask .*0_mask\.png"):
         category.test_samples()
+    touch(tmp_path, "ground_truth/rope/0.png")  # named after the image, as ever
+    truth = category.folder / "ground_truth/rope"
+    assert [sample.masks for sample in category.test_samples()] == [(truth / "0.png",), (truth / "0/1_mask.png",)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
