@@ -77,12 +77,11 @@ def make_tables(
             progress.set_postfix_str(table.name)
             sections = []
             for section in table.sections:
-                sections.append((section, [computed(folder / "cells", row) for row in section.rows]))
-                for row in sections[-1][1]:
-                    if not row["figures"]:
-                        warn_once(
-                            row["note"], f"{category.name}: {table.name}: nothing for {row['label']}: {row['note']}"
-                        )
+                found = [computed(folder / "cells", row) for row in section.rows]
+                sections.append((section, found))
+                for empty in (row for row in found if not row["figures"]):
+                    reason = empty["note"]
+                    warn_once(reason, f"{category.name}: {table.name}: nothing for {empty['label']}: {reason}")
                 progress.update(len(section.rows))
             write_table(folder, table, sections, facts)
             tqdm.write(f"{category.name}: {folder / table.name}.md")

@@ -162,7 +162,7 @@ def roll_back(paths: Iterable[Path]) -> None:
             print(f"{path} is again the checkpoint from before the last --update")
     for folder in (path.parent for path in formers if (path.parent / FILE_NAME).exists()):
         meaning = "other checkpoints: roll all branches back, or run test_fusion.py --false-alarm-rate again"
-        with contextlib.suppress(InputError):  # a branch's checkpoint is missing
+        with contextlib.suppress(InputError):  # a checkpoint is missing, or usad.json damaged
             if OperatingPoint.read(folder).checkpoints == checkpoint_digests(folder):
                 meaning = "these checkpoints: they are valid again"
         print(f"{folder / FILE_NAME} has thresholds for {meaning}")

@@ -50,7 +50,7 @@ def settings_from(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_of(thing: Any) -> dict[str, Any]:
     """The settings of an object, as plain JSON values; raises InputError if one is not kept."""
-    values = {name: getattr(thing, name, thing) for name in setting_names(type(thing))}
+    values = {name: getattr(thing, name, ...) for name in setting_names(type(thing))}
     for name, value in values.items():
         if not isinstance(value, (*KINDS, NoneType, dict, list)):
             raise InputError(f"{type(thing).__name__}: keep its setting '{name}' as self.{name}, as it was given")
